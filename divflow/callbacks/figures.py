@@ -1,0 +1,67 @@
+"""Figures of the flow while it trains, and at the end."""
+
+import contextlib
+from pathlib import Path
+
+import lightning as L
+import torch
+from matplotlib.figure import Figure
+from torch import Generator, Tensor
+
+from divflow.callbacks.averaging import WeightAverage
+from divflow.figures import plot_images, plot_marginals, plot_plane
+from divflow.tasks import FlowTask
+
+__all__ = ["Figures"]
+
+
+class Figures(L.Callback):
+    """Write `figures/epoch_0010.png`, ... every N epochs, and `figures/final.png` after the test.
+
+    In the plane: data, samples, log-density and trajectories. For images a grid of samples, for other data the
+    histograms of the columns. Always of the averaged weights, where there are such.
+
+    Args:
+        every_n_epochs: 0 for none but the last.
+        num_samples: drawn for a figure.
+        dpi: dots per inch.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, num_samples: int = 4_000, dpi: int = 150) -> None:
+        self.every_n_epochs, self.num_samples, self.dpi = every_n_epochs, num_samples, dpi
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """One more figure, if it is time."""
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs and epoch % self.every_n_epochs == 0 and trainer.is_global_zero:
+            average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), None)
+            with average.averaged(pl_module) if average else contextlib.nullcontext():
+                self._save(trainer, pl_module, f"epoch_{epoch:04d}")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last figure, of the weights that were tested."""
+        if trainer.is_global_zero:
+            self._save(trainer, pl_module, "final")
+
+    def _save(self, trainer: L.Trainer, task: FlowTask, name: str) -> None:
+        if task.data is None or trainer.fast_dev_run:
+            return
+        training = task.training
+        task.eval()
+        figure = self._draw(task)
+        task.train(training)
+        path = Path(trainer.default_root_dir) / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=self.dpi)
+
+    @torch.no_grad()
+    def _draw(self, task: FlowTask) -> Figure:
+        data, density = task.data, task.density
+        count = 64 if data.images else self.num_samples
+        samples = density.sample(count, generator=Generator(task.device).manual_seed(0))
+        rows: Tensor = data.test.rows[:count]
+        if data.images:
+            return plot_images(rows, samples)
+        if data.event_shape == (2,):
+            return plot_plane(density, rows, samples)
+        return plot_marginals(rows, samples, getattr(data, "columns", [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])]))

@@ -1,0 +1,141 @@
+"""Bringing a trained flow back: rebuilt from the plain values in its checkpoint, without running code from it."""
+
+import importlib
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from divflow.build import build_density
+from divflow.errors import DivflowError
+from divflow.tasks.density import FlowDensity
+
+__all__ = ["CheckpointError", "check_state", "check_targets", "load", "load_state", "read_checkpoint"]
+
+
+class CheckpointError(DivflowError, RuntimeError):
+    """A checkpoint can't be read, asks for classes that are not allowed, or is of another architecture."""
+
+
+def load(path: str | Path, *, allow: Iterable[type] = (), map_location: str | torch.device = "cpu") -> FlowDensity:
+    """A trained density, in eval mode: `log_prob` and `sample` in the units of its data.
+
+    The file is read with `weights_only=True`, so no code in it runs, and the flow is rebuilt from the names of
+    classes in it only where these belong to divflow or torch.nn, or are given in `allow`.
+
+    Args:
+        path: a checkpoint that `train.py` wrote, such as `checkpoints/best.ckpt`. Its weights are the averaged ones
+            where training averaged them.
+        allow: further classes that may be built, such as a velocity network of one's own.
+        map_location: device to put it on.
+
+    Raises:
+        CheckpointError: no such file, not one of divflow's, a class that is not allowed, or another architecture.
+
+    Example:
+        density = divflow.load("outputs/two_moons/checkpoints/best.ckpt")
+        density.log_prob(x)
+        density.sample(1000)
+    """
+    checkpoint = read_checkpoint(path, map_location)
+    if "divflow" not in checkpoint:
+        raise CheckpointError(
+            f"{path} has no description of a flow: it was not written by train.py (or a FlowTask without config); "
+            "build the FlowDensity yourself and use load_state_dict"
+        )
+    config = checkpoint["divflow"]
+    allowed = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in allow}
+    check_targets(config, allowed)
+    density = build_density(config)
+    state = {
+        name.removeprefix("density."): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith("density.")
+    }
+    load_state(density, state, path)
+    return density.to(map_location).eval()
+
+
+def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The values in a checkpoint: tensors and plain Python ones, nothing else.
+
+    Raises:
+        CheckpointError: no such file, or one that holds something else.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no checkpoint {path} (looked in {Path.cwd()})")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint of plain tensors and values: {reason}") from error
+
+
+def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """`load_state_dict` after `check_state`."""
+    check_state(module, state, path)
+    module.load_state_dict(state)
+
+
+def check_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Refuse a state that does not fit the module, before anything is changed.
+
+    Raises:
+        CheckpointError: names or shapes differ, with the first of them.
+    """
+    own = module.state_dict()
+    differences = [f"{name} is missing" for name in own.keys() - state.keys()]
+    differences += [f"{name} is unknown" for name in state.keys() - own.keys()]
+    differences += [
+        f"{name} has shape {tuple(state[name].shape)} there and {tuple(own[name].shape)} here"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} is of another architecture: {'; '.join(sorted(differences)[:5])}"
+            f"{f' and {len(differences) - 5} more' if len(differences) > 5 else ''}. Use the network and data settings "
+            "it was trained with; they are in config.yaml in the folder of its run"
+        )
+
+
+def check_targets(config: Any, allowed: Mapping[str, type], place: str = "divflow") -> None:
+    """Refuse a config that would build anything but classes of divflow, torch.nn modules and allowed classes.
+
+    Raises:
+        CheckpointError: naming the class and the place.
+    """
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            _check_target(config["_target_"], allowed, place)
+        for key, value in config.items():
+            check_targets(value, allowed, f"{place}.{key}")
+    elif isinstance(config, str):
+        if "${" in config:
+            raise CheckpointError(f"{place} holds an interpolation, {config!r}, which a checkpoint must not")
+    elif isinstance(config, Sequence):
+        for i, value in enumerate(config):
+            check_targets(value, allowed, f"{place}[{i}]")
+
+
+def _check_target(target: Any, allowed: Mapping[str, type], place: str) -> None:
+    if target in allowed:
+        return
+    refusal = CheckpointError(
+        f"the checkpoint asks for {target!r} (at {place}), which is neither a class of divflow nor a module of torch.nn; "
+        "if you trust it, import it and give it in load(..., allow=[...])"
+    )
+    if not isinstance(target, str) or not target.startswith(("divflow.", "torch.nn.")):
+        raise refusal
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise refusal from error
+    ours = isinstance(found, type) and found.__module__.startswith("divflow.")
+    theirs = isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("torch.nn.")
+    if not ours and not theirs:
+        raise refusal

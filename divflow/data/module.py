@@ -1,0 +1,148 @@
+"""What all data modules share: tensors split by seed, loaders for one process or several."""
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from divflow.data.transforms import Affine, Transform
+from divflow.errors import DivflowError
+
+__all__ = ["DataError", "Rows", "TensorDataModule", "check_finite", "split_rows"]
+
+
+class DataError(DivflowError, ValueError):
+    """The data can't be used as they are; the message says which part, and what to do."""
+
+
+class Rows(Dataset):
+    """The rows of a tensor, fetched a batch at a time."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One row."""
+        return self.rows[index]
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """A batch of rows, `(k, *event)`."""
+        return self.rows[indices]
+
+
+class TensorDataModule(L.LightningDataModule):
+    """Base of divflow's data modules: batches are tensors `(k, *event)` of the data as they are.
+
+    A subclass sets `train`, `val` and `test` (datasets such as `Rows`) and `transform` in `setup`.
+
+    Attributes:
+        event_shape: shape of one sample.
+        transform: from the data to what the flow models, fitted on the training split.
+        levels: for discrete data n made continuous, y = (n + u) / levels with uniform noise u, their number of
+            values, from which bits per dimension are reckoned; None for continuous data.
+        images: whether samples are drawn as a grid of images.
+
+    In several processes each trains on its share of every epoch; evaluation divides the rows without
+    repeating any, so that averages are those of one process.
+    """
+
+    event_shape: tuple[int, ...]
+    levels: int | None = None
+    images: bool = False
+
+    def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, but is {batch_size}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.seed = seed
+        self.transform: Transform = Affine()
+
+    def log_prob(self, x: Tensor) -> Tensor | None:
+        """The true log-density of x in nats, `(k,)`, where it is known."""
+        return None
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches; an incomplete last one is left out unless it is the only one."""
+        world, rank = self._processes()
+        sampler: Sampler | None = None
+        if world > 1:
+            sampler = DistributedSampler(self.train, world, rank, shuffle=True, seed=self.seed)
+        per_process = len(self.train) // world
+        return DataLoader(
+            self.train,
+            batch_size=self.batch_size,
+            shuffle=sampler is None,
+            sampler=sampler,
+            drop_last=per_process >= self.batch_size,
+            collate_fn=_as_it_is,
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """All validation rows, in order."""
+        return self._evaluation_loader(self.val)
+
+    def test_dataloader(self) -> DataLoader:
+        """All test rows, in order."""
+        return self._evaluation_loader(self.test)
+
+    def _evaluation_loader(self, dataset: Dataset) -> DataLoader:
+        world, rank = self._processes()
+        if len(dataset) < world:
+            raise DataError(f"{len(dataset)} rows to evaluate are too few for {world} processes; use fewer devices or more data")
+        sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False) if world > 1 else None
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is)
+
+    def _processes(self) -> tuple[int, int]:
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+def _as_it_is(batch: Tensor) -> Tensor:
+    return batch
+
+
+def split_rows(rows: Tensor, val_fraction: float, test_fraction: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows divided at random, by seed, into training, validation and test.
+
+    Raises:
+        DataError: fractions out of range, or a split without rows.
+    """
+    if not (0 < val_fraction < 1 and 0 < test_fraction < 1 and val_fraction + test_fraction < 1):
+        raise DataError(
+            f"val_fraction and test_fraction must be positive and leave something to train on, but are {val_fraction} "
+            f"and {test_fraction}"
+        )
+    order = torch.randperm(len(rows), generator=Generator().manual_seed(seed))
+    val, test = int(len(rows) * val_fraction), int(len(rows) * test_fraction)
+    sizes = [len(rows) - val - test, val, test]
+    if min(sizes[1:]) < 2 or sizes[0] < 2:
+        raise DataError(
+            f"{len(rows)} rows are too few to split into training, validation and test ({sizes[0]}, {val} and {test} "
+            "rows, where each needs 2); give more data, or larger fractions"
+        )
+    train, val_rows, test_rows = rows[order].split(sizes)
+    return train, val_rows, test_rows
+
+
+def check_finite(rows: Tensor, names: Sequence[str] | None = None) -> None:
+    """Refuse rows with NaN or infinite entries, naming them.
+
+    Raises:
+        DataError: with the numbers of the first such rows, and their columns where these have names.
+    """
+    bad = ~torch.isfinite(rows.flatten(1))
+    if bad.any():
+        where = bad.any(dim=1).nonzero().flatten().tolist()
+        columns = [] if names is None else [names[i] for i in bad.any(dim=0).nonzero().flatten().tolist()]
+        raise DataError(
+            f"{len(where)} of {len(rows)} rows are not finite: row {', '.join(map(str, where[:10]))}"
+            f"{', ...' if len(where) > 10 else ''} (counted from 0)"
+            f"{f', column {chr(44).join(columns)}' if columns else ''}; drop them or fill them in"
+        )

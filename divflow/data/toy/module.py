@@ -1,0 +1,68 @@
+"""Samples of a toy density as a Lightning data module."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Generator, Tensor
+
+from divflow.data.module import DataError, Rows, TensorDataModule
+
+__all__ = ["Density", "Toy"]
+
+
+class Density(Protocol):
+    """A density in the plane that can be sampled and evaluated."""
+
+    def sample(self, count: int, generator: Generator | None = None) -> Tensor:
+        """Points `(count, 2)`."""
+        ...
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density of x `(k, 2)` in nats, `(k,)`."""
+        ...
+
+
+class Toy(TensorDataModule):
+    """Points drawn from a density that is known, so that a run reports its gap to the truth.
+
+    The gap, the mean of log p(x) - log q(x) over the test points, estimates the Kullback-Leibler divergence
+    from the model q to the truth p, in nats.
+
+    Args:
+        density: a `Density`, such as `two_moons()`, or a function that makes one.
+        num_train: training points, drawn once.
+        num_val: validation points.
+        num_test: test points.
+        batch_size: points a training step, in each process.
+        eval_batch_size: points a validation or test step; `batch_size` if None.
+        seed: of all points.
+
+    Raises:
+        DataError: a split of fewer than two points.
+    """
+
+    event_shape = (2,)
+
+    def __init__(
+        self,
+        density: Density | Callable[[], Density],
+        num_train: int = 100_000,
+        num_val: int = 2_000,
+        num_test: int = 10_000,
+        batch_size: int = 512,
+        eval_batch_size: int | None = 2_000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, seed)
+        for name, count in {"num_train": num_train, "num_val": num_val, "num_test": num_test}.items():
+            if count < 2:
+                raise DataError(f"{name} must be at least 2, but is {count}")
+        self.density = density if hasattr(density, "log_prob") else density()
+        generator = Generator().manual_seed(seed)
+        self.train, self.val, self.test = (
+            Rows(self.density.sample(count, generator)) for count in (num_train, num_val, num_test)
+        )
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The true log-density of x `(k, 2)` in nats, `(k,)`."""
+        return self.density.log_prob(x)

@@ -1,0 +1,73 @@
+"""The divergence (trace of the Jacobian) of a tensor-valued field g(t, x), exactly or by estimation.
+
+    (div g)(t, x)_b = sum_i d g_i / d x_i      for sample b, over all event dimensions.
+
+Needs torch alone: import it into any training code of your own.
+"""
+
+from torch import Tensor
+
+from divflow.divergence.autograd import Autograd
+from divflow.divergence.check import check_field
+from divflow.divergence.estimator import Estimate, Estimator, ValueAndDivergence
+from divflow.divergence.exact import Exact
+from divflow.divergence.field import Field, FieldError
+from divflow.divergence.hutchinson import Hutchinson
+
+__all__ = [
+    "Autograd",
+    "Estimate",
+    "Estimator",
+    "Exact",
+    "Field",
+    "FieldError",
+    "Hutchinson",
+    "ValueAndDivergence",
+    "check_field",
+    "divergence",
+    "value_and_divergence",
+]
+
+_EXACT = Exact()
+
+
+def value_and_divergence(
+    g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT
+) -> ValueAndDivergence:
+    """The value g(t, x) and its divergence, from one evaluation of the field.
+
+    Args:
+        g: the field; called as `g(t, x)`, returns a tensor of x's shape, dtype and device, and treats
+            the samples of a batch independently (`check_field` tells).
+        t: time, a scalar or one a sample `(k,)`.
+        x: states `(k, *event)`, of a floating dtype; an event is a vector, an image, any tensor.
+        estimator: `Exact()`, `Autograd()`, `Hutchinson()` or one of your own.
+
+    Returns:
+        `ValueAndDivergence(value, divergence)` of shapes `(k, *event)` and `(k,)`. The divergence has
+        x's dtype, or float32 where that is a half precision. With grad enabled both are differentiable
+        in x, t and all parameters, to any order that the field supports; under `torch.no_grad` and
+        `torch.inference_mode` no graph is built.
+
+    Raises:
+        FieldError: the field, t or x is not what the definition needs; the message says what to do.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> value_and_divergence(lambda t, x: t * x**2, 0.5, x).divergence
+        tensor([3., 7.])
+    """
+    return estimator(g, t, x)
+
+
+def divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT) -> Tensor:
+    """The divergence of g at (t, x), shape `(k,)`: the second half of `value_and_divergence`.
+
+    Example:
+        >>> import torch
+        >>> images = torch.ones(2, 3, 4, 4)
+        >>> divergence(lambda t, x: x**3, 0.0, images)
+        tensor([144., 144.])
+    """
+    return estimator(g, t, x).divergence

@@ -1,0 +1,111 @@
+"""The exact divergence of any field by products with basis vectors, several in one pass.
+
+Only diagonal entries are kept: no `(k, D, D)` tensor exists, and `chunk_size` bounds the memory.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from divflow.divergence.estimator import ValueAndDivergence, accumulation_dtype
+from divflow.divergence.field import (
+    Field,
+    as_time,
+    checked_state,
+    checked_value,
+    event_size,
+    flatten_event,
+    linearize_field,
+)
+
+__all__ = ["forward", "products_per_pass", "reverse"]
+
+# Elements of one bundle of products. On a CPU larger bundles fall out of the cache and their double
+# backward slows down several times; a GPU wants large ones.
+_CPU_BUNDLE, _ACCELERATOR_BUNDLE = 2**18, 2**24
+
+
+def products_per_pass(x: Tensor) -> int:
+    """How many products with a Jacobian at x to take in one pass, where the user does not say."""
+    bundle = _CPU_BUNDLE if x.device.type == "cpu" else _ACCELERATOR_BUNDLE
+    return max(1, bundle // max(1, x.numel()))
+
+
+def reverse(g: Field, t: Tensor | float, x: Tensor, chunk_size: int, recompute: bool) -> ValueAndDivergence:
+    """Reverse mode: rows e_i^T J, `chunk_size` of them a pass, from one evaluation of the field.
+
+    With `recompute` each chunk's graph is dropped and rebuilt in the backward pass (the field itself is
+    not evaluated again), so that training, too, holds one chunk at a time.
+    """
+    field = linearize_field(g, t, x)
+    recompute = recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def chunk_trace(start: int, stop: int) -> Tensor:
+        return _trace_of_chunk(field.pullback(_basis(x, start, stop)), start, stop)
+
+    divergence = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
+    if x.shape[0] == 0:
+        return ValueAndDivergence(field.value, divergence)
+    for start, stop in _chunks(event_size(x), chunk_size):
+        if recompute:
+            part = checkpoint(chunk_trace, start, stop, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = chunk_trace(start, stop)
+        divergence = divergence + part
+    return ValueAndDivergence(field.value, divergence)
+
+
+def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAndDivergence:
+    """Forward mode: columns J e_i, `chunk_size` of them a pass, each pass with one evaluation of the field.
+
+    A field that draws random numbers (dropout) draws the same ones in every pass. It keeps no graph of
+    the evaluation, which makes it the leanest where no gradient is wanted; the field needs forward-mode
+    and batching rules for all of its operations.
+    """
+    x = checked_state(x)
+    t = as_time(t, x)
+    value, divergence = x, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
+    if event_size(x) == 0 or x.shape[0] == 0:
+        return ValueAndDivergence(checked_value(g(t, x.clone()), x), divergence)
+    states = _rng_states(x)
+
+    def product(vector: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(lambda z: checked_value(g(t, z.clone()), x), (x,), (vector,))
+
+    for start, stop in _chunks(event_size(x), chunk_size):
+        if start:
+            _set_rng_states(states)
+        value, columns = vmap(product, out_dims=(None, 0), randomness="same")(_basis(x, start, stop))
+        divergence = divergence + _trace_of_chunk(columns, start, stop)
+    return ValueAndDivergence(value, divergence)
+
+
+def _chunks(size: int, chunk_size: int) -> list[tuple[int, int]]:
+    return [(start, min(size, start + chunk_size)) for start in range(0, size, chunk_size)]
+
+
+def _basis(x: Tensor, start: int, stop: int) -> Float[Tensor, "chunk batch *event"]:
+    """The basis vectors e_start, ..., e_(stop-1) of the event space, the same for every sample."""
+    basis = x.new_zeros(stop - start, event_size(x))
+    basis.diagonal(start).fill_(1)
+    return basis.view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
+
+
+def _trace_of_chunk(
+    products: Float[Tensor, "chunk batch *event"], start: int, stop: int
+) -> Float[Tensor, "batch"]:
+    """Entry i of the product with e_i, summed over the chunk: the same for rows and for columns."""
+    block = flatten_event(products, 2)[..., start:stop]
+    return block.diagonal(dim1=0, dim2=2).sum(dim=-1, dtype=accumulation_dtype(products))
+
+
+def _rng_states(x: Tensor) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])
+
+
+def _set_rng_states(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])

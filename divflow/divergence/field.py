@@ -1,0 +1,211 @@
+"""A field g(t, x) at one point: its checked value, and products with its Jacobian.
+
+Everything that differentiates a field goes through `linearize`, so that one place knows about grad
+modes, autocast, compiled networks and callers' tensors that must be left alone.
+"""
+
+import contextlib
+import math
+import numbers
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from divflow.errors import DivflowError
+
+__all__ = [
+    "Field",
+    "FieldError",
+    "Linearization",
+    "as_time",
+    "checked_state",
+    "checked_value",
+    "event_size",
+    "flatten_event",
+    "linearize",
+    "linearize_field",
+]
+
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+class FieldError(DivflowError, ValueError):
+    """A field or its arguments are not what the mathematics needs."""
+
+
+def event_size(x: Tensor) -> int:
+    """D, the number of scalars in one event of x `(k, *event)`."""
+    return math.prod(x.shape[1:])
+
+
+def flatten_event(x: Tensor, batch_dims: int = 1) -> Tensor:
+    """Return x with all its dimensions after the first `batch_dims` as one (a scalar event as one of size 1)."""
+    return x.reshape(*x.shape[:batch_dims], math.prod(x.shape[batch_dims:]))
+
+
+def checked_state(x: Tensor) -> Tensor:
+    """Return x, refused unless it is a floating-point tensor with a batch dimension."""
+    if not isinstance(x, Tensor):
+        raise FieldError(f"x must be a tensor of shape (k, *event), but is a {type(x).__name__}; use torch.as_tensor(x)")
+    if not x.is_floating_point():
+        raise FieldError(
+            f"x must have a floating dtype to be differentiated, but has {x.dtype}; convert it, for instance by x.float()"
+        )
+    if x.ndim == 0:
+        raise FieldError("x must have a batch dimension, shape (k, *event), but is a scalar; use x.unsqueeze(0)")
+    return x
+
+
+def as_time(t: Tensor | float, x: Tensor) -> Tensor:
+    """Return t as a tensor of shape () or (k,): a number takes x's dtype and device."""
+    if not isinstance(t, Tensor):
+        if not isinstance(t, numbers.Real):
+            raise FieldError(f"t must be a number or a tensor, but is a {type(t).__name__}")
+        return torch.as_tensor(float(t), dtype=x.dtype, device=x.device)
+    if t.shape not in ((), x.shape[:1]):
+        raise FieldError(
+            f"t must be a scalar () or one time a sample ({x.shape[0]},), but has shape {tuple(t.shape)}; "
+            "use t.reshape(()) or t.expand(len(x))"
+        )
+    if t.ndim and t.device != x.device:
+        raise FieldError(f"t is on {t.device} and x on {x.device}; move one of them, for instance t.to(x.device)")
+    return t
+
+
+def checked_value(value: Tensor, x: Tensor) -> Tensor:
+    """Return the field's value in x's dtype, refused unless it has x's shape, dtype and device.
+
+    Under autocast a field may return the autocast dtype; it is cast back, so that what is summed from
+    it is summed in x's precision.
+    """
+    if not isinstance(value, Tensor):
+        raise FieldError(
+            f"the field returned a {type(value).__name__}, not a tensor; it must return one tensor of x's shape {tuple(x.shape)}"
+        )
+    if value.shape != x.shape:
+        raise FieldError(
+            f"the field returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}; a divergence needs "
+            "as many outputs as inputs: return a tensor of x's shape (reshape a flattened one back)"
+        )
+    if value.device != x.device:
+        raise FieldError(f"the field returned a tensor on {value.device} for x on {x.device}; keep both on one device")
+    if value.dtype != x.dtype:
+        device = x.device.type
+        if not (torch.is_autocast_enabled(device) and value.dtype == torch.get_autocast_dtype(device)):
+            raise FieldError(
+                f"the field returned {value.dtype} for x of {x.dtype}; convert x or the field's parameters, "
+                f"for instance by module.to({x.dtype})"
+            )
+        value = value.to(x.dtype)
+    return value
+
+
+class Linearization:
+    """A field's value at a point, and vector-Jacobian products there, from one evaluation.
+
+    Attributes:
+        value: g(t, x), `(k, *event)`, with its graph where grad is enabled.
+        shape: the shape of the point, `(k, *event)`.
+    """
+
+    def __init__(self, output: Tensor, point: Tensor, create_graph: bool) -> None:
+        self._output, self._point, self._create_graph = output, point, create_graph
+        self._batched = True
+        self.value = output if create_graph else output.detach()
+
+    def pullback(self, vectors: Float[Tensor, "products batch *out"]) -> Float[Tensor, "products batch *event"]:
+        """u^T J for every vector u: one pass for all of them, or one each where torch has no batching rule."""
+        if not self._output.requires_grad or self._output.numel() == 0:
+            return vectors.new_zeros(vectors.shape[0], *self._point.shape)
+        if self._batched and len(vectors) > 1:
+            try:
+                return self._grad(vectors, batched=True)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError):
+                # Some operations and many custom autograd.Functions have no rule under vmap; a field that is
+                # wrong in itself fails again below, and that error is the one to see.
+                self._batched = False
+        return torch.stack([self._grad(vector, batched=False) for vector in vectors])
+
+    def _grad(self, vectors: Tensor, batched: bool) -> Tensor:
+        with torch.inference_mode(False), torch.set_grad_enabled(self._create_graph):
+            (product,) = torch.autograd.grad(
+                self._output,
+                self._point,
+                vectors,
+                create_graph=self._create_graph,
+                retain_graph=True,
+                is_grads_batched=batched,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return product
+
+
+@contextlib.contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Kernels with second derivatives: torch.compile's and flash attention's have only a first."""
+    with contextlib.ExitStack() as stack:
+        if not torch.compiler.is_compiling():
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def linearize(function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]) -> Linearization:
+    """Evaluate `function` once at x, ready for products with its Jacobian.
+
+    Args:
+        function: of the state alone; a field with its time bound.
+        x: the point, `(k, *event)`; left alone, even by a function that works in place.
+        check: applied to the output and x, returns the output or raises `FieldError`.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        # An inference tensor can't enter a graph. A view of x keeps its history; the copy given to the
+        # function keeps in-place code from x and from the point that is differentiated.
+        x = x.clone() if x.is_inference() else x
+        attached = differentiable and x.requires_grad
+        point = x.view_as(x) if attached else x.detach().requires_grad_()
+        try:
+            with _twice_differentiable() if differentiable else contextlib.nullcontext():
+                output = check(function(point.clone()), x)
+        except RuntimeError as error:
+            if "Inference tensors cannot be saved for backward" not in str(error):
+                raise
+            raise FieldError(
+                "the field uses a tensor made under torch.inference_mode, which torch can't differentiate; clone "
+                "it outside of inference mode, or evaluate under torch.no_grad instead"
+            ) from error
+    return Linearization(output, point, attached or (differentiable and _reaches_other_leaves(output, point)))
+
+
+def _reaches_other_leaves(output: Tensor, point: Tensor) -> bool:
+    """Whether anything of the caller's (a parameter, t, a captured tensor) would receive a gradient.
+
+    If nothing would, no graph is kept, and results can be used like any plain tensor.
+    """
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", point) is not point:
+            return True
+        nodes.extend(function for function, _ in node.next_functions)
+    return False
+
+
+def linearize_field(g: Field, t: Tensor | float, x: Tensor) -> Linearization:
+    """`linearize` for a field at time t, with t, x and the value checked."""
+    x = checked_state(x)
+    t = as_time(t, x)
+    if t.is_inference():
+        with torch.inference_mode(False):
+            t = t.clone()
+    return linearize(lambda z: g(t, z), x, checked_value)

@@ -1,0 +1,78 @@
+"""Hutchinson's estimator of the divergence: the mean of v^T J v over random probes v."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from divflow.divergence.dense import products_per_pass
+from divflow.divergence.estimator import Estimate, Estimator, accumulation_dtype
+from divflow.divergence.field import Field, FieldError, checked_state, flatten_event, linearize_field
+from divflow.divergence.probes import DISTRIBUTIONS, draw_probes
+
+__all__ = ["FixedProbes", "Hutchinson"]
+
+
+@dataclass(frozen=True)
+class Hutchinson(Estimator):
+    """The mean of v^T J v over `num_probes` independent probes a sample; unbiased.
+
+    Variance of one probe, with S = (J + J^T) / 2 (Hutchinson 1990; Avron & Toledo 2011):
+    Rademacher `2 * sum_{i != j} S_ij^2`, Gaussian `2 * |S|_F^2`; the sphere's probes (uniform, of norm
+    sqrt(D)) have `2 D / (D + 2) * (|S|_F^2 - tr(S)^2 / D)`. It falls as 1 / num_probes.
+
+    Args:
+        num_probes: vector-Jacobian products a call, at least 1.
+        distribution: "rademacher" (the least variance where J has a heavy diagonal), "gaussian" or "sphere".
+
+    Raises:
+        ValueError: fewer than one probe, or an unknown distribution.
+    """
+
+    num_probes: int = 1
+    distribution: str = "rademacher"
+    stochastic = True
+
+    def __post_init__(self) -> None:
+        if self.num_probes < 1 or int(self.num_probes) != self.num_probes:
+            raise ValueError(f"num_probes must be a whole number of at least 1, but is {self.num_probes!r}")
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {sorted(DISTRIBUTIONS)}, but is {self.distribution!r}")
+
+    def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
+        """The value, the mean over probes, and the standard error of that mean (None for one probe)."""
+        return self.freeze(x, generator).estimate(g, t, x)
+
+    def freeze(self, x: Tensor, generator: Generator | None = None) -> "FixedProbes":
+        """Draw the probes for batches of x's shape once; a solver then sees a deterministic right-hand side."""
+        return FixedProbes(draw_probes(self.distribution, self.num_probes, checked_state(x), generator))
+
+
+@dataclass(frozen=True, eq=False)
+class FixedProbes(Estimator):
+    """Hutchinson's estimator with given probes, `(num_probes, k, *event)`."""
+
+    probes: Tensor
+    frozen = True
+
+    def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
+        """The value, the mean over the probes, and its standard error; `generator` is not used."""
+        if checked_state(x).shape != self.probes.shape[1:]:
+            raise FieldError(
+                f"the probes were drawn for x of shape {tuple(self.probes.shape[1:])}, but x has shape "
+                f"{tuple(x.shape)}; freeze the estimator for this batch"
+            )
+        field = linearize_field(g, t, x)
+        chunks = self.probes.split(products_per_pass(x))
+        samples = torch.cat([_quadratic_form(field.pullback(chunk), chunk) for chunk in chunks])
+        count = len(samples)
+        error = samples.detach().std(dim=0) / math.sqrt(count) if count > 1 else None
+        return Estimate(field.value, samples.mean(dim=0), error)
+
+
+def _quadratic_form(
+    products: Float[Tensor, "probes batch *event"], probes: Float[Tensor, "probes batch *event"]
+) -> Float[Tensor, "probes batch"]:
+    return flatten_event(products * probes, 2).sum(dim=2, dtype=accumulation_dtype(probes))

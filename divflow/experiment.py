@@ -1,0 +1,93 @@
+"""A run: from a composed config to a trained flow, its figures and its results."""
+
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from divflow.build import ConfigError, build_density, build_ways
+from divflow.checkpoint import check_state, load_state, read_checkpoint
+from divflow.data.module import TensorDataModule
+from divflow.report import print_results
+from divflow.tasks import FlowTask
+
+__all__ = ["train"]
+
+
+def train(config: DictConfig, output: Path) -> dict[str, float]:
+    """Train, test and report; everything is left in the folder `output`.
+
+    Args:
+        config: as `configs/train.yaml` composes it.
+        output: folder of the run: `config.yaml` (resolved), `metrics.csv`, `checkpoints/`, `figures/`.
+
+    Returns:
+        The test metrics of the best checkpoint, by name.
+
+    Raises:
+        DivflowError: a setting, the data, the field or the solve is not what it needs to be.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if config.seed is not None:
+        L.seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(config.data, _convert_="all")
+    task = _build_task(config, data)
+    if config.ckpt_path is not None:
+        check_state(task, read_checkpoint(config.ckpt_path)["state_dict"], config.ckpt_path)
+    trainer = _build_trainer(config, output)
+    if trainer.is_global_zero:
+        OmegaConf.save(config, output / "config.yaml", resolve=True)
+
+    started = time.perf_counter()
+    trainer.fit(task, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
+    seconds = time.perf_counter() - started
+
+    best = output / "checkpoints" / "best.ckpt"
+    if best.is_file() and not trainer.fast_dev_run:
+        load_state(task, read_checkpoint(best)["state_dict"], best)
+    metrics = trainer.test(task, datamodule=data, verbose=False)[0]
+    results = {name: float(value) for name, value in metrics.items()}
+    if trainer.is_global_zero:
+        print_results(results, seconds, trainer.global_step, output)
+    return results
+
+
+def _build_task(config: DictConfig, data: TensorDataModule) -> FlowTask:
+    plain = OmegaConf.to_container(config, resolve=True)
+    flow_config = {name: plain[name] for name in ("network", "estimator", "likelihood", "solver", "t_base", "t_data")}
+    flow_config |= {"event_shape": list(data.event_shape), "transform": data.transform.config()}
+    density = build_density(flow_config)
+    if config.compile:
+        density.flow.velocity.compile()
+    evaluation = density.flow.replace(**build_ways(plain["evaluation"]))
+    make = instantiate(config.task, _partial_=True, _convert_="all")
+    return make(density=density, evaluation=evaluation, config=flow_config)
+
+
+def _build_trainer(config: DictConfig, output: Path) -> L.Trainer:
+    settings = OmegaConf.to_container(config.device, resolve=True) | OmegaConf.to_container(config.trainer, resolve=True)
+    if settings["accelerator"] == "auto" and not torch.cuda.is_available():
+        settings["accelerator"] = "cpu"  # MPS has no float64, in which torchdiffeq keeps time
+    if settings["accelerator"] == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("this device needs a GPU, but torch sees none; use device=cpu or device=multi_process_cpu")
+    callbacks = [instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None]
+    return L.Trainer(
+        default_root_dir=output, logger=_build_logger(config.logger), callbacks=callbacks, **settings
+    )
+
+
+def _build_logger(config: DictConfig | None) -> Logger | bool:
+    if config is None:
+        return False
+    try:
+        return instantiate(config, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ModuleNotFoundError):
+            package = cause.msg.split("`")[1] if "`" in str(cause.msg) else cause.name
+            raise ConfigError(f"logger {config._target_} needs a package: pip install {package}") from error
+        raise

@@ -1,0 +1,128 @@
+"""Figures of a density: of data in the plane, of images, of the columns of a table."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from divflow.tasks.density import FlowDensity
+
+__all__ = ["plot_images", "plot_marginals", "plot_plane"]
+
+_GRID = 120
+_NATS_SHOWN = 10.0
+
+
+@torch.no_grad()
+def plot_plane(density: FlowDensity, data: Tensor, samples: Tensor, trajectories: int = 60) -> Figure:
+    """Data, samples, log-density and trajectories of a density in the plane.
+
+    Args:
+        density: of points `(k, 2)`.
+        data: `(n, 2)`.
+        samples: `(n, 2)`.
+        trajectories: how many are drawn.
+    """
+    low, high = _extent(data)
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 4)
+    for ax, points, title in zip(axes, (data, samples), ("Data", "Samples of the flow"), strict=False):
+        ax.scatter(*points.cpu().T, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
+        ax.set_title(title)
+    _draw_log_density(axes[2], density, low, high)
+    _draw_trajectories(axes[3], density, trajectories)
+    for ax in axes[:3]:
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    for ax in axes:
+        ax.set(xlabel="$x_1$", aspect="equal")
+    axes[0].set_ylabel("$x_2$")
+    return figure
+
+
+def plot_images(data: Tensor, samples: Tensor, rows: int = 8) -> Figure:
+    """A grid of images of the data beside one of samples.
+
+    Args:
+        data: grey images `(n, height * width)` (square) or `(n, channels, height, width)`, values in [0, 1].
+        samples: likewise.
+        rows: images on each side of a grid.
+    """
+    figure = Figure(figsize=(8, 4.3), layout="constrained")
+    for ax, images, title in zip(figure.subplots(1, 2), (data, samples), ("Data", "Samples of the flow"), strict=True):
+        ax.imshow(_tile(images[: rows**2], rows), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        ax.set_title(title)
+        ax.set_axis_off()
+    return figure
+
+
+def plot_marginals(data: Tensor, samples: Tensor, names: Sequence[str], columns: int = 8) -> Figure:
+    """Histograms of the first columns of a table, of data and of samples.
+
+    Args:
+        data: `(n, D)`.
+        samples: `(n, D)`.
+        names: of the columns.
+        columns: how many are drawn.
+    """
+    count = min(columns, data.shape[1])
+    figure = Figure(figsize=(13, 3.2 * math.ceil(count / 4)), layout="constrained")
+    for i, ax in enumerate(figure.subplots(math.ceil(count / 4), 4, squeeze=False).flat):
+        if i >= count:
+            ax.set_axis_off()
+            continue
+        values, low, high = data[:, i].cpu(), *np.quantile(data[:, i].cpu(), [0.002, 0.998])
+        bins = np.linspace(low, high, 50)
+        ax.hist(values, bins, density=True, color="0.8", label="data")
+        ax.hist(samples[:, i].cpu(), bins, density=True, histtype="step", color="C0", label="samples of the flow")
+        ax.set(xlabel=names[i], ylabel="density" if i % 4 == 0 else "")
+    figure.axes[0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _extent(data: Tensor) -> tuple[list[float], list[float]]:
+    low, high = data.amin(dim=0), data.amax(dim=0)
+    margin = 0.08 * (high - low)
+    return (low - margin).tolist(), (high + margin).tolist()
+
+
+def _draw_log_density(ax: Axes, density: FlowDensity, low: Sequence[float], high: Sequence[float]) -> None:
+    device = next(density.parameters()).device
+    grids = [torch.linspace(a, b, _GRID, device=device) for a, b in zip(low, high, strict=True)]
+    points = torch.stack(torch.meshgrid(*grids, indexing="xy"), dim=-1).view(-1, 2)
+    log_prob = torch.cat([density.log_prob(chunk) for chunk in points.split(2_000)]).view(_GRID, _GRID).float().cpu()
+    top = log_prob.max().item()
+    image = ax.imshow(
+        log_prob, extent=(low[0], high[0], low[1], high[1]), origin="lower", vmin=top - _NATS_SHOWN, vmax=top, cmap="viridis"
+    )
+    ax.figure.colorbar(image, ax=ax, label=r"$\log p(x)$ (nats)", shrink=0.85, extend="min")
+    ax.set_title("Log-density")
+
+
+def _draw_trajectories(ax: Axes, density: FlowDensity, count: int) -> None:
+    flow = density.flow
+    z = flow.base.sample(count, torch.Generator(next(density.parameters()).device).manual_seed(0))
+    times = torch.linspace(float(flow.t_base), float(flow.t_data), 40).tolist()
+    states = flow.trajectory(z, times)
+    paths = torch.stack([density.transform.inverse(state) for state in states]).float().cpu()
+    ax.plot(paths[:, :, 0], paths[:, :, 1], color="0.6", linewidth=0.6, zorder=1)
+    ax.scatter(*paths[0].T, s=7, color="C1", label="base", zorder=2)
+    ax.scatter(*paths[-1].T, s=7, color="C0", label="data", zorder=2)
+    ax.set_title("Trajectories")
+    ax.legend(frameon=False, fontsize="small", loc="upper right", handletextpad=0.2)
+
+
+def _tile(images: Tensor, rows: int) -> np.ndarray:
+    """Images in a square of `rows` each side, a pixel of white between them: `(height, width)` or with colours."""
+    if images.ndim == 2:
+        side = math.isqrt(images.shape[1])
+        images = images.view(-1, 1, side, side)
+    count, channels, height, width = images.shape
+    tile = torch.zeros(rows * (height + 1), rows * (width + 1), channels)
+    for i, image in enumerate(images.float().cpu()):
+        top, left = i // rows * (height + 1), i % rows * (width + 1)
+        tile[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    return tile.clamp(0, 1).squeeze(-1).numpy()

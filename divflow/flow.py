@@ -1,0 +1,321 @@
+"""Continuous normalizing flows: a density carried from a base to the data by an ODE."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, Transform
+
+from divflow.divergence import Estimator, Exact, FieldError
+from divflow.divergence.check import accepts_sample_times
+from divflow.divergence.field import checked_state
+from divflow.likelihood import ConditionedField, Likelihood, Quadrature, Transport
+from divflow.solver import Evaluations, Solver
+
+__all__ = ["ContinuousFlow", "FlowEvaluation"]
+
+
+class FlowEvaluation(NamedTuple):
+    """A log-density with everything that is known of it.
+
+    Attributes:
+        log_prob: log p_data(x) = log p_base(latent) + log_det, in nats, `(k,)`.
+        latent: the state at t_base, `(k, *event)`.
+        log_det: log |det d latent / d x| = -integral from t_base to t_data of div v dt, in nats, `(k,)`.
+        quadrature_error: estimated absolute error of that integral, in nats, `(k,)`; None if not known.
+        standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known.
+        evaluations: of the field; `backward` grows when an adjoint gradient is taken.
+    """
+
+    log_prob: Tensor
+    latent: Tensor
+    log_det: Tensor
+    quadrature_error: Tensor | None
+    standard_error: Tensor | None
+    evaluations: Evaluations
+
+
+class ContinuousFlow(nn.Module):
+    """The flow of dx/dt = v(t, x), which carries the base density at t_base to the data density at t_data.
+
+        log p_data(x) = log p_base(z) - integral from t_base to t_data of (div v)(t, x_t) dt
+
+    with x_t the trajectory through x at t_data and z its state at t_base (Chen et al. 2018). Everything is
+    differentiable in x, the context, the parameters and the two times (where they are tensors), to any order
+    with `Solver(gradient="direct")`.
+
+    Args:
+        velocity: a module or function `v(t, x)`, or `v(t, x, context)` for a conditional flow; returns a tensor
+            of x's shape, t being a scalar or one time a sample. A velocity that takes scalar times only is
+            recognised, and evaluated at one time after another.
+        event_shape: shape of one sample, without the batch; an int for vectors.
+        estimator: of the divergence.
+        likelihood: `Quadrature()` or `Augmented()`.
+        solver: of the trajectory.
+        base: a `torch.distributions.Distribution` of this event shape and no batch shape (see
+            `torch.distributions.Independent`); the standard normal if None. Its tensors move and are saved
+            with the module.
+        t_base: time of the base density, a number or a (trainable) tensor.
+        t_data: time of the data density; may be earlier than t_base.
+
+    Raises:
+        ValueError: a base of another event shape, or t_base equal to t_data.
+
+    Example:
+        >>> flow = ContinuousFlow(lambda t, x: -x, 2, t_data=2.0)
+        >>> flow.encode(torch.zeros(1, 2))
+        tensor([[0., 0.]])
+    """
+
+    def __init__(
+        self,
+        velocity: Callable[..., Tensor],
+        event_shape: int | Sequence[int],
+        *,
+        estimator: Estimator | None = None,
+        likelihood: Likelihood | None = None,
+        solver: Solver | None = None,
+        base: Distribution | None = None,
+        t_base: float | Tensor = 0.0,
+        t_data: float | Tensor = 1.0,
+    ) -> None:
+        super().__init__()
+        self.velocity = velocity
+        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.estimator = Exact() if estimator is None else estimator
+        self.likelihood = Quadrature() if likelihood is None else likelihood
+        self.solver = Solver() if solver is None else solver
+        if self.solver.gradient == "adjoint" and not isinstance(velocity, nn.Module):
+            raise ValueError(
+                "gradient='adjoint' needs a velocity that is an nn.Module, to know its parameters, but got "
+                f"{type(velocity).__name__}; wrap it in a module, or use Solver(gradient='direct')"
+            )
+        if float(t_base) == float(t_data):
+            raise ValueError(f"t_base and t_data must differ, but both are {float(t_base)}")
+        self.t_base, self.t_data = t_base, t_data
+        self.base = _Base(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
+        self._sample_times: bool | None = None
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+        """The log-density of x `(k, *event)` in nats, `(k,)`; `generator` draws a stochastic estimator's probes.
+
+        Raises:
+            FieldError: x, the context or the velocity's value has a wrong shape, dtype or device.
+            SolverError: the trajectory could not be computed.
+        """
+        return self.evaluate(x, context, generator, diagnostics=False).log_prob
+
+    def evaluate(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        generator: Generator | None = None,
+        *,
+        diagnostics: bool = True,
+    ) -> FlowEvaluation:
+        """The log-density of x `(k, *event)` with its latent, errors and evaluations.
+
+        Without `diagnostics` errors that would take further evaluations are left out (None).
+
+        Raises:
+            FieldError, SolverError: as `log_prob`.
+        """
+        evaluations = Evaluations()
+        carried = self._transport(
+            x, context, self.t_data, self.t_base, generator, evaluations=evaluations, diagnostics=diagnostics
+        )
+        log_prob = self.base.log_prob(carried.state) + carried.log_det
+        return FlowEvaluation(
+            log_prob, carried.state, carried.log_det, carried.quadrature_error, carried.standard_error, evaluations
+        )
+
+    def rsample_and_log_prob(
+        self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples `(num_samples, *event)` and their log-densities `(num_samples,)`, differentiable in the parameters.
+
+        Args:
+            num_samples: how many.
+            context: one row a sample, `(num_samples, ...)`.
+            generator: draws the base samples and the probes.
+        """
+        if not self.base.distribution.has_rsample:
+            raise ValueError(f"the base {self.base.distribution} has no reparameterised samples; use sample and log_prob")
+        z = self.base.sample(num_samples, generator)
+        carried = self._transport(z, context, self.t_base, self.t_data, generator, diagnostics=False)
+        return carried.state, self.base.log_prob(z) - carried.log_det
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+        """Samples `(num_samples, *event)`, without gradient; `context` has one row a sample."""
+        return self.decode(self.base.sample(num_samples, generator), context)
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latent z `(k, *event)` at t_base of data x at t_data."""
+        return self.trajectory(x, [self.t_data, self.t_base], context)[-1]
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The data x `(k, *event)` at t_data of latents z at t_base."""
+        return self.trajectory(z, [self.t_base, self.t_data], context)[-1]
+
+    def trajectory(self, x: Tensor, times: Sequence[float | Tensor], context: Tensor | None = None) -> Tensor:
+        """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
+        with _outside_inference_mode():
+            x, field = self._prepare(x, context)
+            (states,) = self.solver.solve(
+                lambda t, state: (field(t, state[0]),),
+                (x,),
+                torch.stack([_as_scalar(t, x) for t in times]),
+                parameters=field.differentiable_tensors(),
+            )
+        return states
+
+    def field(self, context: Tensor | None = None) -> ConditionedField:
+        """The velocity as a field g(t, x), with the context bound to it."""
+        return ConditionedField(self.velocity, context, bool(self._sample_times))
+
+    def replace(
+        self,
+        *,
+        estimator: Estimator | None = None,
+        likelihood: Likelihood | None = None,
+        solver: Solver | None = None,
+    ) -> "ContinuousFlow":
+        """The same flow, sharing velocity and base, evaluated in another way; what is None stays."""
+        flow = copy.copy(self)
+        flow.estimator = self.estimator if estimator is None else estimator
+        flow.likelihood = self.likelihood if likelihood is None else likelihood
+        flow.solver = self.solver if solver is None else solver
+        return flow
+
+    def extra_repr(self) -> str:
+        """Everything but the submodules."""
+        return (
+            f"event_shape={tuple(self.event_shape)}, estimator={self.estimator}, likelihood={self.likelihood}, "
+            f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}"
+        )
+
+    def _transport(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        t_start: float | Tensor,
+        t_end: float | Tensor,
+        generator: Generator | None,
+        *,
+        diagnostics: bool,
+        evaluations: Evaluations | None = None,
+    ) -> Transport:
+        with _outside_inference_mode():
+            x, field = self._prepare(x, context)
+            if self._sample_times is None and len(x):
+                self._sample_times = accepts_sample_times(field, float(self.t_base), float(self.t_data), x)
+                field.sample_times = self._sample_times
+            return self.likelihood.transport(
+                field,
+                x,
+                _as_scalar(t_start, x),
+                _as_scalar(t_end, x),
+                estimator=self.estimator,
+                solver=self.solver,
+                evaluations=Evaluations() if evaluations is None else evaluations,
+                generator=generator,
+                diagnostics=diagnostics,
+            )
+
+    def _prepare(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ConditionedField]:
+        x = checked_state(x)
+        if x.shape[1:] != self.event_shape:
+            raise FieldError(
+                f"the flow's event shape is {tuple(self.event_shape)}, so x must have shape "
+                f"(k, {', '.join(map(str, self.event_shape))}), but has {tuple(x.shape)}"
+            )
+        if context is not None and (context.ndim == 0 or len(context) != len(x)):
+            raise FieldError(
+                f"the context needs one row a sample, ({len(x)}, ...), but has shape {tuple(context.shape)}; "
+                f"repeat a single one by context.expand({len(x)}, ...)"
+            )
+        # Tensors made in inference mode can't enter the graphs that the estimators need.
+        x = x.clone() if x.is_inference() else x
+        context = context.clone() if context is not None and context.is_inference() else context
+        return x, self.field(context)
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Leave inference mode, in which estimators could not differentiate; no graph is kept all the same."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+class _Base(nn.Module):
+    """A base distribution as a module: its tensors are buffers, so they move and are saved with the flow."""
+
+    def __init__(self, distribution: Distribution, event_shape: torch.Size) -> None:
+        super().__init__()
+        if not isinstance(distribution, Distribution):
+            raise ValueError(f"base must be a torch.distributions.Distribution, but is a {type(distribution).__name__}")
+        if distribution.batch_shape or distribution.event_shape != event_shape:
+            raise ValueError(
+                f"the base must have event shape {tuple(event_shape)} and no batch shape, but has event shape "
+                f"{tuple(distribution.event_shape)} and batch shape {tuple(distribution.batch_shape)}; wrap it in "
+                "torch.distributions.Independent(base, n) to make n batch dimensions part of the event"
+            )
+        self.distribution = distribution
+        self._buffer_of: dict[tuple[str | int, ...], str] = {}
+        for path, place, key, tensor in list(_tensors(distribution)):
+            if tensor.requires_grad:
+                raise ValueError("the base's tensors require grad, but would not be among the flow's parameters; detach them")
+            self._buffer_of[path] = name = "_".join(map(str, path))
+            # A clone, since broadcast parameters share memory that a checkpoint could not be loaded into.
+            self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
+            place[key] = getattr(self, name)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """In z's precision, whatever autocast makes of the matrix products inside."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.distribution.log_prob(z)
+
+    def sample(self, num_samples: int, generator: Generator | None) -> Tensor:
+        """Draws `(num_samples, *event)`; torch's distributions know no generators, so its seed is lent to the default one."""
+        if generator is None:
+            return self.distribution.sample((num_samples,))
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+        devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return self.distribution.sample((num_samples,))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        for path, place, key, tensor in list(_tensors(self.distribution)):
+            # What is no buffer was computed by the distribution itself, and cached.
+            place[key] = getattr(self, self._buffer_of[path]) if path in self._buffer_of else fn(tensor)
+        return self
+
+
+def _tensors(distribution: object) -> Iterator[tuple[tuple[str | int, ...], dict, str, Tensor]]:
+    """Every tensor that a distribution, and the distributions and transforms inside it, hold: path, place, key, tensor."""
+    objects: list[tuple[tuple[str | int, ...], object]] = [((), distribution)]
+    while objects:
+        path, current = objects.pop()
+        for key, value in vars(current).items():
+            if isinstance(value, Tensor):
+                yield (*path, key), vars(current), key, value
+            for i, part in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(part, Distribution | Transform):
+                    objects.append(((*path, key, i), part))
+
+
+def _standard_normal(event_shape: torch.Size) -> Distribution:
+    return Independent(Normal(torch.zeros(event_shape), torch.ones(event_shape), validate_args=False), len(event_shape))
+
+
+def _as_scalar(t: float | Tensor, x: Tensor) -> Tensor:
+    return torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(())

@@ -1,0 +1,56 @@
+"""The classical augmented ODE: state and log-density solved together."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.divergence import Estimator
+from divflow.likelihood.conditioned import ConditionedField
+from divflow.likelihood.transport import Likelihood, Transport
+from divflow.solver import Evaluations, Solver
+
+__all__ = ["Augmented"]
+
+
+@dataclass(frozen=True)
+class Augmented(Likelihood):
+    """Solve d/dt (x, l) = (v, div v)(t, x) from (x, 0) (Chen et al. 2018, equation 8; Grathwohl et al. 2019).
+
+    The log-determinant falls under the solver's tolerance, at the price of a divergence at each of its
+    evaluations, rejected steps included. A stochastic estimator is frozen for the solve, so that its errors
+    at all times are correlated and add up; `Quadrature` has a far lower variance. Its place: comparison, and
+    `Solver(gradient="adjoint")` on fields too large to keep a graph of.
+    """
+
+    def transport(
+        self,
+        field: ConditionedField,
+        x: Tensor,
+        t_start: Tensor,
+        t_end: Tensor,
+        *,
+        estimator: Estimator,
+        solver: Solver,
+        evaluations: Evaluations,
+        generator: Generator | None = None,
+        diagnostics: bool = True,
+    ) -> Transport:
+        """See `Likelihood.transport`; the error of the integration is not known."""
+        frozen = estimator.freeze(x, generator)
+
+        def augmented(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            evaluations.divergence += 1
+            value, divergence = frozen(field, t, state[0])
+            return value, divergence.to(x.dtype)
+
+        start = (x, x.new_zeros(x.shape[0]))
+        states, log_dets = solver.solve(
+            augmented,
+            start,
+            torch.stack([t_start, t_end]),
+            evaluations=evaluations,
+            parameters=field.differentiable_tensors(),
+        )
+        exact = None if estimator.stochastic or estimator.frozen else torch.zeros_like(log_dets[-1]).detach()
+        return Transport(states[-1], log_dets[-1], None, exact)

@@ -1,0 +1,42 @@
+"""A velocity with its context bound: the field g(t, x) that is integrated."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from divflow.divergence.field import checked_value
+
+__all__ = ["ConditionedField"]
+
+
+class ConditionedField(nn.Module):
+    """The field `g(t, x) = velocity(t, x)`, or `velocity(t, x, context)` where there is a context.
+
+    Attributes:
+        velocity: a module or function.
+        context: `(k, ...)`, one row a sample, or None.
+        sample_times: whether the velocity takes one time a sample, so that several times fit one batch.
+    """
+
+    def __init__(self, velocity: Callable[..., Tensor], context: Tensor | None, sample_times: bool = False) -> None:
+        super().__init__()
+        self.velocity, self.context, self.sample_times = velocity, context, sample_times
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The velocity at time t, `()` or `(k,)`, and state x, in x's dtype."""
+        value = self.velocity(t, x) if self.context is None else self.velocity(t, x, self.context)
+        return checked_value(value, x)
+
+    def repeat(self, times: int) -> "ConditionedField":
+        """The field for `times` copies of the batch, one after another."""
+        if self.context is None or times == 1:
+            return self
+        context = self.context.repeat(times, *[1] * (self.context.ndim - 1))
+        return ConditionedField(self.velocity, context, self.sample_times)
+
+    def differentiable_tensors(self) -> list[Tensor]:
+        """What an adjoint differentiates in: the parameters, and a context that requires grad."""
+        tensors = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self.context is not None and self.context.requires_grad:
+            tensors.append(self.context)
+        return tensors

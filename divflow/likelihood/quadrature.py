@@ -1,0 +1,218 @@
+"""The log-determinant by Gauss-Kronrod quadrature along a trajectory that is solved first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from divflow.divergence import Estimator
+from divflow.likelihood.conditioned import ConditionedField
+from divflow.likelihood.gauss_kronrod import gauss_kronrod
+from divflow.likelihood.transport import Likelihood, Transport
+from divflow.solver import Evaluations, Solver, SolverError
+
+__all__ = ["Quadrature"]
+
+# Elements of the states of all nodes that are evaluated as one batch. Larger batches make larger matrix
+# products, but an image network's activations at all nodes would not fit in memory.
+_CPU_BATCH, _ACCELERATOR_BATCH = 2**18, 2**22
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Quadrature(Likelihood):
+    """Solve the trajectory with the plain velocity, then integrate the divergence at Gauss-Kronrod nodes.
+
+        log_det = (t_end - t_start) * sum_i w_i (div v)(t_i, x_{t_i})
+
+    The log-density does not feed back into the trajectory, so the solver never evaluates a divergence.
+    A stochastic estimator draws fresh probes at each node: the estimate stays unbiased, and the errors of
+    the nodes average out where those of one probe for a whole solve add up.
+
+    The Kronrod rule converges like a polynomial of degree (3 nodes - 1) / 2 as long as the divergence is
+    smooth in time; a field with kinks (ReLU) has one that jumps.
+
+    Args:
+        nodes: an odd number, at least 3: the Kronrod rule, of which every second node is the Gauss rule
+            that estimates the error.
+        tolerance: absolute, in nats, for every sample: intervals are bisected until the estimated error of
+            each is below its share. None takes the one interval as it is.
+        max_intervals: a refinement that needs more raises `SolverError`.
+
+    Raises:
+        ValueError: an even or too small number of nodes, or a tolerance or max_intervals out of range.
+    """
+
+    nodes: int = 15
+    tolerance: float | None = None
+    max_intervals: int = 64
+
+    def __post_init__(self) -> None:
+        gauss_kronrod(self.nodes)
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance must be None or positive, but is {self.tolerance!r}")
+        if self.max_intervals < 1:
+            raise ValueError(f"max_intervals must be at least 1, but is {self.max_intervals!r}")
+
+    def transport(
+        self,
+        field: ConditionedField,
+        x: Tensor,
+        t_start: Tensor,
+        t_end: Tensor,
+        *,
+        estimator: Estimator,
+        solver: Solver,
+        evaluations: Evaluations,
+        generator: Generator | None = None,
+        diagnostics: bool = True,
+    ) -> Transport:
+        """See `Likelihood.transport`.
+
+        The error estimate |K - G| compares the two rules on one set of divergences. Where those are
+        stochastic it would be noise; it is then taken from an extra pass with one probe for all nodes, if
+        `diagnostics` asks for it.
+        """
+        along = _Trajectory(field, x, t_start, t_end, solver, evaluations)
+        intervals = [(0.0, 1.0)] if self.tolerance is None else self._refine(along, estimator, generator)
+        rule = _composite_rule(self.nodes, intervals, x)
+        states = along.states(rule.nodes)
+        divergences, errors = along.divergences(rule.nodes, states[1:-1], estimator, generator)
+        span = t_end - t_start
+        log_det = span * _weighted_sum(rule.kronrod, divergences)
+
+        quadrature_error = standard_error = None
+        if not estimator.stochastic:
+            quadrature_error = _absolute_error(rule, divergences, span)
+        elif diagnostics:
+            quadrature_error = along.smooth_error(rule, states[1:-1], estimator, generator)
+        if errors is not None:
+            standard_error = torch.linalg.vector_norm(span.detach() * rule.kronrod[:, None].to(errors) * errors, dim=0)
+        return Transport(states[-1], log_det, quadrature_error, standard_error)
+
+    @torch.no_grad()
+    def _refine(self, along: "_Trajectory", estimator: Estimator, generator: Generator | None) -> list[Interval]:
+        """Bisect intervals until the estimated error of each is below its share of the tolerance."""
+        done, open_intervals = [], [(0.0, 1.0)]
+        while open_intervals:
+            if len(done) + len(open_intervals) > self.max_intervals:
+                raise SolverError(
+                    f"the divergence could not be integrated to {self.tolerance:g} nats with {self.max_intervals} intervals; "
+                    "raise max_intervals or the tolerance, tighten the solver, or use smooth activations"
+                )
+            rule = _composite_rule(self.nodes, open_intervals, along.x)
+            nodes = along.states(rule.nodes)[1:-1]
+            rough, open_intervals_next = [], []
+            for i, (low, high) in enumerate(open_intervals):
+                part = rule.part(i, self.nodes)
+                error = along.smooth_error(part, nodes[i * self.nodes : (i + 1) * self.nodes], estimator, generator)
+                if error.max() > self.tolerance * (high - low):
+                    middle = (low + high) / 2
+                    open_intervals_next += [(low, middle), (middle, high)]
+                else:
+                    rough.append((low, high))
+            done += rough
+            open_intervals = open_intervals_next
+        return sorted(done)
+
+
+class _Rule(NamedTuple):
+    """Nodes in (0, 1), increasing, with the weights of the Kronrod and the Gauss rule."""
+
+    nodes: Float[Tensor, " nodes"]
+    kronrod: Float[Tensor, " nodes"]
+    gauss: Float[Tensor, " nodes"]
+
+    def part(self, index: int, size: int) -> "_Rule":
+        return _Rule(*(tensor[index * size : (index + 1) * size] for tensor in self))
+
+
+def _composite_rule(count: int, intervals: Sequence[Interval], x: Tensor) -> _Rule:
+    rule = gauss_kronrod(count)
+    low, high = np.array(intervals).T[:, :, None]
+    columns = (
+        low + (high - low) * rule.nodes,
+        (high - low) * rule.kronrod_weights,
+        (high - low) * rule.gauss_weights,
+    )
+    return _Rule(*(torch.as_tensor(column.reshape(-1), dtype=x.dtype, device=x.device) for column in columns))
+
+
+def _absolute_error(rule: _Rule, divergences: Tensor, span: Tensor) -> Float[Tensor, " batch"]:
+    return (span.detach() * _weighted_sum(rule.kronrod - rule.gauss, divergences.detach())).abs()
+
+
+def _weighted_sum(weights: Float[Tensor, " nodes"], values: Float[Tensor, "nodes batch"]) -> Float[Tensor, " batch"]:
+    """Not a matrix product, which autocast would round to its half precision."""
+    return (weights[:, None].to(values) * values).sum(dim=0)
+
+
+class _Trajectory:
+    """The path of a batch from t_start to t_end, and the divergences along it."""
+
+    def __init__(
+        self, field: ConditionedField, x: Tensor, start: Tensor, end: Tensor, solver: Solver, evaluations: Evaluations
+    ) -> None:
+        self.field, self.x, self.start, self.end = field, x, start, end
+        self.solver, self.evaluations = solver, evaluations
+
+    def states(self, nodes: Tensor) -> Tensor:
+        """The states at both ends and at the nodes in between, `(nodes + 2, k, *event)`."""
+        times = torch.cat([self.start.view(1), self._times(nodes), self.end.view(1)])
+        (states,) = self.solver.solve(
+            lambda t, state: (self.field(t, state[0]),),
+            (self.x,),
+            times,
+            evaluations=self.evaluations,
+            parameters=self.field.differentiable_tensors(),
+        )
+        return states
+
+    def divergences(
+        self, nodes: Tensor, states: Tensor, estimator: Estimator, generator: Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The divergence at every node, `(nodes, k)`, and its standard error where it is known."""
+        times, size = self._times(nodes), self._nodes_per_batch(estimator)
+        estimates = [
+            self._at_nodes(times[i : i + size], states[i : i + size], estimator, generator)
+            for i in range(0, len(nodes), size)
+        ]
+        errors = [error for _, error in estimates]
+        return torch.cat([divergence for divergence, _ in estimates]), None if None in errors else torch.cat(errors)
+
+    @torch.no_grad()
+    def smooth_error(
+        self, rule: _Rule, states: Tensor, estimator: Estimator, generator: Generator | None
+    ) -> Float[Tensor, " batch"]:
+        """|K - G| with probes that are the same at all nodes, which makes the integrand smooth in time."""
+        frozen = estimator.freeze(self.x, generator)
+        divergences, _ = self.divergences(rule.nodes, states, frozen, None)
+        return _absolute_error(rule, divergences, self.end - self.start)
+
+    def _times(self, nodes: Tensor) -> Tensor:
+        return self.start + (self.end - self.start) * nodes
+
+    def _nodes_per_batch(self, estimator: Estimator) -> int:
+        if estimator.frozen or not self.field.sample_times:
+            return 1
+        limit = _CPU_BATCH if self.x.device.type == "cpu" else _ACCELERATOR_BATCH
+        return max(1, limit // max(1, self.x.numel()))
+
+    def _at_nodes(
+        self, times: Tensor, states: Tensor, estimator: Estimator, generator: Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        count, batch = states.shape[:2]
+        self.evaluations.divergence += count
+        if count == 1:
+            estimate = estimator.estimate(self.field, times[0], states[0], generator)
+        else:
+            estimate = estimator.estimate(
+                self.field.repeat(count), times.repeat_interleave(batch), states.flatten(0, 1), generator
+            )
+        error = estimate.standard_error
+        return estimate.divergence.view(count, batch), None if error is None else error.view(count, batch)

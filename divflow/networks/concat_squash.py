@@ -1,0 +1,72 @@
+"""FFJORD's gated layers over flattened events."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from divflow.networks.conditioning import condition, zero_initialize
+
+__all__ = ["ConcatSquash"]
+
+
+class ConcatSquash(nn.Module):
+    """Fully connected layers whose outputs time (and context) gate and shift (Grathwohl et al. 2019, FFJORD).
+
+        layer(c, h) = (W h + b) * sigmoid(G c + d) + B c,   c = [t, context]
+
+    Divergence: as for `MLP`. With a scalar t and no context the gates are shared by the batch.
+
+    Args:
+        event_shape: shape of one sample, without the batch; an int for vectors.
+        hidden: width of each hidden layer.
+        activation: class or function that makes an activation module; a smooth one (see `MLP`).
+        context_features: number of features of the (flattened) context; 0 for none.
+        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        hidden: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.Tanh,
+        context_features: int = 0,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        self.context_features = context_features
+        size = math.prod(self.event_shape)
+        widths = [size, *hidden, size]
+        self.layers = nn.ModuleList(
+            _GatedLinear(before, after, 1 + context_features)
+            for before, after in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.activations = nn.ModuleList(activation() for _ in hidden)
+        if zero_init:
+            zero_initialize(self.layers[-1].linear)
+            zero_initialize(self.layers[-1].shift)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The network's value at (t, x); see the class for the shapes."""
+        conditions = condition(t, x, context, self.context_features)
+        if t.ndim == 0 and context is None:
+            conditions = conditions[:1]  # one row of gates serves the batch
+        features = x.reshape(x.shape[0], math.prod(self.event_shape))
+        for layer, activation in zip(self.layers, self.activations, strict=False):
+            features = activation(layer(features, conditions))
+        return self.layers[-1](features, conditions).view_as(x)
+
+
+class _GatedLinear(nn.Module):
+    def __init__(self, features: int, out_features: int, conditions: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, out_features)
+        self.gate = nn.Linear(conditions, out_features)
+        self.shift = nn.Linear(conditions, out_features, bias=False)
+
+    def forward(self, x: Tensor, conditions: Tensor) -> Tensor:
+        return self.linear(x) * self.gate(conditions).sigmoid() + self.shift(conditions)

@@ -1,0 +1,63 @@
+"""The multilayer perceptron over flattened events."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from divflow.networks.conditioning import condition, zero_initialize
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    """Fully connected layers over the flattened event, time and context concatenated to it.
+
+        h_0 = [x, t, context],   h_(l+1) = activation(W_l h_l + b_l),   net(t, x) = W_L h_L + b_L
+
+    Divergence: any event of up to some hundred dimensions suits `Exact`; beyond, `Hutchinson`. The
+    activation should be smooth: a ReLU's derivative jumps, so its divergence jumps in time, which costs
+    quadrature and adaptive solvers their order, and is piecewise constant in x, with no useful gradient.
+
+    Args:
+        event_shape: shape of one sample, without the batch; an int for vectors.
+        hidden: width of each hidden layer.
+        activation: class or function that makes an activation module.
+        context_features: number of features of the (flattened) context; 0 for none.
+        dropout: probability of dropping a hidden feature while training; the mask is one for value and divergence.
+        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        hidden: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.Tanh,
+        context_features: int = 0,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        self.context_features = context_features
+        size = math.prod(self.event_shape)
+        widths = [size + 1 + context_features, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), activation()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        layers.append(nn.Linear(widths[-1], size))
+        if zero_init:
+            zero_initialize(layers[-1])
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The network's value at (t, x); see the class for the shapes."""
+        features = x.reshape(x.shape[0], math.prod(self.event_shape))
+        conditions = condition(t, x, context, self.context_features)
+        return self.layers(torch.cat([features, conditions], dim=1)).view_as(x)

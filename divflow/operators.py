@@ -1,0 +1,266 @@
+"""Derivatives of plain functions, per sample and for tensors of any shape.
+
+Each function takes the function to differentiate, not its result, so nothing can be "not in the graph";
+it leaves its arguments alone (no `.grad`, no `requires_grad_`), works under `torch.no_grad` and
+`torch.inference_mode`, and with grad enabled is differentiable again.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+from divflow.divergence.dense import products_per_pass
+from divflow.divergence.estimator import Estimator
+from divflow.divergence.exact import Exact
+from divflow.divergence.field import (
+    Field,
+    FieldError,
+    Linearization,
+    as_time,
+    checked_state,
+    linearize,
+)
+
+__all__ = [
+    "flat_gradient",
+    "gradient",
+    "hessian",
+    "jacobian",
+    "laplacian",
+    "parameter_jacobian",
+    "partial_derivative",
+]
+
+
+def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Gradient of a scalar function of each sample: `f(x) -> (k,)`, x `(k, *event)`, result `(k, *event)`.
+
+    Raises:
+        FieldError: f does not return one number a sample, or x is not a floating-point tensor.
+
+    Example:
+        >>> x = torch.tensor([[2.0, 3.0]])
+        >>> gradient(lambda x: (x**2).sum(dim=1), x)
+        tensor([[4., 6.]])
+    """
+    at = linearize(f, checked_state(x), _one_number_a_sample)
+    return at.pullback(x.new_ones(1, x.shape[0]))[0]
+
+
+def flat_gradient(f: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Float[Tensor, " n"]:
+    """Gradient of one scalar `f(*tensors)`, flattened and concatenated over the tensors in their order.
+
+    Raises:
+        FieldError: f does not return one scalar, or there is no tensor, or one is not floating-point.
+
+    Example:
+        >>> a, b = torch.tensor([2.0, 3.0]), torch.tensor([6.0, 4.0])
+        >>> flat_gradient(lambda a, b: (3 * a**3 - b**2).sum(), [a, b])
+        tensor([ 36.,  81., -12.,  -8.])
+    """
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
+        raise FieldError("flat_gradient needs at least one tensor, and all of a floating dtype")
+    sizes = [tensor.numel() for tensor in tensors]
+
+    def of_flat(flat: Tensor) -> Tensor:
+        parts = (part.view(tensor.shape) for part, tensor in zip(flat[0].split(sizes), tensors, strict=True))
+        return f(*(part.to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)))
+
+    def scalar(value: Tensor, _: Tensor) -> Tensor:
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise FieldError(f"f must return one scalar, but returned {_description(value)}; sum or average it")
+        return value.reshape(1)
+
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).unsqueeze(0)
+    at = linearize(of_flat, flat, scalar)
+    return at.pullback(flat.new_ones(1, 1))[0, 0]
+
+
+def jacobian(g: Field, t: Tensor | float, x: Tensor) -> Tensor:
+    """The Jacobian of a tensor-valued g(t, x): `J[b, i, j] = d g(t, x)[b, i] / d x[b, j]`.
+
+    Args:
+        g: a field; its value may have another event shape than x, `(k, *out)`.
+        t: time, a scalar or `(k,)`.
+        x: states `(k, *event)`.
+
+    Returns:
+        `(k, *out, *event)`, which is `(k, *event, *event)` for a field of x's shape. Cost: one
+        evaluation and prod(out) products.
+
+    Raises:
+        FieldError: x, t or the value is not what the definition needs.
+
+    Example:
+        >>> x = torch.tensor([[2.0, 3.0]])
+        >>> jacobian(lambda t, x: torch.stack([x[:, 0] ** 2, x[:, 0] * x[:, 1], x[:, 1] ** 2], dim=1), 0.0, x)
+        tensor([[[4., 0.],
+                 [3., 2.],
+                 [0., 6.]]])
+    """
+    x = checked_state(x)
+    t = as_time(t, x)
+    return _all_rows(linearize(lambda z: g(t, z), x, _one_value_a_sample), x)
+
+
+def hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Second derivatives of each sample's f: `f(x) -> (k, *out)`, result `(k, *out, *event, *event)`.
+
+    Raises:
+        FieldError: f does not return one value a sample, or x is not a floating-point tensor.
+
+    Example:
+        >>> hessian(lambda x: (x**3).sum(dim=1), torch.tensor([[1.0, 2.0]]))
+        tensor([[[ 6.,  0.],
+                 [ 0., 12.]]])
+    """
+    return jacobian(lambda t, y: jacobian(lambda _, z: f(z), t, y), 0.0, x)
+
+
+def laplacian(f: Callable[[Tensor], Tensor], x: Tensor, estimator: Estimator | None = None) -> Float[Tensor, " k"]:
+    """The Laplacian of a scalar function of each sample, the divergence of its gradient: `(k,)`.
+
+    Args:
+        f: `f(x) -> (k,)`.
+        x: states `(k, *event)`.
+        estimator: of the divergence; exact if None.
+
+    Raises:
+        FieldError: f does not return one number a sample, or x is not a floating-point tensor.
+
+    Example:
+        >>> laplacian(lambda x: (x**3).sum(dim=1), torch.tensor([[1.0, 2.0]]))
+        tensor([18.])
+    """
+    return (estimator or Exact())(lambda _, z: gradient(f, z), 0.0, x).divergence
+
+
+def partial_derivative(f: Callable[..., Tensor], inputs: Sequence[Tensor], wrt: int) -> Tensor:
+    """Elementwise derivative of `f(*inputs)` in input number `wrt`, the inputs broadcast together.
+
+    Where `autograd.grad` sums over the dimensions along which an input was broadcast, this returns the
+    derivative at every place of the output. f must act elementwise.
+
+    Raises:
+        FieldError: no such input, the inputs don't broadcast, or f's output has not the broadcast shape.
+
+    Example:
+        >>> t, k = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([2.0, 3.0])
+        >>> partial_derivative(lambda t, k: t * k + 2 * t * k**2, [t, k], wrt=1)
+        tensor([[ 9., 13.],
+                [18., 26.],
+                [36., 52.]])
+    """
+    if not -len(inputs) <= wrt < len(inputs):
+        raise FieldError(f"wrt must be the number of one of the {len(inputs)} inputs, but is {wrt}")
+    try:
+        arguments = list(torch.broadcast_tensors(*inputs))
+    except RuntimeError as error:
+        shapes = [tuple(tensor.shape) for tensor in inputs]
+        raise FieldError(f"the inputs don't broadcast together: their shapes are {shapes}") from error
+    shape = arguments[wrt].shape
+
+    def of_input(z: Tensor) -> Tensor:
+        return f(*arguments[:wrt], z[0], *arguments[wrt:][1:])
+
+    def same_shape(value: Tensor, _: Tensor) -> Tensor:
+        if not isinstance(value, Tensor) or value.shape != shape:
+            raise FieldError(
+                f"f must act elementwise, so its output must have the inputs' common shape {tuple(shape)}, "
+                f"but it is {_description(value)}"
+            )
+        return value.unsqueeze(0)
+
+    at = linearize(of_input, checked_state(arguments[wrt].unsqueeze(0)), same_shape)
+    return at.pullback(at.value.new_ones(1, 1, *shape))[0, 0]
+
+
+def parameter_jacobian(
+    f: nn.Module | Callable[..., Tensor],
+    *inputs: Tensor,
+    parameters: Mapping[str, Tensor] | None = None,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Per-sample derivatives with respect to parameters, without a loop over the batch.
+
+        result[name][b] = d f(inputs[b]) / d parameters[name]
+
+    Args:
+        f: a module, or a function `f(parameters, *inputs)`; called with batches of one sample.
+        inputs: tensors of leading dimension k, or scalars that all samples share.
+        parameters: for a function the tensors by name; for a module a selection by name (all if None).
+        chunk_size: samples at a time; None takes all at once.
+
+    Returns:
+        name: `(k, *out, *parameter)`.
+
+    Raises:
+        FieldError: no parameters, no input with a batch, inputs of different batch sizes, or samples
+            without one value each.
+
+    Example:
+        >>> x = torch.tensor([3.0, 5.0])
+        >>> p = {"a": torch.tensor(2.0), "b": torch.tensor(1.0)}
+        >>> parameter_jacobian(lambda p, x: p["a"] * x + p["b"], x, parameters=p)
+        {'a': tensor([3., 5.]), 'b': tensor([1., 1.])}
+    """
+    if isinstance(f, nn.Module):
+        module, function = f, lambda p, *args: functional_call(module, p, args)
+        parameters = dict(f.named_parameters()) if parameters is None else parameters
+    else:
+        function = f
+    if not parameters:
+        raise FieldError("there are no parameters: give a module that has some, or `parameters`, a dict of tensors")
+    sizes = {len(tensor) for tensor in inputs if tensor.ndim}
+    if len(sizes) != 1:
+        raise FieldError(f"the inputs must share one batch size in dimension 0, but have {sorted(sizes)}")
+
+    def of_sample(p: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        batches = (s.unsqueeze(0) if tensor.ndim else s for s, tensor in zip(sample, inputs, strict=True))
+        value = function(p, *batches)
+        if not isinstance(value, Tensor) or value.shape[:1] != (1,):
+            raise FieldError(f"f must return one value a sample, (k, *out), but for one sample it is {_description(value)}")
+        return value[0]
+
+    in_dims = (None, *(0 if tensor.ndim else None for tensor in inputs))
+    with torch.inference_mode(False):
+        inputs = tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in inputs)
+        return vmap(jacrev(of_sample), in_dims=in_dims, chunk_size=chunk_size)(dict(parameters), *inputs)
+
+
+def _all_rows(at: Linearization, x: Tensor) -> Tensor:
+    """Every row of the Jacobian, `(k, *out, *event)`."""
+    out = at.value.shape[1:]
+    size = math.prod(out)
+    if size == 0 or x.numel() == 0:
+        return x.new_zeros(*at.value.shape, *x.shape[1:])
+    basis = torch.eye(size, dtype=at.value.dtype, device=x.device).view(size, 1, *out)
+    rows = [
+        at.pullback(vectors.expand(len(vectors), *at.value.shape)) for vectors in basis.split(products_per_pass(x))
+    ]
+    return torch.cat(rows).movedim(0, 1).reshape(*at.value.shape, *x.shape[1:])
+
+
+def _one_number_a_sample(value: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+        raise FieldError(
+            f"f must return one number a sample, shape ({x.shape[0]},), but returned {_description(value)}; "
+            "sum over the event dimensions"
+        )
+    return value
+
+
+def _one_value_a_sample(value: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape[:1] != x.shape[:1]:
+        raise FieldError(
+            f"the function must return one value a sample, ({x.shape[0]}, *out), but returned {_description(value)}"
+        )
+    return value
+
+
+def _description(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

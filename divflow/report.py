@@ -1,0 +1,37 @@
+"""The table that a run ends with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["print_results"]
+
+
+def print_results(results: Mapping[str, float], seconds: float, steps: int, output: Path) -> None:
+    """Print the test metrics with their standard errors, the evaluations and the time.
+
+    Args:
+        results: test metrics by the names that `FlowTask` logs.
+        seconds: of training.
+        steps: of the optimizer.
+        output: the run's folder.
+    """
+    table = Table(title="Test", title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    table.add_column("unit")
+    rows = {"negative log-likelihood": ("nll", "nats"), "gap to the truth": ("gap", "nats"), "": ("bits_per_dim", "bits/dim")}
+    for title, (name, unit) in rows.items():
+        if f"test/{name}" in results:
+            error = results[f"test/{name}_standard_error"]
+            table.add_row(title or "discrete data", f"{results[f'test/{name}']:.4f} ± {error:.4f}", unit)
+    for title, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
+        if results.get(f"test/{name}"):
+            table.add_row(title, f"{results[f'test/{name}']:.1e}", "nats per sample")
+    table.add_row("field evaluations", f"{results['test/nfe']:.0f} + {results['test/nfe_divergence']:.0f}", "solve + divergence")
+    table.add_row("training", f"{seconds:.0f}", f"seconds, {steps} steps")
+    console = Console()
+    console.print(table)
+    console.print(f"In {output}: config.yaml, metrics.csv, checkpoints, figures", soft_wrap=True, highlight=False)

@@ -1,0 +1,5 @@
+"""The LightningModules."""
+
+from divflow.tasks.flow import FlowTask
+
+__all__ = ["FlowTask"]
