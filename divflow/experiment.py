@@ -69,15 +69,17 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> FlowTask:
 
 
 def _build_trainer(config: DictConfig, output: Path) -> L.Trainer:
-    settings = OmegaConf.to_container(config.device, resolve=True) | OmegaConf.to_container(config.trainer, resolve=True)
+    settings = OmegaConf.to_container(config.device, resolve=True) | OmegaConf.to_container(
+        config.trainer, resolve=True
+    )
     if settings["accelerator"] == "auto" and not torch.cuda.is_available():
         settings["accelerator"] = "cpu"  # MPS has no float64, in which torchdiffeq keeps time
     if settings["accelerator"] == "gpu" and not torch.cuda.is_available():
         raise ConfigError("this device needs a GPU, but torch sees none; use device=cpu or device=multi_process_cpu")
-    callbacks = [instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None]
-    return L.Trainer(
-        default_root_dir=output, logger=_build_logger(config.logger), callbacks=callbacks, **settings
-    )
+    callbacks = [
+        instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None
+    ]
+    return L.Trainer(default_root_dir=output, logger=_build_logger(config.logger), callbacks=callbacks, **settings)
 
 
 def _build_logger(config: DictConfig | None) -> Logger | bool:

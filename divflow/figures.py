@@ -96,7 +96,12 @@ def _draw_log_density(ax: Axes, density: FlowDensity, low: Sequence[float], high
     log_prob = torch.cat([density.log_prob(chunk) for chunk in points.split(2_000)]).view(_GRID, _GRID).float().cpu()
     top = log_prob.max().item()
     image = ax.imshow(
-        log_prob, extent=(low[0], high[0], low[1], high[1]), origin="lower", vmin=top - _NATS_SHOWN, vmax=top, cmap="viridis"
+        log_prob,
+        extent=(low[0], high[0], low[1], high[1]),
+        origin="lower",
+        vmin=top - _NATS_SHOWN,
+        vmax=top,
+        cmap="viridis",
     )
     ax.figure.colorbar(image, ax=ax, label=r"$\log p(x)$ (nats)", shrink=0.85, extend="min")
     ax.set_title("Log-density")

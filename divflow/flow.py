@@ -143,7 +143,9 @@ class ContinuousFlow(nn.Module):
             generator: draws the base samples and the probes.
         """
         if not self.base.distribution.has_rsample:
-            raise ValueError(f"the base {self.base.distribution} has no reparameterised samples; use sample and log_prob")
+            raise ValueError(
+                f"the base {self.base.distribution} has no reparameterised samples; use sample and log_prob"
+            )
         z = self.base.sample(num_samples, generator)
         carried = self._transport(z, context, self.t_base, self.t_data, generator, diagnostics=False)
         return carried.state, self.base.log_prob(z) - carried.log_det
@@ -271,7 +273,9 @@ class _Base(nn.Module):
         self._buffer_of: dict[tuple[str | int, ...], str] = {}
         for path, place, key, tensor in list(_tensors(distribution)):
             if tensor.requires_grad:
-                raise ValueError("the base's tensors require grad, but would not be among the flow's parameters; detach them")
+                raise ValueError(
+                    "the base's tensors require grad, but would not be among the flow's parameters; detach them"
+                )
             self._buffer_of[path] = name = "_".join(map(str, path))
             # A clone, since broadcast parameters share memory that a checkpoint could not be loaded into.
             self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))

@@ -223,7 +223,9 @@ def parameter_jacobian(
         batches = (s.unsqueeze(0) if tensor.ndim else s for s, tensor in zip(sample, inputs, strict=True))
         value = function(p, *batches)
         if not isinstance(value, Tensor) or value.shape[:1] != (1,):
-            raise FieldError(f"f must return one value a sample, (k, *out), but for one sample it is {_description(value)}")
+            raise FieldError(
+                f"f must return one value a sample, (k, *out), but for one sample it is {_description(value)}"
+            )
         return value[0]
 
     in_dims = (None, *(0 if tensor.ndim else None for tensor in inputs))
@@ -239,9 +241,7 @@ def _all_rows(at: Linearization, x: Tensor) -> Tensor:
     if size == 0 or x.numel() == 0:
         return x.new_zeros(*at.value.shape, *x.shape[1:])
     basis = torch.eye(size, dtype=at.value.dtype, device=x.device).view(size, 1, *out)
-    rows = [
-        at.pullback(vectors.expand(len(vectors), *at.value.shape)) for vectors in basis.split(products_per_pass(x))
-    ]
+    rows = [at.pullback(vectors.expand(len(vectors), *at.value.shape)) for vectors in basis.split(products_per_pass(x))]
     return torch.cat(rows).movedim(0, 1).reshape(*at.value.shape, *x.shape[1:])
 
 

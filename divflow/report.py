@@ -22,7 +22,11 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
     table.add_column("quantity")
     table.add_column("value", justify="right")
     table.add_column("unit")
-    rows = {"negative log-likelihood": ("nll", "nats"), "gap to the truth": ("gap", "nats"), "": ("bits_per_dim", "bits/dim")}
+    rows = {
+        "negative log-likelihood": ("nll", "nats"),
+        "gap to the truth": ("gap", "nats"),
+        "": ("bits_per_dim", "bits/dim"),
+    }
     for title, (name, unit) in rows.items():
         if f"test/{name}" in results:
             error = results[f"test/{name}_standard_error"]
@@ -30,7 +34,9 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
     for title, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
         if results.get(f"test/{name}"):
             table.add_row(title, f"{results[f'test/{name}']:.1e}", "nats per sample")
-    table.add_row("field evaluations", f"{results['test/nfe']:.0f} + {results['test/nfe_divergence']:.0f}", "solve + divergence")
+    table.add_row(
+        "field evaluations", f"{results['test/nfe']:.0f} + {results['test/nfe_divergence']:.0f}", "solve + divergence"
+    )
     table.add_row("training", f"{seconds:.0f}", f"seconds, {steps} steps")
     console = Console()
     console.print(table)

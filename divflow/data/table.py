@@ -63,7 +63,9 @@ class Table(TensorDataModule):
 def _read(path: Path, columns: Sequence[str] | None) -> tuple[Tensor, list[str]]:
     """The chosen columns as float64, and their names."""
     if not path.is_file():
-        raise DataError(f"there is no file {path} (looked in {Path.cwd()}); set data.path to a .csv, .npy or .parquet file")
+        raise DataError(
+            f"there is no file {path} (looked in {Path.cwd()}); set data.path to a .csv, .npy or .parquet file"
+        )
     try:
         if path.suffix == ".npy":
             table = _from_array(np.load(path, allow_pickle=False), path)
@@ -72,7 +74,9 @@ def _read(path: Path, columns: Sequence[str] | None) -> tuple[Tensor, list[str]]
         elif path.suffix == ".parquet":
             table = pa.parquet.read_table(path)
         else:
-            raise DataError(f"{path.name} is of type {path.suffix or '(none)'!r}; a table is a .csv, .npy or .parquet file")
+            raise DataError(
+                f"{path.name} is of type {path.suffix or '(none)'!r}; a table is a .csv, .npy or .parquet file"
+            )
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, DataError):
             raise

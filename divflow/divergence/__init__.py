@@ -31,9 +31,7 @@ __all__ = [
 _EXACT = Exact()
 
 
-def value_and_divergence(
-    g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT
-) -> ValueAndDivergence:
+def value_and_divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT) -> ValueAndDivergence:
     """The value g(t, x) and its divergence, from one evaluation of the field.
 
     Args:

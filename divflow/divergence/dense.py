@@ -24,7 +24,7 @@ __all__ = ["forward", "products_per_pass", "reverse"]
 
 # Elements of one bundle of products. On a CPU larger bundles fall out of the cache and their double
 # backward slows down several times; a GPU wants large ones.
-_CPU_BUNDLE, _ACCELERATOR_BUNDLE = 2**18, 2**24
+_CPU_BUNDLE, _ACCELERATOR_BUNDLE = 2**17, 2**24
 
 
 def products_per_pass(x: Tensor) -> int:
@@ -93,9 +93,7 @@ def _basis(x: Tensor, start: int, stop: int) -> Float[Tensor, "chunk batch *even
     return basis.view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
 
 
-def _trace_of_chunk(
-    products: Float[Tensor, "chunk batch *event"], start: int, stop: int
-) -> Float[Tensor, "batch"]:
+def _trace_of_chunk(products: Float[Tensor, "chunk batch *event"], start: int, stop: int) -> Float[Tensor, "batch"]:
     """Entry i of the product with e_i, summed over the chunk: the same for rows and for columns."""
     block = flatten_event(products, 2)[..., start:stop]
     return block.diagonal(dim1=0, dim2=2).sum(dim=-1, dtype=accumulation_dtype(products))

@@ -49,7 +49,9 @@ def flatten_event(x: Tensor, batch_dims: int = 1) -> Tensor:
 def checked_state(x: Tensor) -> Tensor:
     """Return x, refused unless it is a floating-point tensor with a batch dimension."""
     if not isinstance(x, Tensor):
-        raise FieldError(f"x must be a tensor of shape (k, *event), but is a {type(x).__name__}; use torch.as_tensor(x)")
+        raise FieldError(
+            f"x must be a tensor of shape (k, *event), but is a {type(x).__name__}; use torch.as_tensor(x)"
+        )
     if not x.is_floating_point():
         raise FieldError(
             f"x must have a floating dtype to be differentiated, but has {x.dtype}; convert it, for instance by x.float()"
@@ -141,9 +143,9 @@ class Linearization:
                 retain_graph=True,
                 is_grads_batched=batched,
                 allow_unused=True,
-                materialize_grads=True,
             )
-        return product
+        # materialize_grads would do this, but forgets the batch of vectors.
+        return vectors.new_zeros(*vectors.shape[:batched], *self._point.shape) if product is None else product
 
 
 @contextlib.contextmanager
@@ -156,7 +158,9 @@ def _twice_differentiable() -> Iterator[None]:
         yield
 
 
-def linearize(function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]) -> Linearization:
+def linearize(
+    function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]
+) -> Linearization:
     """Evaluate `function` once at x, ready for products with its Jacobian.
 
     Args:

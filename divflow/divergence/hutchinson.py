@@ -1,6 +1,5 @@
 """Hutchinson's estimator of the divergence: the mean of v^T J v over random probes v."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +66,10 @@ class FixedProbes(Estimator):
         field = linearize_field(g, t, x)
         chunks = self.probes.split(products_per_pass(x))
         samples = torch.cat([_quadratic_form(field.pullback(chunk), chunk) for chunk in chunks])
-        count = len(samples)
-        error = samples.detach().std(dim=0) / math.sqrt(count) if count > 1 else None
-        return Estimate(field.value, samples.mean(dim=0), error)
+        mean, count, error = samples.mean(dim=0), len(samples), None
+        if count > 1:
+            error = ((samples - mean).detach().square().sum(dim=0) / (count * (count - 1))).sqrt()
+        return Estimate(field.value, mean, error)
 
 
 def _quadratic_form(

@@ -1,6 +1,6 @@
 """Integrals of a divergence along a trajectory: the log-determinant of a flow.
 
-    log |det dx(t_end) / dx(t_start)| = integral from t_start to t_end of (div v)(t, x_t) dt
+log |det dx(t_end) / dx(t_start)| = integral from t_start to t_end of (div v)(t, x_t) dt
 """
 
 from divflow.likelihood.augmented import Augmented

@@ -147,7 +147,9 @@ class FlowTask(L.LightningModule):
             if key.endswith("nll") and self._bits is not None:
                 self.log(f"{stage}/bits_per_dim", self._bits(mean))
                 if with_error:
-                    self.log("test/bits_per_dim_standard_error", self._bits(error) - self._bits(torch.zeros_like(error)))
+                    self.log(
+                        "test/bits_per_dim_standard_error", self._bits(error) - self._bits(torch.zeros_like(error))
+                    )
 
     @property
     def _bits(self) -> Callable[[Tensor], Tensor] | None:

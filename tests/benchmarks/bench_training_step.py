@@ -1,0 +1,76 @@
+"""One training step beside zuko's, on the same network, tolerance and batch, in one run.
+
+    pip install -c constraints.txt -e ".[test,bench]" && pytest tests/benchmarks
+
+pytest-benchmark prints the medians and, with the table's group of one size, their ratios.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from divflow.divergence import Exact, Hutchinson
+from divflow.flow import ContinuousFlow
+from divflow.likelihood import Augmented, Quadrature
+from divflow.networks import MLP
+from divflow.solver import Solver
+
+SIZES = [(2, 64, 512), (16, 128, 256), (43, 256, 256)]
+TOLERANCE = 1e-5
+
+
+def _divflow(estimator: object, likelihood: object) -> Callable[[MLP, int], Callable[[Tensor], Tensor]]:
+    def make(network: MLP, features: int) -> Callable[[Tensor], Tensor]:
+        solver = Solver("dopri5", TOLERANCE, TOLERANCE)
+        return ContinuousFlow(network, features, estimator=estimator, likelihood=likelihood, solver=solver).log_prob
+
+    return make
+
+
+def _zuko(exact: bool) -> Callable[[MLP, int], Callable[[Tensor], Tensor]]:
+    def make(network: MLP, features: int) -> Callable[[Tensor], Tensor]:
+        transforms = pytest.importorskip("zuko").transforms
+        base = Independent(Normal(torch.zeros(features), torch.ones(features)), 1)
+
+        def log_prob(x: Tensor) -> Tensor:
+            transform = transforms.FreeFormJacobianTransform(
+                network, 1.0, 0.0, tuple(network.parameters()), TOLERANCE, TOLERANCE, exact
+            )
+            z, log_det = transform.call_and_ladj(x)
+            return base.log_prob(z) + log_det
+
+        return log_prob
+
+    return make
+
+
+WAYS = {
+    "divflow exact": _divflow(Exact(), Quadrature()),
+    "divflow exact, augmented": _divflow(Exact(), Augmented()),
+    "zuko exact": _zuko(exact=True),
+    "divflow one probe a node": _divflow(Hutchinson(), Quadrature()),
+    "zuko one probe": _zuko(exact=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_training_step(benchmark: Callable, size: tuple[int, int, int], way: str) -> None:
+    features, hidden, batch = size
+    benchmark.group = f"training step, (D, H, batch) = {size}"
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    network = MLP(features, (hidden, hidden))
+    x = torch.randn(batch, features)
+    log_prob = WAYS[way](network, features)
+
+    def step() -> None:
+        network.zero_grad()
+        (-log_prob(x).mean()).backward()
+
+    rounds = 3 if features > 16 else 7
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters() if parameter.grad is not None)

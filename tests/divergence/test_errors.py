@@ -1,0 +1,153 @@
+"""What a field or an argument that is wrong gets: a FieldError that names the value and the remedy."""
+
+import pytest
+import torch
+from catalogue import ESTIMATORS, Network
+from torch import nn
+
+from divflow.divergence import Exact, FieldError, Hutchinson, check_field, divergence
+
+X = torch.randn(4, 3)
+
+BAD_FIELDS = {
+    "another shape": (lambda t, x: x[:, :2], r"\(4, 2\).*\(4, 3\).*return a tensor of x's shape"),
+    "a sum over the batch": (lambda t, x: x.sum(), r"shape \(\) for x of shape \(4, 3\)"),
+    "another dtype": (lambda t, x: x.double(), r"float64.*float32.*module\.to\(torch\.float32\)"),
+    "another device": (lambda t, x: x.to("meta"), "meta.*cpu.*one device"),
+    "a tuple": (lambda t, x: (x, x), "tuple, not a tensor"),
+    "nothing": (lambda t, x: None, "NoneType, not a tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FIELDS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_bad_fields(name, kind):
+    field, message = BAD_FIELDS[kind]
+    with pytest.raises(FieldError, match=message):
+        divergence(field, 0.0, X, ESTIMATORS[name])
+
+
+BAD_ARGUMENTS = {
+    "integer x": (0.0, torch.ones(4, 3, dtype=torch.long), r"torch\.int64.*x\.float\(\)"),
+    "complex x": (0.0, torch.ones(4, 3, dtype=torch.complex64), "complex64"),
+    "x without a batch": (0.0, torch.tensor(1.0), r"unsqueeze\(0\)"),
+    "x no tensor": (0.0, [1.0, 2.0], "list.*as_tensor"),
+    "t of a wrong shape": (torch.zeros(3), X, r"\(3,\).*expand"),
+    "t as a column": (torch.zeros(4, 1), X, r"\(4, 1\)"),
+    "t no number": ("now", X, "str"),
+    "t elsewhere": (torch.zeros(4, device="meta"), X, "meta.*cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ARGUMENTS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_bad_arguments(name, kind):
+    t, x, message = BAD_ARGUMENTS[kind]
+    with pytest.raises(FieldError, match=message):
+        divergence(lambda t, x: x, t, x, ESTIMATORS[name])
+
+
+def test_it_is_a_value_error_too():
+    assert issubclass(FieldError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Exact("backward"), "auto.*forward.*reverse.*'backward'"),
+        (lambda: Exact(chunk_size=0), "chunk_size.*0"),
+        (lambda: Hutchinson(0), "num_probes.*0"),
+        (lambda: Hutchinson(1.5), r"num_probes.*1\.5"),
+        (lambda: Hutchinson(1, "normal"), "gaussian.*rademacher.*sphere.*'normal'"),
+    ],
+)
+def test_options_are_checked_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+    with pytest.raises(TypeError):
+        Exact(chunks=3)
+
+
+def test_frozen_probes_know_their_batch():
+    with pytest.raises(FieldError, match=r"\(4, 3\).*\(2, 3\).*freeze"):
+        Hutchinson().freeze(X)(lambda t, x: x, 0.0, X[:2])
+
+
+def test_inference_tensor_inside_the_field():
+    with torch.inference_mode():
+        captured = torch.ones(4, 3)
+        with pytest.raises(FieldError, match="clone"):
+            divergence(lambda t, x: x * captured, 0.0, X)
+
+
+class _Attention(nn.Module):
+    def forward(self, t, x):
+        return torch.softmax(x @ x.T, dim=1) @ x
+
+
+MIXING = {
+    "batch norm": (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), "1 is a BatchNorm1d.*eval mode"),
+    "attention over the batch": (_Attention(), "dimension 0"),
+    "detached batch statistics": (lambda t, x: x - x.mean(dim=0).detach(), "dimension 0"),
+    "a hidden last layer of zeros": (None, "dimension 0"),
+}
+
+
+class _ZeroEnded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(3, 3)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, t, x):
+        return self.last(torch.softmax(x @ x.T, dim=1) @ x)
+
+
+@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.parametrize("batch", [1, 2, 33])
+def test_check_field_finds_mixing(kind, batch):
+    field, message = MIXING[kind]
+    field = _ZeroEnded() if field is None else field
+    call = field if not isinstance(field, nn.Sequential) else None
+    if call is None:
+
+        class Wrapped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = field
+
+            def forward(self, t, x):
+                return self.layers(x)
+
+        call = Wrapped()
+        message = "layers." + message
+    running = [buffer.clone() for buffer in call.buffers()] if isinstance(call, nn.Module) else []
+    with pytest.raises(FieldError, match=message):
+        check_field(call, 0.0, torch.randn(batch, 3))
+    for before, after in zip(running, call.buffers() if isinstance(call, nn.Module) else [], strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("event", [(), (3,), (2, 4, 4)], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 2, 33])
+def test_check_field_accepts_fields(event, batch):
+    x = torch.randn(batch, *event)
+    state = torch.get_rng_state()
+    check_field(Network(event, torch.float32), 0.0, x)
+    check_field(Network(event, torch.float32), torch.rand(batch), x)
+    check_field(lambda t, x: torch.nn.functional.dropout(x), 0.0, x)
+    torch.set_rng_state(state)
+    check_field(lambda t, x: x, 0.0, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batch_norm_in_eval_mode_is_a_field():
+    layer = nn.BatchNorm1d(3).eval()
+    check_field(lambda t, x: layer(x), 0.0, X)
+
+
+def test_explain_says_what_a_call_does():
+    plan = Exact(chunk_size=2).explain(lambda t, x: x, 0.0, X)
+    assert (plan.method, plan.products, plan.chunk_size) == ("reverse", 3, 2)
+    assert Exact("forward").explain(lambda t, x: x, 0.0, X).method == "forward"
