@@ -110,7 +110,7 @@ def _draw_log_density(ax: Axes, density: FlowDensity, low: Sequence[float], high
 def _draw_trajectories(ax: Axes, density: FlowDensity, count: int) -> None:
     flow = density.flow
     z = flow.base.sample(count, torch.Generator(next(density.parameters()).device).manual_seed(0))
-    times = torch.linspace(float(flow.t_base), float(flow.t_data), 40).tolist()
+    times = torch.linspace(*flow.times(), 40).tolist()
     states = flow.trajectory(z, times)
     paths = torch.stack([density.transform.inverse(state) for state in states]).float().cpu()
     ax.plot(paths[:, :, 0], paths[:, :, 1], color="0.6", linewidth=0.6, zorder=1)

@@ -93,8 +93,8 @@ class ContinuousFlow(nn.Module):
                 "gradient='adjoint' needs a velocity that is an nn.Module, to know its parameters, but got "
                 f"{type(velocity).__name__}; wrap it in a module, or use Solver(gradient='direct')"
             )
-        if float(t_base) == float(t_data):
-            raise ValueError(f"t_base and t_data must differ, but both are {float(t_base)}")
+        if torch.equal(torch.as_tensor(t_base).detach(), torch.as_tensor(t_data).detach()):
+            raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data = t_base, t_data
         self.base = _Base(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
         self._sample_times: bool | None = None
@@ -175,6 +175,10 @@ class ContinuousFlow(nn.Module):
             )
         return states
 
+    def times(self) -> tuple[float, float]:
+        """t_base and t_data as numbers."""
+        return torch.as_tensor(self.t_base).item(), torch.as_tensor(self.t_data).item()
+
     def field(self, context: Tensor | None = None) -> ConditionedField:
         """The velocity as a field g(t, x), with the context bound to it."""
         return ConditionedField(self.velocity, context, bool(self._sample_times))
@@ -214,7 +218,7 @@ class ContinuousFlow(nn.Module):
         with _outside_inference_mode():
             x, field = self._prepare(x, context)
             if self._sample_times is None and len(x):
-                self._sample_times = accepts_sample_times(field, float(self.t_base), float(self.t_data), x)
+                self._sample_times = accepts_sample_times(field, *self.times(), x)
                 field.sample_times = self._sample_times
             return self.likelihood.transport(
                 field,
@@ -283,6 +287,8 @@ class _Base(nn.Module):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """In z's precision, whatever autocast makes of the matrix products inside."""
+        if len(z) == 0:  # which torch's Independent can't reshape
+            return z.new_zeros(0)
         with torch.autocast(z.device.type, enabled=False):
             return self.distribution.log_prob(z)
 

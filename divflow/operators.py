@@ -158,7 +158,7 @@ def partial_derivative(f: Callable[..., Tensor], inputs: Sequence[Tensor], wrt: 
     if not -len(inputs) <= wrt < len(inputs):
         raise FieldError(f"wrt must be the number of one of the {len(inputs)} inputs, but is {wrt}")
     try:
-        arguments = list(torch.broadcast_tensors(*inputs))
+        arguments = list(torch.broadcast_tensors(*(_plain(tensor) for tensor in inputs)))
     except RuntimeError as error:
         shapes = [tuple(tensor.shape) for tensor in inputs]
         raise FieldError(f"the inputs don't broadcast together: their shapes are {shapes}") from error
@@ -229,9 +229,12 @@ def parameter_jacobian(
         return value[0]
 
     in_dims = (None, *(0 if tensor.ndim else None for tensor in inputs))
+    if not torch.is_grad_enabled():  # jacrev enables it again
+        parameters = {name: tensor.detach() for name, tensor in parameters.items()}
     with torch.inference_mode(False):
-        inputs = tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in inputs)
-        return vmap(jacrev(of_sample), in_dims=in_dims, chunk_size=chunk_size)(dict(parameters), *inputs)
+        return vmap(jacrev(of_sample), in_dims=in_dims, chunk_size=chunk_size)(
+            dict(parameters), *(_plain(tensor) for tensor in inputs)
+        )
 
 
 def _all_rows(at: Linearization, x: Tensor) -> Tensor:
@@ -243,6 +246,12 @@ def _all_rows(at: Linearization, x: Tensor) -> Tensor:
     basis = torch.eye(size, dtype=at.value.dtype, device=x.device).view(size, 1, *out)
     rows = [at.pullback(vectors.expand(len(vectors), *at.value.shape)) for vectors in basis.split(products_per_pass(x))]
     return torch.cat(rows).movedim(0, 1).reshape(*at.value.shape, *x.shape[1:])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor that can enter a graph, which those made in inference mode can't."""
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _one_number_a_sample(value: Tensor, x: Tensor) -> Tensor:

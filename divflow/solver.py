@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,14 +152,17 @@ class Solver:
             if self.gradient == "adjoint":
                 keywords |= {"adjoint_params": tuple(parameters), "adjoint_options": self._adjoint_options(times)}
             solve = odeint_adjoint if self.gradient == "adjoint" else odeint
-            solution = solve(monitor, state[0] if single else state, times, **keywords)
+            with _unconverged_is_an_error():
+                solution = solve(monitor, state[0] if single else state, times, **keywords)
         except AssertionError as error:
             if monitor.inside_field:
                 raise
             raise SolverError(monitor.failure(str(error))) from error
+        except _Unconverged as error:
+            raise SolverError(monitor.failure("the implicit step did not converge; use smaller steps")) from error
         solution = (solution,) if single else solution
         monitor.begin_backward()
-        if not all(torch.isfinite(part).all() for part in solution):
+        if not _is_finite(solution):
             raise SolverError(monitor.failure("the state became non-finite"))
         if self.gradient == "adjoint":
             solution = tuple(_OnceDifferentiable.apply(part) for part in solution)
@@ -167,23 +171,26 @@ class Solver:
         return tuple(solution)
 
     def _options(self, times: Tensor) -> dict[str, Any]:
-        options = dict(self.options or {})
+        options, times = dict(self.options or {}), times.detach()
         if METHODS[self.method] >= _FIXED:
             step_size = options.pop("step_size", abs(float(times[-1]) - float(times[0])) / _DEFAULT_STEPS)
 
             # A grid of our own, because a step_size that divides the span gains a step of length zero by rounding.
             def grid(_: object, __: object, t: Tensor) -> Tensor:
-                steps = max(1, math.ceil(abs(float(t[-1]) - float(t[0])) / step_size - 1e-6))
+                steps = max(1, math.ceil((t[-1] - t[0]).abs().item() / step_size - 1e-6))
                 inner = t[0] + (t[-1] - t[0]) * torch.arange(1, steps, dtype=t.dtype, device=t.device) / steps
                 return torch.cat([t[:1], inner, t[-1:]])
 
-            # Outputs are interpolated linearly by default, which would cost a method its order.
+            # Outputs are interpolated linearly by default, which would cost a method its order; and explicit Adams of
+            # torchdiffeq's default order, 12, is unstable: on dx/dt = -x it ends with errors of many powers of ten.
+            if self.method == "explicit_adams":
+                options.setdefault("max_order", 4)
             options |= {"grid_constructor": grid, "interp": "cubic"}
         elif METHODS[self.method] == _ADAPTIVE:
             on_steps = times if self.method in _COARSELY_INTERPOLATED else times[[0, -1]]
             jumps = torch.as_tensor(options.get("jump_t", []), dtype=times.dtype, device=times.device)
             steps = torch.as_tensor(options.get("step_t", []), dtype=times.dtype, device=times.device)
-            steps = torch.cat([steps, on_steps.detach()]).unique()
+            steps = torch.cat([steps, on_steps]).unique()
             options |= {"step_t": steps[~torch.isin(steps, jumps)], "jump_t": jumps}
             # torchdiffeq's own guess costs an evaluation and mostly a few steps that are far too small; one step over
             # the whole span is rejected once or twice where it is too long (measured on trained flows: 31 evaluations
@@ -230,6 +237,10 @@ class _Monitor:
         with torch.autocast(**self._autocast) if self._backward else contextlib.nullcontext():
             derivative = self._field(t, state) if isinstance(state, tuple) else self._field(t, (state,))[0]
         self.inside_field = False
+        if self._backward and not _is_finite(derivative):
+            # The norm of torchdiffeq's adjoint is a Python max, in which a NaN is lost and the step accepted.
+            self._time = t.detach()
+            raise SolverError(self.failure("the velocity became non-finite"))
         return derivative
 
     def begin_backward(self) -> None:
@@ -246,15 +257,31 @@ class _Monitor:
         )
 
     def _remember(self, t: Tensor, state: State, step: Tensor) -> None:
-        self._time = t
+        self._time = t.detach()
 
     def _check_step(self, t: Tensor, state: State, step: Tensor) -> None:
         """What torchdiffeq asserts of a step; here because no one can catch it inside `.backward()`."""
-        self._time = t
+        self._time = t.detach()
         if not t.abs() + step.abs() > t.abs():
             raise SolverError(self.failure(f"underflow in the step size {float(step):g}"))
-        if not all(torch.isfinite(part).all() for part in (state if isinstance(state, tuple) else (state,))):
+        if not _is_finite(state):
             raise SolverError(self.failure("the state or its adjoint became non-finite"))
+
+
+class _Unconverged(UserWarning):
+    """What torchdiffeq only warns of: "Functional iteration did not converge. Solution may be incorrect."."""
+
+
+@contextlib.contextmanager
+def _unconverged_is_an_error() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Functional iteration did not converge")
+        try:
+            yield
+        except UserWarning as warning:
+            if "Functional iteration" not in str(warning):
+                raise
+            raise _Unconverged(str(warning)) from warning
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -269,6 +296,10 @@ class _OnceDifferentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise SolverError("gradient='adjoint' is differentiable once only; use Solver(gradient='direct')")
         return gradient
+
+
+def _is_finite(state: Tensor | State) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in ((state,) if isinstance(state, Tensor) else state))
 
 
 def _refuse_scipy_gradients(state: State, times: Tensor, parameters: Sequence[Tensor]) -> None:

@@ -107,17 +107,16 @@ class Quadrature(Likelihood):
                 )
             rule = _composite_rule(self.nodes, open_intervals, along.x)
             nodes = along.states(rule.nodes)[1:-1]
-            rough, open_intervals_next = [], []
+            too_coarse = []
             for i, (low, high) in enumerate(open_intervals):
                 part = rule.part(i, self.nodes)
                 error = along.smooth_error(part, nodes[i * self.nodes : (i + 1) * self.nodes], estimator, generator)
-                if error.max() > self.tolerance * (high - low):
+                if (error > self.tolerance * (high - low)).any():
                     middle = (low + high) / 2
-                    open_intervals_next += [(low, middle), (middle, high)]
+                    too_coarse += [(low, middle), (middle, high)]
                 else:
-                    rough.append((low, high))
-            done += rough
-            open_intervals = open_intervals_next
+                    done.append((low, high))
+            open_intervals = too_coarse
         return sorted(done)
 
 

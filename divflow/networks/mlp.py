@@ -25,7 +25,6 @@ class MLP(nn.Module):
         hidden: width of each hidden layer.
         activation: class or function that makes an activation module.
         context_features: number of features of the (flattened) context; 0 for none.
-        dropout: probability of dropping a hidden feature while training; the mask is one for value and divergence.
         zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
 
     Shape:
@@ -38,7 +37,6 @@ class MLP(nn.Module):
         hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.Tanh,
         context_features: int = 0,
-        dropout: float = 0.0,
         zero_init: bool = False,
     ) -> None:
         super().__init__()
@@ -49,8 +47,6 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for before, after in zip(widths[:-1], widths[1:], strict=True):
             layers += [nn.Linear(before, after), activation()]
-            if dropout:
-                layers.append(nn.Dropout(dropout))
         layers.append(nn.Linear(widths[-1], size))
         if zero_init:
             zero_initialize(layers[-1])

@@ -165,5 +165,5 @@ class FlowTask(L.LightningModule):
         with torch.no_grad():
             x, _ = self.density.transform(batch)
         flow = self.density.flow
-        check_field(flow.field(), float(flow.t_base), x.to(self.density.dtype))
+        check_field(flow.field(), flow.times()[0], x.to(self.density.dtype))
         self._checked = True

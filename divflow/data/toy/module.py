@@ -1,7 +1,7 @@
 """Samples of a toy density as a Lightning data module."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
@@ -10,6 +10,7 @@ from divflow.data.module import DataError, Rows, TensorDataModule
 __all__ = ["Density", "Toy"]
 
 
+@runtime_checkable
 class Density(Protocol):
     """A density in the plane that can be sampled and evaluated."""
 
@@ -57,7 +58,7 @@ class Toy(TensorDataModule):
         for name, count in {"num_train": num_train, "num_val": num_val, "num_test": num_test}.items():
             if count < 2:
                 raise DataError(f"{name} must be at least 2, but is {count}")
-        self.density = density if hasattr(density, "log_prob") else density()
+        self.density = density if isinstance(density, Density) else density()
         generator = Generator().manual_seed(seed)
         self.train, self.val, self.test = (
             Rows(self.density.sample(count, generator)) for count in (num_train, num_val, num_test)
