@@ -1,6 +1,8 @@
 """A run: from a composed config to a trained flow, its figures and its results."""
 
+import logging
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -31,6 +33,7 @@ def train(config: DictConfig, output: Path) -> dict[str, float]:
     Raises:
         DivflowError: a setting, the data, the field or the solve is not what it needs to be.
     """
+    _quieten()
     output.mkdir(parents=True, exist_ok=True)
     if config.seed is not None:
         L.seed_everything(config.seed, workers=True, verbose=False)
@@ -40,6 +43,7 @@ def train(config: DictConfig, output: Path) -> dict[str, float]:
         check_state(task, read_checkpoint(config.ckpt_path)["state_dict"], config.ckpt_path)
     trainer = _build_trainer(config, output)
     if trainer.is_global_zero:
+        _keep_metrics(output)
         OmegaConf.save(config, output / "config.yaml", resolve=True)
 
     started = time.perf_counter()
@@ -93,3 +97,26 @@ def _build_logger(config: DictConfig | None) -> Logger | bool:
             package = cause.msg.split("`")[1] if "`" in str(cause.msg) else cause.name
             raise ConfigError(f"logger {config._target_} needs a package: pip install {package}") from error
         raise
+
+
+def _keep_metrics(output: Path) -> None:
+    """Rename the metrics of an earlier run into the same folder, which the logger would delete."""
+    metrics = output / "metrics.csv"
+    if metrics.is_file():
+        count = len(list(output.glob("metrics_before_*.csv")))
+        metrics.rename(output / f"metrics_before_{count + 1}.csv")
+
+
+def _quieten() -> None:
+    """Lightning's remarks on hardware and loggers, which say nothing of the run."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for remark in (
+        ".*does not have many workers",
+        ".*isinstance\\(treespec, LeafSpec\\)",
+        "Experiment logs directory",
+        "Checkpoint directory .* exists and is not empty",
+        "The number of training batches .* is smaller than the logging interval",
+        "You're resuming from a checkpoint that ended before the epoch ended",
+        "It is recommended to use .*sync_dist=True",
+    ):
+        warnings.filterwarnings("ignore", message=remark)

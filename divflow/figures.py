@@ -28,7 +28,7 @@ def plot_plane(density: FlowDensity, data: Tensor, samples: Tensor, trajectories
         trajectories: how many are drawn.
     """
     low, high = _extent(data)
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.3), layout="constrained")
     axes = figure.subplots(1, 4)
     for ax, points, title in zip(axes, (data, samples), ("Data", "Samples of the flow"), strict=False):
         ax.scatter(*points.cpu().T, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
@@ -84,9 +84,10 @@ def plot_marginals(data: Tensor, samples: Tensor, names: Sequence[str], columns:
 
 
 def _extent(data: Tensor) -> tuple[list[float], list[float]]:
+    """The corners of a square around the data."""
     low, high = data.amin(dim=0), data.amax(dim=0)
-    margin = 0.08 * (high - low)
-    return (low - margin).tolist(), (high + margin).tolist()
+    centre, half = (low + high) / 2, 0.55 * (high - low).max()
+    return (centre - half).tolist(), (centre + half).tolist()
 
 
 def _draw_log_density(ax: Axes, density: FlowDensity, low: Sequence[float], high: Sequence[float]) -> None:
@@ -103,7 +104,7 @@ def _draw_log_density(ax: Axes, density: FlowDensity, low: Sequence[float], high
         vmax=top,
         cmap="viridis",
     )
-    ax.figure.colorbar(image, ax=ax, label=r"$\log p(x)$ (nats)", shrink=0.85, extend="min")
+    ax.figure.colorbar(image, ax=ax, label=r"$\log p(x)$ (nats)", fraction=0.046, pad=0.03, extend="min")
     ax.set_title("Log-density")
 
 
