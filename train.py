@@ -1,28 +1,30 @@
 """Train a flow: `python train.py [group=choice ...] [setting=value ...]`; `python train.py --help` lists them."""
 
 import sys
-from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
-
-from divflow.errors import DivflowError
-from divflow.experiment import train
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(config: DictConfig) -> None:
-    """Run one experiment in the folder that Hydra made for it."""
+    """Run one experiment; what a user can mend ends with its message and not with a traceback."""
     try:
-        train(config, Path(HydraConfig.get().runtime.output_dir))
+        from divflow.errors import DivflowError  # imported here, where Ctrl-C is caught
+        from divflow.experiment import train
+    except KeyboardInterrupt:
+        sys.exit(130)
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except DivflowError as error:
         sys.exit(f"error: {error}")
     except InstantiationException as error:
-        if isinstance(error.__cause__, (DivflowError, ValueError, TypeError)):
-            sys.exit(f"error: {error.__cause__} (at {error.full_key or 'the config'})")
-        raise
+        if not isinstance(error.__cause__, (ValueError, TypeError)):
+            raise
+        sys.exit(f"error: {error.__cause__}")
 
 
 if __name__ == "__main__":

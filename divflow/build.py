@@ -58,4 +58,7 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> nn
 
 
 def _free_arguments(make: functools.partial) -> set[str]:
-    return set(inspect.signature(make.func).parameters) - set(make.keywords)
+    try:
+        return set(inspect.signature(make.func).parameters) - set(make.keywords)
+    except ValueError:  # some built-in types have no signature
+        return set()

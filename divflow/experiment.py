@@ -1,14 +1,17 @@
 """A run: from a composed config to a trained flow, its figures and its results."""
 
 import logging
+import sys
 import time
 import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from divflow.build import ConfigError, build_density, build_ways
@@ -20,20 +23,22 @@ from divflow.tasks import FlowTask
 __all__ = ["train"]
 
 
-def train(config: DictConfig, output: Path) -> dict[str, float]:
-    """Train, test and report; everything is left in the folder `output`.
+def train(config: DictConfig) -> dict[str, float]:
+    """Train, test and report.
 
     Args:
-        config: as `configs/train.yaml` composes it.
-        output: folder of the run: `config.yaml` (resolved), `metrics.csv`, `checkpoints/`, `figures/`.
+        config: as `configs/train.yaml` composes it. In its `output_dir` the run leaves `config.yaml` (resolved),
+            `metrics.csv`, `checkpoints/` and `figures/`.
 
     Returns:
         The test metrics of the best checkpoint, by name.
 
     Raises:
         DivflowError: a setting, the data, the field or the solve is not what it needs to be.
+        SystemExit: after Ctrl-C (130) or SIGTERM (143), `checkpoints/last.ckpt` written.
     """
     _quieten()
+    output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if config.seed is not None:
         L.seed_everything(config.seed, workers=True, verbose=False)
@@ -41,13 +46,19 @@ def train(config: DictConfig, output: Path) -> dict[str, float]:
     task = _build_task(config, data)
     if config.ckpt_path is not None:
         check_state(task, read_checkpoint(config.ckpt_path)["state_dict"], config.ckpt_path)
-    trainer = _build_trainer(config, output)
+    trainer = _build_trainer(config)
     if trainer.is_global_zero:
         _keep_metrics(output)
         OmegaConf.save(config, output / "config.yaml", resolve=True)
 
     started = time.perf_counter()
-    trainer.fit(task, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to both signals, once its callbacks have saved
+        last = output / "checkpoints" / "last.ckpt"
+        hint = f"; go on with ckpt_path={last}" if last.is_file() else ""
+        print(f"\nstopped after {trainer.global_step} steps{hint}", file=sys.stderr)
+        raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
     seconds = time.perf_counter() - started
 
     best = output / "checkpoints" / "best.ckpt"
@@ -72,7 +83,7 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> FlowTask:
     return make(density=density, evaluation=evaluation, config=flow_config)
 
 
-def _build_trainer(config: DictConfig, output: Path) -> L.Trainer:
+def _build_trainer(config: DictConfig) -> L.Trainer:
     settings = OmegaConf.to_container(config.device, resolve=True) | OmegaConf.to_container(
         config.trainer, resolve=True
     )
@@ -83,7 +94,7 @@ def _build_trainer(config: DictConfig, output: Path) -> L.Trainer:
     callbacks = [
         instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None
     ]
-    return L.Trainer(default_root_dir=output, logger=_build_logger(config.logger), callbacks=callbacks, **settings)
+    return L.Trainer(default_root_dir=config.output_dir, logger=_build_logger(config.logger), callbacks=callbacks, **settings)
 
 
 def _build_logger(config: DictConfig | None) -> Logger | bool:
@@ -91,12 +102,11 @@ def _build_logger(config: DictConfig | None) -> Logger | bool:
         return False
     try:
         return instantiate(config, _convert_="all")
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, ModuleNotFoundError):
-            package = cause.msg.split("`")[1] if "`" in str(cause.msg) else cause.name
-            raise ConfigError(f"logger {config._target_} needs a package: pip install {package}") from error
-        raise
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        package = config._target_.rpartition(".")[2].removesuffix("Logger").lower()
+        raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
 
 
 def _keep_metrics(output: Path) -> None:

@@ -31,7 +31,7 @@ def plot_plane(density: FlowDensity, data: Tensor, samples: Tensor, trajectories
     figure = Figure(figsize=(13, 3.3), layout="constrained")
     axes = figure.subplots(1, 4)
     for ax, points, title in zip(axes, (data, samples), ("Data", "Samples of the flow"), strict=False):
-        ax.scatter(*points.cpu().T, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
+        ax.scatter(*points.float().cpu().numpy().T, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
         ax.set_title(title)
     _draw_log_density(axes[2], density, low, high)
     _draw_trajectories(axes[3], density, trajectories)
@@ -74,10 +74,11 @@ def plot_marginals(data: Tensor, samples: Tensor, names: Sequence[str], columns:
         if i >= count:
             ax.set_axis_off()
             continue
-        values, low, high = data[:, i].cpu(), *np.quantile(data[:, i].cpu(), [0.002, 0.998])
+        values = data[:, i].cpu().numpy()
+        low, high = np.quantile(values, [0.002, 0.998])
         bins = np.linspace(low, high, 50)
         ax.hist(values, bins, density=True, color="0.8", label="data")
-        ax.hist(samples[:, i].cpu(), bins, density=True, histtype="step", color="C0", label="samples of the flow")
+        ax.hist(samples[:, i].cpu().numpy(), bins, density=True, histtype="step", color="C0", label="samples of the flow")
         ax.set(xlabel=names[i], ylabel="density" if i % 4 == 0 else "")
     figure.axes[0].legend(frameon=False, fontsize="small")
     return figure
@@ -94,8 +95,8 @@ def _draw_log_density(ax: Axes, density: FlowDensity, low: Sequence[float], high
     device = next(density.parameters()).device
     grids = [torch.linspace(a, b, _GRID, device=device) for a, b in zip(low, high, strict=True)]
     points = torch.stack(torch.meshgrid(*grids, indexing="xy"), dim=-1).view(-1, 2)
-    log_prob = torch.cat([density.log_prob(chunk) for chunk in points.split(2_000)]).view(_GRID, _GRID).float().cpu()
-    top = log_prob.max().item()
+    log_prob = torch.cat([density.log_prob(chunk) for chunk in points.split(2_000)]).view(_GRID, _GRID).float().cpu().numpy()
+    top = float(log_prob.max())
     image = ax.imshow(
         log_prob,
         extent=(low[0], high[0], low[1], high[1]),
@@ -113,7 +114,7 @@ def _draw_trajectories(ax: Axes, density: FlowDensity, count: int) -> None:
     z = flow.base.sample(count, torch.Generator(next(density.parameters()).device).manual_seed(0))
     times = torch.linspace(*flow.times(), 40).tolist()
     states = flow.trajectory(z, times)
-    paths = torch.stack([density.transform.inverse(state) for state in states]).float().cpu()
+    paths = torch.stack([density.transform.inverse(state) for state in states]).float().cpu().numpy()
     ax.plot(paths[:, :, 0], paths[:, :, 1], color="0.6", linewidth=0.6, zorder=1)
     ax.scatter(*paths[0].T, s=7, color="C1", label="base", zorder=2)
     ax.scatter(*paths[-1].T, s=7, color="C0", label="data", zorder=2)

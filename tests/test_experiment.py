@@ -1,0 +1,187 @@
+"""Whole runs of the real configs, for a few steps."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from run import FAST, SMALL_TOY, config
+
+import divflow
+from divflow.checkpoint import CheckpointError
+from divflow.experiment import train
+
+
+def run(tmp_path, *overrides, toy=True):
+    return train(config(*FAST, *(SMALL_TOY if toy else []), f"output_dir={tmp_path}", *overrides))
+
+
+VARIANTS = {
+    "exact": ["estimator=exact"],
+    "autograd": ["estimator=autograd"],
+    "hutchinson": ["estimator=hutchinson", "estimator.num_probes=4"],
+    "augmented adjoint": ["likelihood=augmented", "solver=rk4", "solver.gradient=adjoint"],
+    "quadrature adjoint": ["solver.gradient=adjoint"],
+    "stochastic evaluation": ["estimator@evaluation.estimator=hutchinson", "evaluation.estimator.num_probes=2"],
+    "bf16-mixed": ["device.precision=bf16-mixed"],
+    "concat squash": ["network=concat_squash"],
+    "opposite time": ["t_base=1.0", "t_data=0.0"],
+    "no average": ["callbacks.average=null"],
+    "no schedule": ["task.scheduler=null"],
+    "tensorboard": ["logger=tensorboard"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_run(tmp_path, variant):
+    results = run(tmp_path, *VARIANTS[variant])
+    assert all(math.isfinite(value) for value in results.values())
+    assert results["test/gap"] > 0
+    assert ("test/estimator_error" in results and results["test/estimator_error"] > 0) == (variant == "stochastic evaluation")
+
+
+def test_what_a_run_leaves_and_logs(tmp_path):
+    results = run(tmp_path, "callbacks.figures.every_n_epochs=1", "callbacks.figures.num_samples=50", "data.num_train=32")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "figures/epoch_0001.png",
+        "figures/epoch_0002.png",
+        "figures/final.png",
+    }
+    assert "${" not in (tmp_path / "config.yaml").read_text()
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    for name in ("train/nll", "train/nfe", "train/nfe_backward", "train/nfe_divergence", "train/quadrature_error"):
+        assert table[name].notna().sum() == 4
+    for name in ("val/nll", "val/gap", "val/nfe", "val/quadrature_error"):
+        assert table[name].notna().sum() == 2
+    for name in ("test/nll", "test/nll_standard_error", "test/gap", "test/gap_standard_error", "test/nfe"):
+        assert table[name].notna().sum() == 1
+        np.testing.assert_allclose(table[name].dropna().iloc[0], results[name], rtol=1e-6)
+
+
+def test_loads_back_as_the_density_that_was_tested(tmp_path):
+    cfg = config(*FAST, *SMALL_TOY, f"output_dir={tmp_path}", "callbacks.average.decay=0.5")
+    results = train(cfg)
+    density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
+    from hydra.utils import instantiate
+
+    data = instantiate(cfg.data, _convert_="all")
+    with torch.no_grad():
+        x = data.test.rows
+        nll = -density.flow.replace(solver=instantiate(cfg.evaluation.solver, _convert_="all")).log_prob(x)
+    np.testing.assert_allclose(nll.mean().item(), results["test/nll"], rtol=1e-4)
+    np.testing.assert_allclose(nll.std().item() / math.sqrt(30), results["test/nll_standard_error"], rtol=1e-3)
+    gap = (data.log_prob(x) + nll).mean().item()
+    np.testing.assert_allclose(gap, results["test/gap"], rtol=1e-3)
+    assert density.sample(5).shape == (5, 2)
+    assert not density.training
+
+
+def test_digits_report_bits_per_dimension_of_the_discrete_data(tmp_path):
+    results = run(tmp_path, "data=digits", toy=False)
+    bits = results["test/nll"] / (64 * math.log(2)) + math.log2(17)
+    np.testing.assert_allclose(results["test/bits_per_dim"], bits, rtol=1e-5)
+    error = results["test/nll_standard_error"] / (64 * math.log(2))
+    np.testing.assert_allclose(results["test/bits_per_dim_standard_error"], error, rtol=1e-3)
+    assert 2 < bits < 4.1  # log2(17) = 4.09 is the uniform distribution
+
+
+def test_images_through_a_convolutional_network(tmp_path):
+    results = run(
+        tmp_path,
+        "data=digits",
+        "network=conv",
+        "network.hidden=[4]",
+        "data.event_shape=[1,8,8]",
+        "estimator@evaluation.estimator=hutchinson",
+        toy=False,
+    )
+    assert 2 < results["test/bits_per_dim"] < 4.2
+    images = divflow.load(tmp_path / "checkpoints" / "last.ckpt").sample(3)
+    assert images.shape == (3, 1, 8, 8)
+
+
+def test_a_table_of_ones_own(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"height": rng.normal(170, 10, 400), "weight": rng.normal(70, 8, 400), "name": "x"})
+    frame.to_csv(tmp_path / "people.csv", index=False)
+    results = run(tmp_path / "run", "data=table", f"data.path={tmp_path}/people.csv", "data.columns=[height,weight]", toy=False)
+    # In units of the file: two independent normals of standard deviations 10 and 8, before much training.
+    entropy = math.log(10 * 8) + 1 + math.log(2 * math.pi)
+    assert abs(results["test/nll"] - entropy) < 0.6
+    samples = divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt").sample(2_000)
+    assert abs(samples[:, 0].mean() - 170) < 10
+    assert (tmp_path / "run" / "figures" / "final.png").is_file()
+
+
+def test_seed_zero_is_a_seed(tmp_path):
+    a, b, c = (run(tmp_path / name, f"seed={seed}")["test/nll"] for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert a == b
+    assert a != c
+
+
+def test_resuming_goes_on_where_it_stopped(tmp_path):
+    straight = run(tmp_path / "straight", "data.num_train=16", "task.scheduler=null")
+    run(tmp_path / "half", "data.num_train=16", "trainer.max_steps=2", "task.scheduler=null")
+    last = tmp_path / "half" / "checkpoints" / "last.ckpt"
+    resumed = run(tmp_path / "half", "data.num_train=16", f"ckpt_path={last}", "task.scheduler=null")
+    # Every step sees all 16 rows, so the two runs are the same but for their order in a sum.
+    np.testing.assert_allclose(resumed["test/nll"], straight["test/nll"], rtol=1e-5)
+    weights = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("straight", "half")]
+    for key, value in weights[0]["current_model_state"].items():
+        torch.testing.assert_close(value, weights[1]["current_model_state"][key], rtol=1e-4, atol=1e-5)
+    assert weights[1]["global_step"] == 4
+    assert (tmp_path / "half" / "metrics_before_1.csv").is_file()  # the metrics of the first half are kept
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_lost(tmp_path):
+    run(tmp_path / "a")
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    with pytest.raises(CheckpointError, match=r"another architecture.*\(16, 3\) there and \(8, 3\) here"):
+        run(tmp_path / "a", "network.hidden=[8]", f"ckpt_path={last}")
+    assert last.read_bytes() == before
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        run(tmp_path / "b", "ckpt_path=nowhere.ckpt")
+
+
+def test_compiled_network_trains_to_the_same_result(tmp_path):
+    eager = run(tmp_path / "eager")["test/nll"]
+    compiled = run(tmp_path / "compiled", "compile=true")["test/nll"]
+    np.testing.assert_allclose(compiled, eager, rtol=1e-3)
+
+
+def test_missing_packages_of_loggers_are_named(tmp_path):
+    from divflow.build import ConfigError
+
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        run(tmp_path, "logger=wandb")
+    with pytest.raises(ConfigError, match="pip install mlflow"):
+        run(tmp_path, "logger=mlflow")
+
+
+def test_a_velocity_of_ones_own(tmp_path, monkeypatch):
+    module = tmp_path / "my_velocity.py"
+    module.write_text(
+        "from torch import nn\nimport torch\n\n"
+        "class Velocity(nn.Module):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__()\n"
+        "        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2))\n\n"
+        "    def forward(self, t, x):\n"
+        "        return self.net(x) * t.reshape(-1, 1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    fast = [override for override in FAST if not override.startswith("network")]
+    own = ["network=custom", "network._target_=my_velocity.Velocity", "+network.width=5"]
+    train(config(*fast, *SMALL_TOY, f"output_dir={tmp_path}/run", *own))
+    from my_velocity import Velocity
+
+    with pytest.raises(CheckpointError, match=r"my_velocity\.Velocity.*allow"):
+        divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt", allow=[Velocity]).sample(3).shape == (3, 2)
