@@ -5,6 +5,7 @@ import sys
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -20,6 +21,8 @@ def main(config: DictConfig) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except DivflowError as error:
+        sys.exit(f"error: {error}")
+    except OmegaConfBaseException as error:
         sys.exit(f"error: {error}")
     except InstantiationException as error:
         if not isinstance(error.__cause__, (ValueError, TypeError)):

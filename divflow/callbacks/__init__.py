@@ -1,6 +1,7 @@
-"""Lightning callbacks: averaged weights that survive an interruption, figures."""
+"""Lightning callbacks: averaged weights that survive an interruption, the checkpoint to resume from, figures."""
 
 from divflow.callbacks.averaging import WeightAverage
 from divflow.callbacks.figures import Figures
+from divflow.callbacks.last import LastCheckpoint
 
-__all__ = ["Figures", "WeightAverage"]
+__all__ = ["Figures", "LastCheckpoint", "WeightAverage"]

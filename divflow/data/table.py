@@ -77,7 +77,7 @@ def _read(path: Path, columns: Sequence[str] | None) -> tuple[Tensor, list[str]]
             raise DataError(
                 f"{path.name} is of type {path.suffix or '(none)'!r}; a table is a .csv, .npy or .parquet file"
             )
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError, EOFError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} could not be read as {path.suffix}: {error}") from error

@@ -149,12 +149,17 @@ class Linearization:
 
 
 @contextlib.contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Kernels with second derivatives: torch.compile's and flash attention's have only a first."""
+def _differentiable_kernels(twice: bool) -> Iterator[None]:
+    """Kernels whose graph can be kept for several products, and differentiated twice.
+
+    What torch.compile makes of a network can do neither, so it runs eagerly here; fused attention kernels
+    have no second derivatives.
+    """
     with contextlib.ExitStack() as stack:
         if not torch.compiler.is_compiling():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if twice:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
@@ -176,7 +181,7 @@ def linearize(
         attached = differentiable and x.requires_grad
         point = x.view_as(x) if attached else x.detach().requires_grad_()
         try:
-            with _twice_differentiable() if differentiable else contextlib.nullcontext():
+            with _differentiable_kernels(twice=differentiable):
                 output = check(function(point.clone()), x)
         except RuntimeError as error:
             if "Inference tensors cannot be saved for backward" not in str(error):

@@ -1,5 +1,7 @@
 """What every network does with its inputs besides x: time and context as columns of a matrix."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ def condition(t: Tensor, x: Tensor, context: Tensor | None, context_features: in
     """
     columns = [t.to(x.dtype).reshape(-1, 1).expand(x.shape[0], 1)]
     if context is not None:
-        columns.append(context.to(x.dtype).reshape(x.shape[0], context[:1].numel()))
+        columns.append(context.to(x.dtype).reshape(x.shape[0], math.prod(context.shape[1:])))
     features = columns[-1].shape[1] if context is not None else 0
     if features != context_features:
         raise NetworkError(

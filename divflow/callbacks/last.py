@@ -1,0 +1,46 @@
+"""The checkpoint that a run is resumed from."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+__all__ = ["LastCheckpoint"]
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep `last.ckpt` up to date: every N steps, after every epoch, and when Ctrl-C or SIGTERM ends the run.
+
+    An error leaves it as it is: the weights that led to the error are not what to resume from.
+
+    Args:
+        dirpath: folder.
+        every_n_steps: of the optimizer.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_steps: int = 100) -> None:
+        self.path, self.every_n_steps = Path(dirpath) / "last.ckpt", every_n_steps
+        self._saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every N steps."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after an epoch, the one in which training ends included."""
+        self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save where the run was interrupted."""
+        if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.state.fn == "fit":
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
+            self._saved_step = trainer.global_step
+            trainer.save_checkpoint(self.path)

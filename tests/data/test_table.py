@@ -1,0 +1,92 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from divflow.data import DataError, Table
+
+VALUES = np.random.default_rng(0).normal([3.0, -2.0], [2.0, 0.5], (100, 2))
+
+
+def write(folder, kind, values=VALUES, columns=("a", "b")):
+    path, frame = folder / f"data.{kind}", pd.DataFrame(values, columns=list(columns))
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    elif kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        np.save(path, values)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "npy"])
+def test_reads_standardizes_and_splits_by_seed(tmp_path, kind):
+    data = Table(write(tmp_path, kind))
+    rows = torch.cat([data.train.rows, data.val.rows, data.test.rows])
+    assert [len(split.rows) for split in (data.train, data.val, data.test)] == [80, 10, 10]
+    np.testing.assert_allclose(np.sort(rows.numpy(), axis=0), np.sort(VALUES, axis=0))
+    y, log_det = data.transform(data.train.rows)
+    torch.testing.assert_close(y.mean(dim=0), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(y.std(dim=0), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(log_det, -data.train.rows.std(dim=0).log().sum().expand(80))
+    same, other = Table(tmp_path / f"data.{kind}"), Table(tmp_path / f"data.{kind}", seed=1)
+    assert torch.equal(same.test.rows, data.test.rows)
+    assert not torch.equal(other.test.rows, data.test.rows)
+
+
+def test_chosen_columns_and_integers(tmp_path):
+    frame = pd.DataFrame({"name": "x", "n": range(50), "y": np.linspace(0, 1, 50)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    data = Table(tmp_path / "t.csv", columns=["y", "n"])
+    assert data.columns == ["y", "n"]
+    assert data.event_shape == (2,)
+    assert data.train.rows[:, 1].max() > 1
+
+
+def test_a_csv_without_a_header_keeps_its_first_row(tmp_path):
+    pd.DataFrame(VALUES).to_csv(tmp_path / "t.csv", index=False, header=False)
+    data = Table(tmp_path / "t.csv")
+    assert sum(len(split.rows) for split in (data.train, data.val, data.test)) == 100
+
+
+def bad(values=VALUES, **changes):
+    frame = pd.DataFrame(values, columns=["a", "b"])
+    return frame.assign(**changes)
+
+
+BAD = {
+    "NaN": (bad(a=[np.nan if i in (3, 7) else i for i in range(100)]), "2 of 100 rows are not finite: row 3, 7 .*column a"),
+    "infinite": (bad(b=[np.inf if i > 80 else i for i in range(100)]), "19 of 100 rows.*81, 82, .*, [.]{3}"),
+    "text": (bad(b="red"), r"not numbers: b \(.*string\).*columns="),
+    "constant": (bad(b=3.0), "column b is constant"),
+    "few rows": (bad()[:10], r"10 rows are too few.*\(8, 1 and 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_tables_name_what_is_wrong(tmp_path, kind):
+    frame, message = BAD[kind]
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match=message):
+        Table(tmp_path / "t.csv")
+
+
+def test_bad_files(tmp_path):
+    path = write(tmp_path, "csv")
+    with pytest.raises(DataError, match="no column c; it has a, b"):
+        Table(path, columns=["a", "c"])
+    with pytest.raises(DataError, match="no file"):
+        Table(tmp_path / "nowhere.csv")
+    (tmp_path / "t.txt").write_text("1")
+    with pytest.raises(DataError, match=r"'\.txt'.*\.csv"):
+        Table(tmp_path / "t.txt")
+    for kind in ("csv", "parquet", "npy"):
+        (tmp_path / f"broken.{kind}").write_bytes(b"")
+        with pytest.raises(DataError, match="could not be read"):
+            Table(tmp_path / f"broken.{kind}")
+    np.save(tmp_path / "cube.npy", np.zeros((3, 3, 3)))
+    with pytest.raises(DataError, match=r"\(3, 3, 3\)"):
+        Table(tmp_path / "cube.npy")
+    np.save(tmp_path / "objects.npy", np.array([[object()]]), allow_pickle=True)
+    with pytest.raises(DataError, match="could not be read"):
+        Table(tmp_path / "objects.npy")

@@ -1,0 +1,107 @@
+"""The command as a user types it: several processes, interruptions, mistakes."""
+
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from run import FAST, SMALL_TOY, command, run
+
+SMALL = [*FAST, *SMALL_TOY]
+
+
+def fields(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_two_processes_take_the_step_of_one_on_the_same_global_batch(tmp_path):
+    """One SGD step over all 32 rows: its size is the gradient. 21 validation rows divide unevenly."""
+    one_step = [
+        *SMALL,
+        "solver=rk4",
+        "data.num_train=32",
+        "data.num_val=21",
+        "trainer.max_steps=1",
+        "trainer.val_check_interval=1",
+        "task.optimizer._target_=torch.optim.SGD",
+        "task.scheduler=null",
+        "trainer.gradient_clip_val=null",
+        "callbacks.average=null",
+        "network.zero_init=false",
+    ]
+    for name, extra in {"one": ["data.batch_size=32"], "two": ["device=multi_process_cpu", "data.batch_size=16"]}.items():
+        done = run(*one_step, *extra, f"hydra.run.dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+    states = [fields(tmp_path / name)["state_dict"] for name in ("one", "two")]
+    start = {}
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], rtol=1e-5, atol=1e-7)
+        start[key] = value
+    nll = []
+    for name in ("one", "two"):
+        header, *rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
+        column = header.split(",").index("val/nll")
+        nll.append([float(row.split(",")[column]) for row in rows if row.split(",")[column]])
+    assert len(nll[0]) == 1
+    np.testing.assert_allclose(nll[0], nll[1], rtol=1e-6)
+    log = done.stdout
+    assert log.count("negative log-likelihood") == 1  # the table is printed once
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_can_be_gone_on_with(tmp_path, sent, code):
+    endless = [*SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=1000", f"hydra.run.dir={tmp_path}/a"]
+    process = subprocess.Popen(command(*endless), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    assert f"ckpt_path={last}" in errors
+    steps = fields(tmp_path / "a")["global_step"]
+    assert steps > 0
+    done = run(*SMALL, f"ckpt_path={last}", f"trainer.max_steps={steps + 4}", f"hydra.run.dir={tmp_path}/b")
+    assert done.returncode == 0, done.stderr
+    assert fields(tmp_path / "b")["global_step"] == steps + 4
+
+
+def test_compiled_network_trains_to_the_same_result(tmp_path):
+    values = []
+    for name, extra in {"eager": [], "compiled": ["compile=true"]}.items():
+        done = run(*SMALL, *extra, f"hydra.run.dir={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+        header, *rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
+        values.append(float(rows[-1].split(",")[header.split(",").index("test/nll")]))
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-3)
+
+
+MISTAKES = {
+    "missing file": (["data=table", "data.path=nowhere.csv"], "there is no file nowhere.csv"),
+    "no path": (["data=table"], "data.path"),
+    "unknown method": (["solver.method=dopri9"], "unknown solver method 'dopri9'"),
+    "unknown option": (["+solver.options.stepsize=1"], "dopri5 has no option stepsize"),
+    "typo": (["trainer.step=1"], "trainer.step"),
+    "no GPU": (["device=gpu"], "device=cpu"),
+    "batch norm": (
+        ["network.activation._target_=torch.nn.BatchNorm1d", "+network.activation.num_features=16"],
+        "BatchNorm1d that normalizes over the batch",
+    ),
+    "blow-up": (["network.zero_init=false", "t_data=1e6", "solver.max_evaluations=100"], "more than 100 evaluations"),
+    "missing checkpoint": (["ckpt_path=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MISTAKES if kind != "no GPU" or not torch.cuda.is_available()])
+def test_mistakes_end_with_a_message_and_without_a_traceback(tmp_path, kind):
+    overrides, message = MISTAKES[kind]
+    toy = [] if "data=table" in overrides else SMALL_TOY
+    done = run(*FAST, *toy, *overrides, f"hydra.run.dir={tmp_path}")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
