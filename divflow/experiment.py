@@ -94,7 +94,9 @@ def _build_trainer(config: DictConfig) -> L.Trainer:
     callbacks = [
         instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None
     ]
-    return L.Trainer(default_root_dir=config.output_dir, logger=_build_logger(config.logger), callbacks=callbacks, **settings)
+    return L.Trainer(
+        default_root_dir=config.output_dir, logger=_build_logger(config.logger), callbacks=callbacks, **settings
+    )
 
 
 def _build_logger(config: DictConfig | None) -> Logger | bool:

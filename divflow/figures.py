@@ -78,7 +78,9 @@ def plot_marginals(data: Tensor, samples: Tensor, names: Sequence[str], columns:
         low, high = np.quantile(values, [0.002, 0.998])
         bins = np.linspace(low, high, 50)
         ax.hist(values, bins, density=True, color="0.8", label="data")
-        ax.hist(samples[:, i].cpu().numpy(), bins, density=True, histtype="step", color="C0", label="samples of the flow")
+        ax.hist(
+            samples[:, i].cpu().numpy(), bins, density=True, histtype="step", color="C0", label="samples of the flow"
+        )
         ax.set(xlabel=names[i], ylabel="density" if i % 4 == 0 else "")
     figure.axes[0].legend(frameon=False, fontsize="small")
     return figure
@@ -95,7 +97,9 @@ def _draw_log_density(ax: Axes, density: FlowDensity, low: Sequence[float], high
     device = next(density.parameters()).device
     grids = [torch.linspace(a, b, _GRID, device=device) for a, b in zip(low, high, strict=True)]
     points = torch.stack(torch.meshgrid(*grids, indexing="xy"), dim=-1).view(-1, 2)
-    log_prob = torch.cat([density.log_prob(chunk) for chunk in points.split(2_000)]).view(_GRID, _GRID).float().cpu().numpy()
+    log_prob = (
+        torch.cat([density.log_prob(chunk) for chunk in points.split(2_000)]).view(_GRID, _GRID).float().cpu().numpy()
+    )
     top = float(log_prob.max())
     image = ax.imshow(
         log_prob,
@@ -127,7 +131,7 @@ def _tile(images: Tensor, rows: int) -> np.ndarray:
     if images.ndim == 2:
         side = math.isqrt(images.shape[1])
         images = images.view(-1, 1, side, side)
-    count, channels, height, width = images.shape
+    channels, height, width = images.shape[1:]
     tile = torch.zeros(rows * (height + 1), rows * (width + 1), channels)
     for i, image in enumerate(images.float().cpu()):
         top, left = i // rows * (height + 1), i % rows * (width + 1)

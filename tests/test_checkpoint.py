@@ -72,7 +72,10 @@ def test_interpolations_are_refused():
 def test_allowed_targets():
     check_targets(
         {
-            "network": {"_target_": "divflow.networks.MLP", "activation": {"_target_": "torch.nn.SiLU", "_partial_": True}},
+            "network": {
+                "_target_": "divflow.networks.MLP",
+                "activation": {"_target_": "torch.nn.SiLU", "_partial_": True},
+            },
             "estimator": {"_target_": "divflow.divergence.Exact"},
         },
         {},

@@ -31,7 +31,10 @@ def test_two_processes_take_the_step_of_one_on_the_same_global_batch(tmp_path):
         "callbacks.average=null",
         "network.zero_init=false",
     ]
-    for name, extra in {"one": ["data.batch_size=32"], "two": ["device=multi_process_cpu", "data.batch_size=16"]}.items():
+    for name, extra in {
+        "one": ["data.batch_size=32"],
+        "two": ["device=multi_process_cpu", "data.batch_size=16"],
+    }.items():
         done = run(*one_step, *extra, f"hydra.run.dir={tmp_path / name}")
         assert done.returncode == 0, done.stderr
     states = [fields(tmp_path / name)["state_dict"] for name in ("one", "two")]

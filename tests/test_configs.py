@@ -65,7 +65,8 @@ def test_what_the_user_says_beats_what_the_data_suggest():
 
 
 @pytest.mark.parametrize(
-    "override", ["estimater=exact", "estimator=exakt", "estimator.num_probes=4", "solver.tolerance=1", "trainer.steps=1"]
+    "override",
+    ["estimater=exact", "estimator=exakt", "estimator.num_probes=4", "solver.tolerance=1", "trainer.steps=1"],
 )
 def test_typos_are_refused(override):
     with pytest.raises(ConfigCompositionException):

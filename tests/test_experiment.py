@@ -38,11 +38,15 @@ def test_variants_run(tmp_path, variant):
     results = run(tmp_path, *VARIANTS[variant])
     assert all(math.isfinite(value) for value in results.values())
     assert results["test/gap"] > 0
-    assert ("test/estimator_error" in results and results["test/estimator_error"] > 0) == (variant == "stochastic evaluation")
+    assert ("test/estimator_error" in results and results["test/estimator_error"] > 0) == (
+        variant == "stochastic evaluation"
+    )
 
 
 def test_what_a_run_leaves_and_logs(tmp_path):
-    results = run(tmp_path, "callbacks.figures.every_n_epochs=1", "callbacks.figures.num_samples=50", "data.num_train=32")
+    results = run(
+        tmp_path, "callbacks.figures.every_n_epochs=1", "callbacks.figures.num_samples=50", "data.num_train=32"
+    )
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {
         "config.yaml",
@@ -110,7 +114,9 @@ def test_a_table_of_ones_own(tmp_path):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"height": rng.normal(170, 10, 400), "weight": rng.normal(70, 8, 400), "name": "x"})
     frame.to_csv(tmp_path / "people.csv", index=False)
-    results = run(tmp_path / "run", "data=table", f"data.path={tmp_path}/people.csv", "data.columns=[height,weight]", toy=False)
+    results = run(
+        tmp_path / "run", "data=table", f"data.path={tmp_path}/people.csv", "data.columns=[height,weight]", toy=False
+    )
     # In units of the file: two independent normals of standard deviations 10 and 8, before much training.
     entropy = math.log(10 * 8) + 1 + math.log(2 * math.pi)
     assert abs(results["test/nll"] - entropy) < 0.6
@@ -132,7 +138,9 @@ def test_resuming_goes_on_where_it_stopped(tmp_path):
     resumed = run(tmp_path / "half", "data.num_train=16", f"ckpt_path={last}", "task.scheduler=null")
     # Every step sees all 16 rows, so the two runs are the same but for their order in a sum.
     np.testing.assert_allclose(resumed["test/nll"], straight["test/nll"], rtol=1e-5)
-    weights = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("straight", "half")]
+    weights = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("straight", "half")
+    ]
     for key, value in weights[0]["current_model_state"].items():
         torch.testing.assert_close(value, weights[1]["current_model_state"][key], rtol=1e-4, atol=1e-5)
     assert weights[1]["global_step"] == 4

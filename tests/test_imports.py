@@ -10,7 +10,16 @@ import pytest
 def test_heart_imports_no_framework(module):
     code = f"import {module}, sys; print(sorted(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    for heavy in ("lightning", "pytorch_lightning", "hydra", "omegaconf", "matplotlib", "sklearn", "torchdiffeq", "pyarrow"):
+    for heavy in (
+        "lightning",
+        "pytorch_lightning",
+        "hydra",
+        "omegaconf",
+        "matplotlib",
+        "sklearn",
+        "torchdiffeq",
+        "pyarrow",
+    ):
         assert f"'{heavy}'" not in loaded
 
 

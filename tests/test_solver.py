@@ -75,7 +75,9 @@ def test_gradients_in_state_parameters_and_times(method, gradient, direction):
     x = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     ends = torch.tensor([0.2, 1.1] if direction == 1 else [1.1, 0.2], dtype=torch.float64, requires_grad=True)
     times = torch.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]])
-    solver = Solver(method, rtol=1e-9, atol=1e-9, gradient=gradient, options={"step_size": 0.01} if method == "rk4" else None)
+    solver = Solver(
+        method, rtol=1e-9, atol=1e-9, gradient=gradient, options={"step_size": 0.01} if method == "rk4" else None
+    )
     evaluations = Evaluations()
     (states,) = solver.solve(field, (x,), times, evaluations=evaluations, parameters=list(field.parameters()))
     value, d_x, d_rate, d_ends = states[-1], *torch.autograd.grad(states[-1].sum(), (x, field.rate, ends))

@@ -10,8 +10,9 @@ __all__ = ["WeightAverage"]
 
 
 class WeightAverage(EMAWeightAveraging):
-    """`EMAWeightAveraging`, which swaps averaged and current weights for validation, and swaps them back here if
-    that is interrupted: a checkpoint saved then would hold one for the other.
+    """`EMAWeightAveraging` that puts the current weights back when validation is interrupted.
+
+    Averaged and current weights are swapped for validation; a checkpoint saved then would hold one for the other.
     """
 
     _swapped = False

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor
-from torch.utils.data import Dataset
 
 from divflow.data.module import DataError, Rows, TensorDataModule, split_rows
 from divflow.data.transforms import Affine, Compose, Logit

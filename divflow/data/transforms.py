@@ -17,11 +17,11 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y = T(x), `(k, *event)`, and log |det dT/dx| in nats, `(k,)`."""
+        """Y = T(x), `(k, *event)`, and log |det dT/dx| in nats, `(k,)`."""
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """x = T^-1(y), `(k, *event)`."""
+        """X = T^-1(y), `(k, *event)`."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

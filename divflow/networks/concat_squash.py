@@ -1,5 +1,6 @@
 """FFJORD's gated layers over flattened events."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -42,8 +43,7 @@ class ConcatSquash(nn.Module):
         size = math.prod(self.event_shape)
         widths = [size, *hidden, size]
         self.layers = nn.ModuleList(
-            _GatedLinear(before, after, 1 + context_features)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            _GatedLinear(before, after, 1 + context_features) for before, after in itertools.pairwise(widths)
         )
         self.activations = nn.ModuleList(activation() for _ in hidden)
         if zero_init:

@@ -1,5 +1,6 @@
 """A convolutional network over image-shaped events."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,7 +58,7 @@ class ConvNet(nn.Module):
         self.context_features = context_features
         widths = [shape[0] + 1 + context_features, *hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [convolution(before, after, kernel_size, padding=kernel_size // 2), activation()]
         layers.append(convolution(widths[-1], shape[0], kernel_size, padding=kernel_size // 2))
         if zero_init:

@@ -1,5 +1,6 @@
 """The multilayer perceptron over flattened events."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -45,7 +46,7 @@ class MLP(nn.Module):
         size = math.prod(self.event_shape)
         widths = [size + 1 + context_features, *hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
         layers.append(nn.Linear(widths[-1], size))
         if zero_init:

@@ -8,7 +8,11 @@ from divflow.data import DataError, Digits
 @pytest.mark.parametrize("shape", [(64,), (1, 8, 8)])
 def test_all_images_are_there_once(shape):
     data = Digits(shape)
-    grey = [(rows.rows * 17).floor() if name != "train" else rows.rows for name, rows in vars(data).items() if name in ("train", "val", "test")]
+    grey = [
+        (rows.rows * 17).floor() if name != "train" else rows.rows
+        for name, rows in vars(data).items()
+        if name in ("train", "val", "test")
+    ]
     everything = torch.cat(grey).reshape(-1, 64)
     original = torch.as_tensor(load_digits().data, dtype=torch.float32)
     assert everything.shape == original.shape

@@ -55,7 +55,10 @@ def bad(values=VALUES, **changes):
 
 
 BAD = {
-    "NaN": (bad(a=[np.nan if i in (3, 7) else i for i in range(100)]), "2 of 100 rows are not finite: row 3, 7 .*column a"),
+    "NaN": (
+        bad(a=[np.nan if i in (3, 7) else i for i in range(100)]),
+        "2 of 100 rows are not finite: row 3, 7 .*column a",
+    ),
     "infinite": (bad(b=[np.inf if i > 80 else i for i in range(100)]), "19 of 100 rows.*81, 82, .*, [.]{3}"),
     "text": (bad(b="red"), r"not numbers: b \(.*string\).*columns="),
     "constant": (bad(b=3.0), "column b is constant"),

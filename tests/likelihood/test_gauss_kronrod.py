@@ -18,8 +18,16 @@ def test_degrees_of_exactness(count):
 def test_published_values_of_the_fifteen_point_rule():
     """QUADPACK, dqk15: nodes and weights on [-1, 1]."""
     rule = gauss_kronrod(15)
-    nodes = [0.991455371120812639206854697526329, 0.949107912342758524526189684047851, 0.864864423359769072789712788640926]
-    weights = [0.022935322010529224963732008058970, 0.063092092629978553290700663189204, 0.104790010322250183839876322541518]
+    nodes = [
+        0.991455371120812639206854697526329,
+        0.949107912342758524526189684047851,
+        0.864864423359769072789712788640926,
+    ]
+    weights = [
+        0.022935322010529224963732008058970,
+        0.063092092629978553290700663189204,
+        0.104790010322250183839876322541518,
+    ]
     np.testing.assert_allclose(2 * rule.nodes[-3:][::-1] - 1, nodes, rtol=1e-14)
     np.testing.assert_allclose(2 * rule.kronrod_weights[-3:][::-1], weights, rtol=1e-13)
     assert rule.gauss_weights[0] == 0
