@@ -80,7 +80,7 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> FlowTask:
         density.flow.velocity.compile()
     evaluation = density.flow.replace(**build_ways(plain["evaluation"]))
     make = instantiate(config.task, _partial_=True, _convert_="all")
-    return make(density=density, evaluation=evaluation, config=flow_config)
+    return make(flow=density, evaluation=evaluation, config=flow_config)
 
 
 def _build_trainer(config: DictConfig) -> L.Trainer:

@@ -50,6 +50,13 @@ def test_every_device_says_what_lightning_needs(option):
     assert set(config(f"device={option}").device) == {"accelerator", "devices", "strategy", "num_nodes", "precision"}
 
 
+def test_experiments_override_what_they_name():
+    cfg = config("experiment=ffjord")
+    assert cfg.likelihood._target_.endswith("Augmented")
+    assert (cfg.solver.gradient, cfg.estimator.distribution) == ("adjoint", "gaussian")
+    assert config("experiment=smoke").trainer.max_steps == 20
+
+
 def test_the_readmes_example_composes():
     cfg = config("estimator=hutchinson", "estimator.num_probes=4", "device=multi_gpu", "device.devices=4")
     assert cfg.estimator.num_probes == 4

@@ -27,6 +27,8 @@ VARIANTS = {
     "bf16-mixed": ["device.precision=bf16-mixed"],
     "concat squash": ["network=concat_squash"],
     "opposite time": ["t_base=1.0", "t_data=0.0"],
+    "ffjord": ["experiment=ffjord"],
+    "smoke": ["experiment=smoke"],
     "no average": ["callbacks.average=null"],
     "no schedule": ["task.scheduler=null"],
     "tensorboard": ["logger=tensorboard"],

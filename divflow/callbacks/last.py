@@ -11,7 +11,7 @@ __all__ = ["LastCheckpoint"]
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep `last.ckpt` up to date: every N steps, after every epoch, and when Ctrl-C or SIGTERM ends the run.
+    """Keep `last.ckpt` up to date: every N steps, at the end, and when Ctrl-C or SIGTERM ends the run.
 
     An error leaves it as it is: the weights that led to the error are not what to resume from.
 
@@ -32,8 +32,11 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after an epoch, the one in which training ends included."""
-        self._save(trainer)
+        """Save when training ends."""
+        out_of_steps = trainer.global_step >= trainer.max_steps > 0
+        out_of_epochs = trainer.current_epoch + 1 == trainer.max_epochs
+        if out_of_steps or out_of_epochs or trainer.should_stop:
+            self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save where the run was interrupted."""
@@ -43,4 +46,4 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)

@@ -26,7 +26,8 @@ class FlowDensity(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the flow computes in."""
-        return next((p.dtype for p in self.flow.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        tensors = (*self.flow.parameters(), *self.flow.buffers())
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """The log-density of data x `(k, *event)` in nats, `(k,)`."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from divflow.data.module import TensorDataModule
+from divflow.data.transforms import Affine
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.tasks.density import FlowDensity
@@ -33,7 +34,7 @@ class FlowTask(L.LightningModule):
     also the standard errors `test/nll_standard_error`, and those of bits per dimension and gap.
 
     Args:
-        density: the flow with the data's transform; what is trained, and saved.
+        flow: what is trained and saved: a flow, or a `FlowDensity`, which adds the data's transform to it.
         optimizer: function of the parameters that makes the optimizer.
         scheduler: function of the optimizer that makes a learning rate schedule, stepped after every
             training step; None for none.
@@ -44,16 +45,16 @@ class FlowTask(L.LightningModule):
 
     def __init__(
         self,
-        density: FlowDensity,
-        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+        flow: ContinuousFlow | FlowDensity,
+        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] = torch.optim.Adam,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         evaluation: ContinuousFlow | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.density = density
+        self.density = flow if isinstance(flow, FlowDensity) else FlowDensity(flow, Affine())
         # In a tuple, so that it is no submodule: it shares the trained flow's parameters.
-        self._evaluation = (density.flow if evaluation is None else evaluation,)
+        self._evaluation = (self.density.flow if evaluation is None else evaluation,)
         self._optimizer, self._scheduler, self._config = optimizer, scheduler, config
         self._checked = False
         self._last: FlowEvaluation | None = None
