@@ -88,11 +88,7 @@ class ContinuousFlow(nn.Module):
         self.estimator = Exact() if estimator is None else estimator
         self.likelihood = Quadrature() if likelihood is None else likelihood
         self.solver = Solver() if solver is None else solver
-        if self.solver.gradient == "adjoint" and not isinstance(velocity, nn.Module):
-            raise ValueError(
-                "gradient='adjoint' needs a velocity that is an nn.Module, to know its parameters, but got "
-                f"{type(velocity).__name__}; wrap it in a module, or use Solver(gradient='direct')"
-            )
+        self._check_adjoint()
         if torch.equal(torch.as_tensor(t_base).detach(), torch.as_tensor(t_data).detach()):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data = t_base, t_data
@@ -195,6 +191,7 @@ class ContinuousFlow(nn.Module):
         flow.estimator = self.estimator if estimator is None else estimator
         flow.likelihood = self.likelihood if likelihood is None else likelihood
         flow.solver = self.solver if solver is None else solver
+        flow._check_adjoint()
         return flow
 
     def extra_repr(self) -> str:
@@ -203,6 +200,13 @@ class ContinuousFlow(nn.Module):
             f"event_shape={tuple(self.event_shape)}, estimator={self.estimator}, likelihood={self.likelihood}, "
             f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}"
         )
+
+    def _check_adjoint(self) -> None:
+        if self.solver.gradient == "adjoint" and not isinstance(self.velocity, nn.Module):
+            raise ValueError(
+                "gradient='adjoint' needs a velocity that is an nn.Module, to know its parameters, but got "
+                f"{type(self.velocity).__name__}; wrap it in a module, or use Solver(gradient='direct')"
+            )
 
     def _transport(
         self,
@@ -218,7 +222,8 @@ class ContinuousFlow(nn.Module):
         with _outside_inference_mode():
             x, field = self._prepare(x, context)
             if self._sample_times is None and len(x):
-                self._sample_times = accepts_sample_times(field, *self.times(), x)
+                alone = self.field(None if context is None else context.detach())
+                self._sample_times = accepts_sample_times(alone, *self.times(), x.detach())
                 field.sample_times = self._sample_times
             return self.likelihood.transport(
                 field,
@@ -273,13 +278,13 @@ class _Base(nn.Module):
                 f"{tuple(distribution.event_shape)} and batch shape {tuple(distribution.batch_shape)}; wrap it in "
                 "torch.distributions.Independent(base, n) to make n batch dimensions part of the event"
             )
-        self.distribution = distribution
+        if any(tensor.requires_grad for *_, tensor in _tensors(distribution)):
+            raise ValueError(
+                "the base's tensors require grad, but would not be among the flow's parameters; detach them"
+            )
+        self.distribution = copy.deepcopy(distribution)
         self._buffer_of: dict[tuple[str | int, ...], str] = {}
-        for path, place, key, tensor in list(_tensors(distribution)):
-            if tensor.requires_grad:
-                raise ValueError(
-                    "the base's tensors require grad, but would not be among the flow's parameters; detach them"
-                )
+        for path, place, key, tensor in list(_tensors(self.distribution)):
             self._buffer_of[path] = name = "_".join(map(str, path))
             # A clone, since broadcast parameters share memory that a checkpoint could not be loaded into.
             self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))

@@ -7,7 +7,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from run import FAST, SMALL_TOY, command, run
+from hydra.errors import ConfigCompositionException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+from run import FAST, SMALL_TOY, command, config, run
+
+from divflow.errors import DivflowError
+from divflow.experiment import train
 
 SMALL = [*FAST, *SMALL_TOY]
 
@@ -31,17 +36,12 @@ def test_two_processes_take_the_step_of_one_on_the_same_global_batch(tmp_path):
         "callbacks.average=null",
         "network.zero_init=false",
     ]
-    for name, extra in {
-        "one": ["data.batch_size=32"],
-        "two": ["device=multi_process_cpu", "data.batch_size=16"],
-    }.items():
-        done = run(*one_step, *extra, f"hydra.run.dir={tmp_path / name}")
-        assert done.returncode == 0, done.stderr
+    train(config(*one_step, "data.batch_size=32", f"output_dir={tmp_path}/one"))
+    done = run(*one_step, "device=multi_process_cpu", "data.batch_size=16", f"hydra.run.dir={tmp_path}/two")
+    assert done.returncode == 0, done.stderr
     states = [fields(tmp_path / name)["state_dict"] for name in ("one", "two")]
-    start = {}
     for key, value in states[0].items():
         torch.testing.assert_close(value, states[1][key], rtol=1e-5, atol=1e-7)
-        start[key] = value
     nll = []
     for name in ("one", "two"):
         header, *rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
@@ -69,19 +69,16 @@ def test_an_interrupted_run_can_be_gone_on_with(tmp_path, sent, code):
     assert f"ckpt_path={last}" in errors
     steps = fields(tmp_path / "a")["global_step"]
     assert steps > 0
-    done = run(*SMALL, f"ckpt_path={last}", f"trainer.max_steps={steps + 4}", f"hydra.run.dir={tmp_path}/b")
-    assert done.returncode == 0, done.stderr
+    train(config(*SMALL, f"ckpt_path={last}", f"trainer.max_steps={steps + 4}", f"output_dir={tmp_path}/b"))
     assert fields(tmp_path / "b")["global_step"] == steps + 4
 
 
 def test_compiled_network_trains_to_the_same_result(tmp_path):
-    values = []
-    for name, extra in {"eager": [], "compiled": ["compile=true"]}.items():
-        done = run(*SMALL, *extra, f"hydra.run.dir={tmp_path / name}")
-        assert done.returncode == 0, done.stderr
-        header, *rows = (tmp_path / name / "metrics.csv").read_text().splitlines()
-        values.append(float(rows[-1].split(",")[header.split(",").index("test/nll")]))
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-3)
+    eager = train(config(*SMALL, f"output_dir={tmp_path}/eager"))["test/nll"]
+    done = run(*SMALL, "compile=true", f"hydra.run.dir={tmp_path}/compiled")
+    assert done.returncode == 0, done.stderr
+    header, *rows = (tmp_path / "compiled" / "metrics.csv").read_text().splitlines()
+    np.testing.assert_allclose(float(rows[-1].split(",")[header.split(",").index("test/nll")]), eager, rtol=1e-3)
 
 
 MISTAKES = {
@@ -101,10 +98,19 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MISTAKES if kind != "no GPU" or not torch.cuda.is_available()])
-def test_mistakes_end_with_a_message_and_without_a_traceback(tmp_path, kind):
+def test_mistakes_name_the_value_and_the_remedy(tmp_path, kind):
     overrides, message = MISTAKES[kind]
     toy = [] if "data=table" in overrides else SMALL_TOY
-    done = run(*FAST, *toy, *overrides, f"hydra.run.dir={tmp_path}")
-    assert done.returncode != 0
+    errors = (DivflowError, InstantiationException, ConfigCompositionException, OmegaConfBaseException)
+    with pytest.raises(errors) as caught:
+        train(config(*FAST, *toy, *overrides, f"output_dir={tmp_path}"))
+    assert message in f"{caught.value} {caught.value.__cause__}"
+
+
+@pytest.mark.parametrize("kind", ["missing file", "no path", "unknown method", "batch norm"])
+def test_mistakes_end_without_a_traceback(tmp_path, kind):
+    overrides, message = MISTAKES[kind]
+    done = run(*FAST, *overrides, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -324,6 +324,23 @@ def test_context_is_repeated_with_the_nodes():
     assert flow.sample(3, context).shape == (3, 2)
 
 
+def test_context_from_an_encoder():
+    """A context with a history of its own, and weights that are recomputed at every call: neither can be copied."""
+
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+
+        def forward(self, t, x, context):
+            return torch.tanh(self.layer(torch.cat([x, context], dim=1)))
+
+    encoder, flow = nn.Linear(3, 2), ContinuousFlow(Conditional(), 2, estimator=Hutchinson())
+    context = encoder(torch.randn(5, 3))
+    flow.log_prob(torch.randn(5, 2), context).sum().backward()
+    assert encoder.weight.grad.abs().sum() > 0
+
+
 BASES = {
     "normal": lambda: Independent(Normal(torch.zeros(2), 2 * torch.ones(2)), 1),
     "broadcast": lambda: Independent(Normal(torch.zeros(2), 2.0), 1),
@@ -348,6 +365,7 @@ def test_any_base_moves_and_is_saved_with_the_flow(name):
     assert double.sample(4).dtype == torch.float64
     assert flow.sample(4).dtype == torch.float32
     torch.testing.assert_close(double.log_prob(x.double()).float(), flow.log_prob(x))
+    assert base.sample().dtype == torch.float32  # the caller's own distribution is left alone
     shifted = {key: value + 0.25 for key, value in flow.state_dict().items() if value.is_floating_point()}
     before = flow.log_prob(x)
     flow.load_state_dict(flow.state_dict() | shifted)
@@ -386,6 +404,10 @@ def test_rsample_reaches_the_parameters():
                 Network((2,)), 2, base=Independent(Normal(torch.zeros(2, requires_grad=True), torch.ones(2)), 1)
             ),
             "detach",
+        ),
+        (
+            lambda: ContinuousFlow(lambda t, x: x, 2).replace(solver=Solver(gradient="adjoint")),
+            "nn.Module.*direct",
         ),
         (lambda: Quadrature(14), "odd.*14"),
         (lambda: Quadrature(tolerance=-1.0), r"tolerance.*-1\.0"),
