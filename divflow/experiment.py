@@ -127,6 +127,7 @@ def _quieten() -> None:
         ".*isinstance\\(treespec, LeafSpec\\)",
         "Experiment logs directory",
         "Checkpoint directory .* exists and is not empty",
+        "The dirpath has changed from",
         "The number of training batches .* is smaller than the logging interval",
         "You're resuming from a checkpoint that ended before the epoch ended",
         "It is recommended to use .*sync_dist=True",
