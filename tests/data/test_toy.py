@@ -11,7 +11,7 @@ from divflow.data import DataError, Toy, toy
 NAMES = ["two_moons", "circles", "eight_gaussians", "checkerboard", "pinwheel", "two_spirals", "swiss_roll"]
 
 
-def grid(count=401):
+def grid(count=301):
     axis = torch.linspace(-4.5, 4.5, count, dtype=torch.float64) + 1e-4
     return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).view(-1, 2), (axis[1] - axis[0]).item() ** 2
 

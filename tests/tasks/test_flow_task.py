@@ -43,8 +43,8 @@ def test_recovers_a_gaussian(tmp_path):
     task = FlowTask(flow, functools.partial(torch.optim.Adam, lr=0.03), evaluation=flow.replace(estimator=Exact()))
     loader = DataLoader(data, batch_size=500, shuffle=True, collate_fn=as_it_is)
     held_out = DataLoader(truth.sample((4_000,)).float(), batch_size=1_000, collate_fn=as_it_is)
-    run = trainer(tmp_path, max_epochs=40)
-    run.fit(task, loader)
+    run = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
+    run.fit(task, loader, held_out)
     results = run.test(task, held_out, verbose=False)[0]
     entropy = truth.entropy().item()
     assert abs(results["test/nll"] - entropy) < 5 * results["test/nll_standard_error"]
@@ -65,6 +65,6 @@ def test_a_field_that_mixes_the_batch_is_refused_before_the_first_step(tmp_path)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     loader = DataLoader(torch.randn(8, 2), batch_size=4, collate_fn=as_it_is)
     with pytest.raises(FieldError, match="norm is a BatchNorm1d"):
-        trainer(tmp_path, max_epochs=1).fit(FlowTask(ContinuousFlow(network, 2)), loader)
+        trainer(tmp_path, max_epochs=1).fit(FlowTask(ContinuousFlow(network, 2)), loader, loader)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
