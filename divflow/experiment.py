@@ -80,7 +80,8 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> FlowTask:
         density.flow.velocity.compile()
     evaluation = density.flow.replace(**build_ways(plain["evaluation"]))
     make = instantiate(config.task, _partial_=True, _convert_="all")
-    return make(flow=density, evaluation=evaluation, config=flow_config)
+    # What is loaded back evaluates as the test did, and not as loosely as training.
+    return make(flow=density, evaluation=evaluation, config=flow_config | plain["evaluation"])
 
 
 def _build_trainer(config: DictConfig) -> L.Trainer:

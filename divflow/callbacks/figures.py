@@ -56,7 +56,7 @@ class Figures(L.Callback):
 
     @torch.no_grad()
     def _draw(self, task: FlowTask) -> Figure:
-        data, density = task.data, task.density
+        data, density = task.data, task.judged
         count = 64 if data.images else self.num_samples
         samples = density.sample(count, generator=Generator(task.device).manual_seed(0))
         rows: Tensor = data.test.rows[:count]

@@ -40,7 +40,6 @@ class FlowDensity(nn.Module):
         generator: Generator | None = None,
         *,
         diagnostics: bool = True,
-        flow: ContinuousFlow | None = None,
     ) -> FlowEvaluation:
         """`ContinuousFlow.evaluate` of the transformed data, with the transform's log-determinant added.
 
@@ -49,11 +48,10 @@ class FlowDensity(nn.Module):
             context: one row a sample.
             generator: of a stochastic estimator's probes.
             diagnostics: estimate the errors even where that takes further evaluations.
-            flow: another one of the same velocity, to judge by a different estimator or solver.
         """
         y, log_det = self.transform(x)
         y, log_det = y.to(self.dtype), log_det.to(self.dtype)
-        result = (self.flow if flow is None else flow).evaluate(y, context, generator, diagnostics=diagnostics)
+        result = self.flow.evaluate(y, context, generator, diagnostics=diagnostics)
         return result._replace(log_prob=result.log_prob + log_det, log_det=result.log_det + log_det)
 
     @torch.no_grad()

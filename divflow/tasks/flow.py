@@ -66,6 +66,11 @@ class FlowTask(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, TensorDataModule) else None
 
+    @property
+    def judged(self) -> FlowDensity:
+        """The density as validation and test evaluate it."""
+        return FlowDensity(self._evaluation[0], self.density.transform)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer, and the schedule by steps."""
         optimizer = self._optimizer(self.parameters())
@@ -115,7 +120,7 @@ class FlowTask(L.LightningModule):
             checkpoint["divflow"] = self._config
 
     def _judge(self, batch: Tensor, stage: str) -> None:
-        result = self.density.evaluate(batch, flow=self._evaluation[0])
+        result = self.judged.evaluate(batch)
         nll = -result.log_prob
         values = {
             "nll": nll,
