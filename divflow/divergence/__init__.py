@@ -13,6 +13,7 @@ from divflow.divergence.estimator import Estimate, Estimator, ValueAndDivergence
 from divflow.divergence.exact import Exact
 from divflow.divergence.field import Field, FieldError
 from divflow.divergence.hutchinson import Hutchinson
+from divflow.divergence.plan import Plan
 
 __all__ = [
     "Autograd",
@@ -22,6 +23,7 @@ __all__ = [
     "Field",
     "FieldError",
     "Hutchinson",
+    "Plan",
     "ValueAndDivergence",
     "check_field",
     "divergence",

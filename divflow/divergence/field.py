@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divflow.errors import DivflowError
@@ -25,6 +26,7 @@ __all__ = [
     "checked_value",
     "event_size",
     "flatten_event",
+    "graph_of",
     "linearize",
     "linearize_field",
 ]
@@ -110,11 +112,11 @@ class Linearization:
 
     Attributes:
         value: g(t, x), `(k, *event)`, with its graph where grad is enabled.
-        shape: the shape of the point, `(k, *event)`.
+        create_graph: whether the value and the products keep theirs.
     """
 
     def __init__(self, output: Tensor, point: Tensor, create_graph: bool) -> None:
-        self._output, self._point, self._create_graph = output, point, create_graph
+        self._output, self._point, self.create_graph = output, point, create_graph
         self._batched = True
         self.value = output if create_graph else output.detach()
 
@@ -134,12 +136,12 @@ class Linearization:
         return torch.stack([self._grad(vector, batched=False) for vector in vectors])
 
     def _grad(self, vectors: Tensor, batched: bool) -> Tensor:
-        with torch.inference_mode(False), torch.set_grad_enabled(self._create_graph):
+        with torch.inference_mode(False), torch.set_grad_enabled(self.create_graph):
             (product,) = torch.autograd.grad(
                 self._output,
                 self._point,
                 vectors,
-                create_graph=self._create_graph,
+                create_graph=self.create_graph,
                 retain_graph=True,
                 is_grads_batched=batched,
                 allow_unused=True,
@@ -164,7 +166,10 @@ def _differentiable_kernels(twice: bool) -> Iterator[None]:
 
 
 def linearize(
-    function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    check: Callable[[Tensor, Tensor], Tensor],
+    products: bool = True,
 ) -> Linearization:
     """Evaluate `function` once at x, ready for products with its Jacobian.
 
@@ -172,6 +177,7 @@ def linearize(
         function: of the state alone; a field with its time bound.
         x: the point, `(k, *event)`; left alone, even by a function that works in place.
         check: applied to the output and x, returns the output or raises `FieldError`.
+        products: whether there will be any; without them, no graph from x is built that was not asked for.
     """
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
@@ -179,7 +185,7 @@ def linearize(
         # function keeps in-place code from x and from the point that is differentiated.
         x = x.clone() if x.is_inference() else x
         attached = differentiable and x.requires_grad
-        point = x.view_as(x) if attached else x.detach().requires_grad_()
+        point = x.view_as(x) if attached else x.detach().requires_grad_(products)
         try:
             with _differentiable_kernels(twice=differentiable):
                 output = check(function(point.clone()), x)
@@ -190,31 +196,28 @@ def linearize(
                 "the field uses a tensor made under torch.inference_mode, which torch can't differentiate; clone "
                 "it outside of inference mode, or evaluate under torch.no_grad instead"
             ) from error
-    return Linearization(output, point, attached or (differentiable and _reaches_other_leaves(output, point)))
+    # If nothing of the caller's (a parameter, t, a captured tensor) would receive a gradient, no graph is kept, and
+    # results can be used like any plain tensor.
+    leaves = (getattr(node, "variable", point) is not point for node in graph_of(output))
+    return Linearization(output, point, attached or (differentiable and any(leaves)))
 
 
-def _reaches_other_leaves(output: Tensor, point: Tensor) -> bool:
-    """Whether anything of the caller's (a parameter, t, a captured tensor) would receive a gradient.
-
-    If nothing would, no graph is kept, and results can be used like any plain tensor.
-    """
-    nodes, seen = [output.grad_fn], set()
+def graph_of(*outputs: Tensor) -> Iterator[Node]:
+    """The nodes of the autograd graph that leads to some tensors."""
+    nodes, seen = [output.grad_fn for output in outputs], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", point) is not point:
-            return True
-        nodes.extend(function for function, _ in node.next_functions)
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            nodes.extend(function for function, _ in node.next_functions)
 
 
-def linearize_field(g: Field, t: Tensor | float, x: Tensor) -> Linearization:
+def linearize_field(g: Field, t: Tensor | float, x: Tensor, products: bool = True) -> Linearization:
     """`linearize` for a field at time t, with t, x and the value checked."""
     x = checked_state(x)
     t = as_time(t, x)
     if t.is_inference():
         with torch.inference_mode(False):
             t = t.clone()
-    return linearize(lambda z: g(t, z), x, checked_value)
+    return linearize(lambda z: g(t, z), x, checked_value, products)

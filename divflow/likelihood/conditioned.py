@@ -22,6 +22,11 @@ class ConditionedField(nn.Module):
         super().__init__()
         self.velocity, self.context, self.sample_times = velocity, context, sample_times
 
+    @property
+    def divflow_identity(self) -> tuple[object, ...]:
+        """What this field is, for plans to be kept: not the context's numbers."""
+        return self.velocity, self.context is None
+
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The velocity at time t, `()` or `(k,)`, and state x, in x's dtype."""
         value = self.velocity(t, x) if self.context is None else self.velocity(t, x, self.context)

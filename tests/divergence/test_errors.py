@@ -145,9 +145,3 @@ def test_check_field_accepts_fields(event, batch):
 def test_batch_norm_in_eval_mode_is_a_field():
     layer = nn.BatchNorm1d(3).eval()
     check_field(lambda t, x: layer(x), 0.0, X)
-
-
-def test_explain_says_what_a_call_does():
-    plan = Exact(chunk_size=2).explain(lambda t, x: x, 0.0, X)
-    assert (plan.method, plan.products, plan.chunk_size) == ("reverse", 3, 2)
-    assert Exact("forward").explain(lambda t, x: x, 0.0, X).method == "forward"

@@ -1,0 +1,131 @@
+"""Exact divergence of local fields, such as convolutions, by colouring: one product for many dimensions.
+
+Where output i depends on few inputs, colour the entries of the event so that no two of one colour see each other.
+With e_c the indicator of colour c, `sum(e_c * (e_c^T J))` is then exactly that colour's part of the trace. The number
+of colours, about C (r + 1)^2 for C channels and receptive radius r in two dimensions, does not grow with the image.
+(Curtis, Powell & Reid 1974, for Jacobians; for the trace alone two entries may share what they see.)
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor
+
+from divflow.divergence.dense import sum_of_chunks
+from divflow.divergence.estimator import accumulation_dtype
+from divflow.divergence.field import Field, Linearization, event_size, flatten_event
+
+__all__ = ["NotLocal", "colors_of", "trace"]
+
+# Entries, and pairs of them that see each other: beyond, finding the colours takes longer than they save.
+_MOST_ENTRIES, _MOST_PAIRS = 2**14, 2**21
+
+
+class NotLocal(Exception):  # noqa: N818 - caught inside this package, and no error
+    """A field that colouring does not serve; the message says why."""
+
+
+def colors_of(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Tensor:
+    """The indicators of a colouring of the event's entries, `(colors, D)`, boolean.
+
+    What sees what is found from NaNs, which pass through any weight, zeros included, and from the entries of one
+    sample's Jacobian, which see through `torch.where`; and is then tried on random vectors.
+
+    Args:
+        g: the field, evaluated about D / k times.
+        t: time.
+        x: states `(k, *event)`.
+        field: evaluated at (t, x), for products.
+
+    Raises:
+        NotLocal: one entry is seen from half of the event, or the check failed.
+    """
+    size = event_size(x)
+    if size > _MOST_ENTRIES:
+        raise NotLocal(f"more than {_MOST_ENTRIES} dimensions take long to colour")
+    seen = torch.zeros(size, size, dtype=torch.bool)  # seen[i, j]: output i depends on input j
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _plain_convolutions(x):
+        for entries in _groups(size, len(x)):
+            spoilt = x.detach().clone().flatten(1)
+            spoilt[range(len(entries)), entries] = torch.nan
+            try:
+                with torch.inference_mode(False), torch.enable_grad():
+                    values = g(t, spoilt.view_as(x)).detach()[: len(entries)].flatten(1)
+            except Exception as error:
+                raise NotLocal(f"the field refuses a NaN ({type(error).__name__})") from error
+            seen[:, entries] |= values.isnan().T.cpu()
+            if seen[:, entries].sum(dim=0).max() > size / 2:
+                raise NotLocal("one entry of the event is seen from more than half of it")
+        for entries in _groups(size, len(x)):
+            basis = torch.zeros_like(x).flatten(1)
+            basis[range(len(entries)), entries] = 1
+            rows = field.pullback(basis.view(1, *x.shape))[0, : len(entries)].flatten(1)
+            seen[entries] |= (rows != 0).cpu()
+        _check(field, x, seen)
+    pairs = torch.triu(seen | seen.T, diagonal=1).nonzero()
+    if len(pairs) > _MOST_PAIRS:
+        raise NotLocal(f"more than {_MOST_PAIRS} pairs of entries see each other")
+    graph = nx.Graph()
+    graph.add_nodes_from(range(size))
+    graph.add_edges_from(pairs.tolist())
+    colorings = [nx.greedy_color(graph, strategy) for strategy in (_in_order, "largest_first", "smallest_last")]
+    best = min(colorings, key=lambda coloring: max(coloring.values()))
+    colors = torch.tensor([best[i] for i in range(size)])
+    return (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device)
+
+
+def trace(field: Linearization, x: Tensor, colors: Tensor, chunk_size: int, recompute: bool) -> Tensor:
+    """The divergence from one product a colour, `(k,)`."""
+
+    def chunk_trace(start: int, stop: int) -> Tensor:
+        vectors = colors[start:stop].to(x).view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
+        return flatten_event(field.pullback(vectors) * vectors, 2).sum(dim=(0, 2), dtype=accumulation_dtype(x))
+
+    return sum_of_chunks(chunk_trace, x, len(colors), chunk_size, recompute)
+
+
+def _groups(size: int, batch: int) -> Iterator[list[int]]:
+    """All entries, one for each sample of a batch at a time."""
+    # From the middle on, where an entry is seen from the most others.
+    order = np.roll(np.arange(size), -(size // 2)).tolist()
+    for start in range(0, size, batch):
+        yield order[start : start + batch]
+
+
+def _in_order(graph: nx.Graph, colors: dict[int, int]) -> list[int]:
+    """Row by row, which finds the periodic colouring of a grid."""
+    return list(graph)
+
+
+def _check(field: Linearization, x: Tensor, seen: Tensor) -> None:
+    """Products with vectors on a few outputs must vanish at all inputs that these do not see."""
+    size, generator = event_size(x), torch.Generator().manual_seed(0)
+    few = max(1, int(size / (4 * seen.sum(dim=1).max())))
+    for _ in range(8):
+        outputs = torch.randperm(size, generator=generator)[:few]
+        vector = torch.zeros(size)
+        vector[outputs] = torch.randn(few, generator=generator)
+        vectors = vector.to(x).view(1, 1, *x.shape[1:]).expand(1, *x.shape)
+        product = field.pullback(vectors)[0].flatten(1).cpu()
+        if (product[:, ~seen[outputs].any(dim=0)] != 0).any():
+            raise NotLocal("what sees what differs from sample to sample")
+
+
+class _plain_convolutions:  # noqa: N801 - used as a function
+    """Without cuDNN, whose algorithms spread a NaN beyond what a convolution sees."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._flags = torch.backends.cudnn.flags(enabled=False) if x.is_cuda else None
+
+    def __enter__(self) -> None:
+        if self._flags is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._flags.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._flags is not None:
+            self._flags.__exit__(*error)

@@ -1,0 +1,115 @@
+"""Exact divergence of networks of linear maps and elementwise functions, for the price of about one probe.
+
+With linear maps W, the same for the whole batch, and elementwise functions of derivatives s, one a sample, a path
+through the network has the Jacobian W_3 diag(s_2) W_2 diag(s_1) W_1, whose trace is cyclic:
+
+    tr(W_3 S_2 W_2 S_1 W_1) = s_2^T (W_2 * (W_1 W_3)^T) s_1        (* elementwise)
+
+One H x H matrix serves the whole batch: the divergence costs one more matrix product than the value, whatever D is.
+Any callable is followed (`trace`), by one rule an operation (`rules`); the Jacobian is kept as a sum of products
+(`jacobian`), whose trace is taken in closed form or over the cheapest dimension (`contract`).
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from divflow.divergence.estimator import accumulation_dtype
+from divflow.divergence.field import Field, Linearization, event_size, flatten_event, graph_of, linearize_field
+from divflow.divergence.layered import contract
+from divflow.divergence.layered.jacobian import NoRule, apply
+from divflow.divergence.layered.trace import Trace
+
+__all__ = ["Followed", "NoRule", "follow"]
+
+
+# The dimensions up to which a sample's whole Jacobian is formed, once, to check the trace.
+_LARGEST_JACOBIAN = 2**12
+
+
+class Followed(NamedTuple):
+    """A field evaluated once at a point, with what is known of its Jacobian there.
+
+    Attributes:
+        field: the value.
+        output: the tensor that the field returned.
+        trace: of the evaluation.
+    """
+
+    field: Linearization
+    output: Tensor
+    trace: Trace
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for evaluations of the same structure."""
+        return tuple(self.trace.signature)
+
+    def cycles(self) -> list[contract.Cycle]:
+        """The paths through the field.
+
+        Raises:
+            NoRule: the Jacobian is not known.
+        """
+        return contract.cycles(self.trace.terms(self.output), event_size(self.output))
+
+    def divergence(self, cycles: list[contract.Cycle], chunk_size: int | None) -> Tensor:
+        """The exact divergence, `(k,)`."""
+        like = self.output.new_empty((), dtype=accumulation_dtype(self.field.value))
+        with torch.inference_mode(False), torch.set_grad_enabled(self.field.create_graph):
+            divergence = contract.trace(cycles, self.trace.batch, like, chunk_size)
+        return divergence if self.field.create_graph else divergence.detach()
+
+    def verify(self, cycles: list[contract.Cycle]) -> None:
+        """Compare what is known of the Jacobian with autograd, and the trace with that of one sample's Jacobian.
+
+        The products u^T (J v) and (u^T J) v must agree for two random vectors. A dependence on x that torch
+        functions do not show (a custom `autograd.Function`, scripted code) is found in the graph, whatever the
+        numbers are: those of a last layer of zeros would hide it.
+
+        Raises:
+            NoRule: they disagree.
+        """
+        hidden = self.trace.constants if self.trace.depends(self.output) else [*self.trace.constants, self.output]
+        if self.trace.start is not None and self.trace.start in set(graph_of(*hidden)):
+            raise NoRule("a part is hidden from torch functions, as a custom autograd.Function is")
+        value, terms = self.field.value.detach(), self.trace.terms(self.output)
+        value = value.to(accumulation_dtype(value))
+        noise, size = torch.Generator().manual_seed(0), event_size(value)
+        u, v = (torch.randn(value.shape, generator=noise, dtype=torch.float64).to(value) for _ in range(2))
+        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+            known = apply(terms, size, flatten_event(v)) * flatten_event(u)
+            true = flatten_event(self.field.pullback(u[None].to(self.field.value.dtype))[0] * v)
+            self._require_equal(known.flatten(), true.flatten(), "the derivative of an operation is another")
+            if size <= _LARGEST_JACOBIAN:
+                entries = apply(terms, size, torch.eye(size).to(value), sample=0).diagonal()
+                trace = self.divergence(cycles, None)[:1].to(value)
+                self._require_equal(entries, trace, "its trace does not add up in this precision")
+
+    def _require_equal(self, known: Tensor, true: Tensor, reason: str) -> None:
+        scale = torch.linalg.vector_norm(known) + torch.linalg.vector_norm(true)
+        if not (known.sum() - true.sum()).abs() <= 10 * torch.finfo(self.output.dtype).eps ** 0.5 * scale:
+            raise NoRule(reason)
+
+
+def follow(g: Field, t: Tensor | float, x: Tensor, products: bool) -> Followed:
+    """Evaluate a field at (t, x), following what it does to x.
+
+    Args:
+        g: the field.
+        t: time, `()` or `(k,)`.
+        x: states `(k, *event)`.
+        products: whether the value's graph from x is needed, for `verify` and for products with the Jacobian.
+    """
+    differentiable, seen = products or torch.is_grad_enabled(), []
+
+    def watched(t: Tensor, z: Tensor) -> Tensor:
+        trace = Trace(z, differentiable)
+        with trace:
+            output = g(t, z)
+        seen.extend((output, trace))
+        return output
+
+    return Followed(linearize_field(watched, t, x, products), *seen)

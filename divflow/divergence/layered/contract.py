@@ -1,0 +1,295 @@
+"""The trace of a Jacobian that is a sum of terms: its paths from output to input, each a product around a cycle.
+
+A path is a product D_1 M_1 D_2 M_2 ... D_p M_p of shared matrices M and diagonals D. Its trace is cyclic, so with D
+in at most two places (the other matrices multiplied together, once for the whole batch)
+
+    none:  tr(M)        one:  d . diag(M)        two:  d_1^T (M_1 * M_2^T) d_2        (* elementwise)
+
+and with more of them the product is taken over the cheapest of its dimensions.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from divflow.divergence.layered.jacobian import Diagonal, Entries, Linear, NoRule, Term, product, take
+
+__all__ = ["Cycle", "cost", "cycles", "memory", "trace"]
+
+_MOST_PATHS = 512
+# Elements of one bundle of rows in the longer products, as for dense products.
+_CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**20, 2**26
+
+
+class Cycle(NamedTuple):
+    """A cyclic product D_1 M_1 ... D_p M_p; a diagonal is None for ones, else one a sample, `(k, n)`.
+
+    Where there are no matrices, the only diagonal is a whole vector of diagonal entries, of any kind.
+    """
+
+    diagonals: list[Diagonal]
+    matrices: list[Tensor]
+
+
+def cycles(terms: list[Term], size: int) -> list[Cycle]:
+    """The paths from the output's D = `size` entries to the input's.
+
+    Raises:
+        NoRule: there are too many.
+    """
+    found = list(itertools.islice(_paths(terms, size), _MOST_PATHS + 1))
+    if len(found) > _MOST_PATHS:
+        raise NoRule(f"a network with more than {_MOST_PATHS} paths from output to input")
+    return found
+
+
+def _paths(terms: list[Term], size: int) -> Iterator[Cycle]:
+    """Depth first, from each term of the output down to the input."""
+
+    def descend(first: Term, chain: list[Term]) -> Iterator[Cycle]:
+        last = chain[-1]
+        if isinstance(last.base, Linear):
+            for term in last.base.source:
+                yield from descend(first, [*chain, term])
+        else:
+            closed = _closed(chain, size)
+            if closed is not None:
+                yield closed
+
+    for term in terms:
+        yield from descend(term, [term])
+
+
+def _closed(chain: list[Term], size: int) -> Cycle | None:
+    """Join the input's end to the output's: entry i of the output meets entry i of the input."""
+    outer, inner = chain[0], chain[-1]
+    if len(chain) == 1:
+        fixed = _fixed(outer.rows, outer.columns, size)
+        entries = torch.ones(()) if outer.diagonal is None else take(outer.diagonal, fixed, -1)
+        count = size if fixed is None else len(fixed.index)
+        return Cycle([entries.expand(count) if entries.ndim == 0 else entries], []) if count else None
+    at_output, at_input = _meeting(outer.rows, inner.columns, size)
+    if at_output is not None and not len(at_output.index):
+        return None
+    # The first diagonal is the outer one at the meeting entries, times the inner one: they commute around the cycle.
+    diagonals = [product(_take_diagonal(outer.diagonal, at_output), _take_diagonal(inner.diagonal, at_input))]
+    diagonals += [term.diagonal for term in chain[1:-1]]
+    matrices = []
+    for i, (above, below) in enumerate(itertools.pairwise(chain)):
+        rows = _compose(above.columns, at_output) if i == 0 else above.columns
+        columns = _compose(below.rows, at_input) if i == len(chain) - 2 else below.rows
+        matrices.append(take(take(above.base.matrix, rows, 0), columns, 1))
+    for i, diagonal in enumerate(diagonals):
+        if diagonal is not None and diagonal.ndim < 2:
+            matrices[i] = matrices[i] * diagonal.reshape(-1, 1).to(matrices[i])
+            diagonals[i] = None
+    return Cycle(diagonals, matrices)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed(rows: Entries | None, columns: Entries | None, size: int) -> Entries | None:
+    """Positions of the entries that stay where they are."""
+    if rows is None and columns is None:
+        return None
+    at = [np.arange(size) if entries is None else entries.index for entries in (rows, columns)]
+    return Entries(np.flatnonzero(at[0] == at[1]))
+
+
+def _take_diagonal(diagonal: Diagonal, entries: Entries | None) -> Diagonal:
+    """Entries of a diagonal, of whatever kind."""
+    return None if diagonal is None else take(diagonal, entries, -1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _meeting(rows: Entries | None, columns: Entries | None, size: int) -> tuple[Entries | None, Entries | None]:
+    """Positions in `rows` and in `columns` of the entries that both hold, in the order of `columns`."""
+    if rows is None and columns is None:
+        return None, None
+    position = np.arange(size)
+    if rows is not None:
+        position = np.full(size, -1)
+        position[rows.index] = np.arange(len(rows.index))
+    columns_index = np.arange(size) if columns is None else columns.index
+    met = position[columns_index]
+    kept = np.flatnonzero(met >= 0)
+    return Entries(met[kept]), Entries(kept)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compose(entries: Entries | None, chosen: Entries | None) -> Entries | None:
+    if entries is None or chosen is None:
+        return entries if chosen is None else chosen
+    return Entries(entries.index[chosen.index])
+
+
+class _Way(NamedTuple):
+    """How a cycle of at least three diagonals is multiplied out: a cycle, cut before its entry `cut`."""
+
+    merged: bool
+    cut: int
+    multiplications: int
+
+
+def cost(cycle: Cycle, batch: int) -> int:
+    """Multiplications of `trace` for this cycle: those that depend on the batch, and those that do not."""
+    shapes, diagonal = [matrix.shape for matrix in cycle.matrices], [d is not None for d in cycle.diagonals]
+    if not shapes:
+        return 0
+    if sum(diagonal) >= 3:
+        return _best_way(tuple(map(tuple, shapes)), tuple(diagonal), batch).multiplications
+    shared = _merging_cost(shapes, diagonal)
+    per_sample = math.prod(shapes[i][0] for i, has in enumerate(diagonal) if has) if any(diagonal) else 1
+    return shared + batch * per_sample
+
+
+def memory(cycle: Cycle, batch: int) -> int:
+    """Elements that `trace` makes for this cycle, one bundle of rows at a time, without a graph."""
+    diagonals = sum(d.numel() for d in cycle.diagonals if d is not None)
+    if not cycle.matrices:
+        return diagonals
+    widths = [matrix.shape[0] for matrix, d in zip(cycle.matrices, cycle.diagonals, strict=True) if d is not None]
+    if len(widths) >= 3:
+        return diagonals + 3 * max(_limit(cycle.matrices[0]), batch * max(widths))
+    return diagonals + 3 * math.prod(widths) + sum(matrix.numel() for matrix in cycle.matrices)
+
+
+def _limit(tensor: Tensor) -> int:
+    return _CPU_ELEMENTS if tensor.device.type == "cpu" else _ACCELERATOR_ELEMENTS
+
+
+def _merging_cost(shapes: list[tuple[int, int]], diagonal: list[bool]) -> int:
+    """Of multiplying together the matrices between diagonals, in order; closing the cycle is elementwise."""
+    start = diagonal.index(True) if any(diagonal) else 0
+    shapes, diagonal = shapes[start:] + shapes[:start], diagonal[start:] + diagonal[:start]
+    total, rows = 0, shapes[0][0]
+    for i, (n, m) in enumerate(shapes):
+        if i == 0 or diagonal[i]:
+            rows = n
+        else:
+            last = i == len(shapes) - 1 and sum(diagonal) <= 1
+            total += rows * n * (1 if last else m)
+    return total
+
+
+@functools.lru_cache(maxsize=1024)
+def _best_way(shapes: tuple[tuple[int, int], ...], diagonal: tuple[bool, ...], batch: int) -> _Way:
+    ways = []
+    for merged in (False, True):
+        extra = 0
+        if merged:
+            extra = _merging_cost(list(shapes), list(diagonal))
+            places = [i for i, has in enumerate(diagonal) if has]
+            following = [*places[1:], places[0]]
+            shapes = tuple((shapes[i][0], shapes[j][0]) for i, j in zip(places, following, strict=True))
+            diagonal = (True,) * len(places)
+        for cut in range(len(shapes)):
+            order = [*range(cut, len(shapes)), *range(cut)]
+            rows, total, sampled = shapes[cut][0], extra, False
+            for i in order[1:-1]:
+                # The running product (rows, n) is one a sample as soon as a diagonal is in it.
+                sampled = sampled or diagonal[i]
+                total += (batch if sampled else 1) * rows * math.prod(shapes[i])
+            ways.append(_Way(merged, cut, total + batch * rows * shapes[order[-1]][0]))
+    return min(ways, key=lambda way: way.multiplications)
+
+
+def trace(cycles: list[Cycle], batch: int, like: Tensor, chunk_size: int | None) -> Tensor:
+    """The sum of the traces of all cycles, `(k,)`.
+
+    Args:
+        cycles: of one Jacobian.
+        batch: k.
+        like: a tensor of the device and dtype to sum in.
+        chunk_size: rows of a longer product at a time, with their graph dropped and rebuilt; None takes what suits.
+    """
+    total = like.new_zeros(batch)
+    with torch.autocast(like.device.type, enabled=False):
+        bilinear: dict[tuple[int, int], list] = {}
+        for cycle in cycles:
+            cycle = _converted(cycle, like)
+            places = [i for i, diagonal in enumerate(cycle.diagonals) if diagonal is not None]
+            if not cycle.matrices:
+                total = total + cycle.diagonals[0].sum(dim=-1)
+            elif len(places) >= 3:
+                total = total + _long(cycle, batch, chunk_size)
+            elif len(places) == 2:
+                first, second = (cycle.diagonals[place] for place in places)
+                there, back = _between(cycle, places[0], places[1]), _between(cycle, places[1], places[0])
+                # The transposed product, not a product's transpose: its rows lie in memory as those of the other.
+                weights = _product(there) * _product([matrix.mT for matrix in reversed(back)])
+                bilinear.setdefault((id(first), id(second)), [first, second]).append(weights)
+            elif len(places) == 1:
+                total = total + cycle.diagonals[places[0]] @ _diagonal_of(_rotated(cycle.matrices, places[0]))
+            else:
+                total = total + _diagonal_of(cycle.matrices).sum()
+        for first, second, *matrices in bilinear.values():
+            # Paths through the same two diagonals (residual connections) share one product.
+            matrix = matrices[0] if len(matrices) == 1 else torch.stack(matrices).sum(dim=0)
+            total = total + ((first @ matrix) * second).sum(dim=1)
+    return total
+
+
+def _converted(cycle: Cycle, like: Tensor) -> Cycle:
+    return Cycle([None if d is None else d.to(like) for d in cycle.diagonals], [m.to(like) for m in cycle.matrices])
+
+
+def _rotated(matrices: list[Tensor], start: int) -> list[Tensor]:
+    return matrices[start:] + matrices[:start]
+
+
+def _between(cycle: Cycle, start: int, stop: int) -> list[Tensor]:
+    """The matrices from one diagonal to the next."""
+    count = (stop - start) % len(cycle.matrices) or len(cycle.matrices)
+    return _rotated(cycle.matrices, start)[:count]
+
+
+def _product(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.linalg.multi_dot(matrices)
+
+
+def _diagonal_of(matrices: list[Tensor]) -> Tensor:
+    """diag(M_1 ... M_p), without the last product."""
+    if len(matrices) == 1:
+        return matrices[0].diagonal()
+    return (_product(matrices[:-1]) * matrices[-1].mT).sum(dim=1)
+
+
+def _long(cycle: Cycle, batch: int, chunk_size: int | None) -> Tensor:
+    """Three or more diagonals: rows of the running product, some at a time, closed with the last matrix."""
+    shapes = tuple(tuple(matrix.shape) for matrix in cycle.matrices)
+    way = _best_way(shapes, tuple(d is not None for d in cycle.diagonals), batch)
+    if way.merged:
+        places = [i for i, diagonal in enumerate(cycle.diagonals) if diagonal is not None]
+        following = [*places[1:], places[0]]
+        matrices = [_product(_between(cycle, i, j)) for i, j in zip(places, following, strict=True)]
+        cycle = Cycle([cycle.diagonals[i] for i in places], matrices)
+    diagonals, matrices = _rotated(cycle.diagonals, way.cut), _rotated(cycle.matrices, way.cut)
+    rows, width = matrices[0].shape[0], max(matrix.shape[1] for matrix in matrices)
+    chunk = min(rows, chunk_size or max(1, _limit(matrices[0]) // max(1, batch * width)))
+
+    def part(start: int, stop: int) -> Tensor:
+        running = matrices[0][start:stop]
+        for diagonal, matrix in zip(diagonals[1:-1], matrices[1:-1], strict=True):
+            running = (running if diagonal is None else running * diagonal[:, None, :]) @ matrix
+        if diagonals[-1] is not None:
+            running = running * diagonals[-1][:, None, :]
+        entries = (running * matrices[-1][:, start:stop].mT).sum(dim=-1)
+        # The diagonal at the cut is the same as one at the end of the cycle.
+        return (entries if diagonals[0] is None else entries * diagonals[0][:, start:stop]).sum(dim=-1)
+
+    total = matrices[0].new_zeros(batch)
+    for start in range(0, rows, chunk):
+        bounds = start, min(rows, start + chunk)
+        if chunk_size is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            total = total + checkpoint(part, *bounds, use_reentrant=False, preserve_rng_state=False)
+        else:
+            total = total + part(*bounds)
+    return total
+

@@ -1,0 +1,195 @@
+"""The Jacobian of a layered value, as a sum of terms `diagonal * base`, without any of its entries.
+
+A value v of n entries a sample has the Jacobian
+
+    dv/dx = sum over terms of  P_rows diag(diagonal) P_columns^T (d base / dx)
+
+where a base is the input itself or a shared matrix applied to another such sum, and the selections P say
+which entries of v a term reaches, and from which of the base.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Base", "Diagonal", "Entries", "Linear", "Movement", "NoRule", "Term", "add", "apply", "move", "product", "scale", "take"]
+
+# A diagonal is None (ones), shared by the batch and of shape () or (r,), or one a sample, (k, r).
+Diagonal = Tensor | None
+
+
+class NoRule(Exception):  # noqa: N818 - caught inside this package, and no error
+    """An operation whose Jacobian is no such sum; the message names it."""
+
+
+class Entries:
+    """A choice of a vector's entries, in order; made by `entries`, so that equal ones are one object."""
+
+    def __init__(self, index: np.ndarray) -> None:
+        self.index = index
+        contiguous = len(index) > 0 and bool((np.diff(index) == 1).all())
+        self._start = int(index[0]) if contiguous else None
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def take(self, tensor: Tensor, dim: int) -> Tensor:
+        """These entries of a tensor's dimension: a view where they are contiguous."""
+        if self._start is not None:
+            return tensor.narrow(dim, self._start, len(self.index))
+        if tensor.device not in self._on_device:
+            self._on_device[tensor.device] = torch.tensor(self.index, device=tensor.device)
+        return tensor.index_select(dim, self._on_device[tensor.device])
+
+
+@functools.lru_cache(maxsize=4096)
+def _interned(index: bytes) -> Entries:
+    return Entries(np.frombuffer(index, dtype=np.int64))
+
+
+def _entries(index: np.ndarray, size: int) -> Entries | None:
+    """The entries `index` of `size`; None for all of them in order."""
+    if len(index) == size and (index == np.arange(size)).all():
+        return None
+    return _interned(index.astype(np.int64).tobytes())
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The input x of D entries: its derivative in x is the identity."""
+
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Base):
+    """A matrix `(size, m)`, the same for the whole batch, applied to a value of m entries."""
+
+    matrix: Tensor
+    source: "list[Term]"
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """Entries `columns` of a base, times `diagonal`, at the entries `rows` of a value; None takes all in order."""
+
+    base: Base
+    diagonal: Diagonal = None
+    rows: Entries | None = None
+    columns: Entries | None = None
+
+
+def take(tensor: Tensor, entries: Entries | None, dim: int) -> Tensor:
+    """`entries` of a tensor's dimension, where it has that dimension at all."""
+    return tensor if entries is None or tensor.ndim == 0 else entries.take(tensor, dim)
+
+
+def product(a: Diagonal, b: Diagonal) -> Diagonal:
+    """The product of two diagonals."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+def scale(terms: list[Term], factor: Tensor) -> list[Term]:
+    """The terms of `factor * v`: factor `()` or `(n,)` where the batch shares it, `(k, n)` where not."""
+    return [
+        Term(term.base, product(term.diagonal, take(factor, term.rows, -1)), term.rows, term.columns) for term in terms
+    ]
+
+
+def add(*sums: list[Term]) -> list[Term]:
+    """The terms of a sum of values; those of one base and the same entries become one."""
+    merged: dict[tuple[int, ...], Term] = {}
+    for term in (term for terms in sums for term in terms):
+        key = id(term.base), id(term.rows), id(term.columns)
+        if key in merged:
+            diagonal = _sum(merged[key].diagonal, term.diagonal)
+            merged[key] = Term(term.base, diagonal, term.rows, term.columns)
+        else:
+            merged[key] = term
+    return list(merged.values())
+
+
+def _sum(a: Diagonal, b: Diagonal) -> Tensor:
+    if a is None and b is None:
+        return torch.tensor(2.0)
+    if a is None or b is None:
+        return 1 + (b if a is None else a)
+    return a + b
+
+
+@dataclass(frozen=True, eq=False)
+class Movement:
+    """The value whose entry j is v[index[j]], or a constant where index[j] < 0, of a value v of `size` entries."""
+
+    size: int
+    index: np.ndarray
+
+
+def move(terms: list[Term], movement: Movement) -> list[Term]:
+    """The terms of the moved value."""
+    moved = []
+    for term in terms:
+        place = _moved(movement, term.rows, term.columns, term.base.size)
+        if place is not None:
+            chosen, rows, columns = place
+            diagonal = None if term.diagonal is None else take(term.diagonal, chosen, -1)
+            moved.append(Term(term.base, diagonal, rows, columns))
+    return moved
+
+
+@functools.lru_cache(maxsize=4096)
+def _moved(
+    movement: Movement, rows: Entries | None, columns: Entries | None, base_size: int
+) -> tuple[Entries | None, Entries | None, Entries | None] | None:
+    """Which entries of a term are left after a movement, its new rows and its new columns; None if it has none left."""
+    size, index = movement.size, movement.index
+    position = np.arange(size)
+    if rows is not None:
+        position = np.full(size, -1)
+        position[rows.index] = np.arange(len(rows.index))
+    pick = np.full(len(index), -1)
+    pick[index >= 0] = position[index[index >= 0]]
+    reached = np.flatnonzero(pick >= 0)
+    pick = pick[reached]
+    if not len(reached):
+        return None
+    length = base_size if columns is None else len(columns.index)
+    chosen = _entries(pick, length)
+    new_columns = columns if chosen is None else _entries(pick if columns is None else columns.index[pick], base_size)
+    return chosen, _entries(reached, len(index)), new_columns
+
+
+def apply(terms: list[Term], size: int, x: Tensor, sample: int | None = None) -> Tensor:
+    """The product of the Jacobian that the terms stand for with vectors x `(k, D)`: `(k, size)`.
+
+    The plain reading of the definition, which the contraction is checked by; it costs one forward pass.
+
+    Args:
+        terms: of a value.
+        size: of that value.
+        x: one vector a sample, or any number of them for one sample.
+        sample: which; None for one vector a sample.
+    """
+    values: dict[int, Tensor] = {}
+
+    def of_base(base: Base) -> Tensor:
+        if not isinstance(base, Linear):
+            return x
+        if id(base) not in values:
+            values[id(base)] = of_sum(base.source, base.matrix.shape[1]) @ base.matrix.T.to(x)
+        return values[id(base)]
+
+    def of_sum(terms: list[Term], size: int) -> Tensor:
+        total = x.new_zeros(len(x), size)
+        for term in terms:
+            part, diagonal = take(of_base(term.base), term.columns, -1), term.diagonal
+            if diagonal is not None:
+                part = part * (diagonal[sample] if sample is not None and diagonal.ndim == 2 else diagonal)
+            rows = np.arange(size) if term.rows is None else term.rows.index
+            total = total.index_add(1, torch.tensor(rows, device=x.device), part.to(x))
+        return total
+
+    return of_sum(terms, size)

@@ -1,0 +1,434 @@
+"""How each torch operation carries Jacobians: movements of entries, elementwise functions, linear maps.
+
+A rule evaluates the operation and tells the trace the Jacobian of the result. Rules are found by the name of the
+operation, which is the same for a function of torch, a method of Tensor and a function of torch.nn.functional.
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from divflow.divergence.layered.jacobian import Linear, Movement, NoRule, Term, add, move, scale
+
+if TYPE_CHECKING:
+    from divflow.divergence.layered.trace import Trace
+
+__all__ = ["RULES", "Operation", "described", "name_of", "tensors_in"]
+
+# Elements of the matrix of a linear map that has to be found by applying it to a basis.
+_LARGEST_MATRIX = 2**22
+
+
+def name_of(func: Any) -> str:
+    """The name of a torch function: `add` for torch.add, Tensor.add, +; `add_` for what works in place."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func.__self__.__name__
+    name = name.removeprefix("special_")
+    if name.startswith("__") and name.endswith("__"):
+        name = name.strip("_")
+        if name in _OPERATORS:
+            return _OPERATORS[name]
+        if name[0] == "i" and name[1:] in _OPERATORS:
+            return _OPERATORS[name[1:]] + "_"
+    return name
+
+
+_OPERATORS = {
+    "add": "add", "radd": "add", "sub": "sub", "rsub": "rsub", "mul": "mul", "rmul": "mul", "truediv": "div",
+    "rtruediv": "rdiv", "rdiv": "rdiv", "div": "div", "matmul": "matmul", "pow": "pow",
+    "rpow": "rpow", "neg": "neg", "pos": "positive", "abs": "abs", "getitem": "getitem", "setitem": "setitem",
+}  # fmt: skip
+
+
+def described(value: object, depends: Callable[[Tensor], bool], tensors: list[Tensor]) -> Hashable:
+    """What of an operation's arguments decides its structure: shapes and options, not the numbers in them.
+
+    The tensors in it, which may be in nested tuples, lists and dicts, are added to `tensors`.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return depends(value), value.shape
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return tuple([described(item, depends, tensors) for item in value])
+    if kind is int or kind is str or kind is bool or value is None:
+        return value
+    if kind is float:
+        return "number"
+    if kind is dict:
+        return tuple([(key, described(item, depends, tensors)) for key, item in value.items()])
+    if isinstance(value, tuple | list):
+        return kind, tuple([described(item, depends, tensors) for item in value])
+    return repr(value)
+
+
+class Operation(NamedTuple):
+    """A torch function at its arguments.
+
+    Attributes:
+        tensors: those among the arguments, lists and dicts included.
+        summary: what decides the structure: the name, shapes and options, not the numbers in tensors.
+    """
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    summary: Hashable
+
+    def __call__(self) -> Any:
+        """Its value."""
+        return self.func(*self.args, **self.kwargs)
+
+    def at(self, new: Callable[[Tensor], Any]) -> Any:
+        """Its value at other tensors."""
+        return self.func(*_map(new, self.args), **_map(new, self.kwargs))
+
+    def out_of_place(self, new: Callable[[Tensor], Tensor], func: Any, name: str) -> "Operation":
+        """The function of that name at other tensors, not told to work in place."""
+        kwargs = {key: _map(new, value) for key, value in self.kwargs.items() if key != "inplace"}
+        return Operation(func, name, _map(new, self.args), kwargs, [*map(new, self.tensors)], self.summary)
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, tuple | list) else []
+
+
+def _map(new: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return new(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map(new, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(new, item) for key, item in value.items()}
+    return value
+
+
+# Movements: results whose entries are entries of the arguments.
+
+
+def _movement(trace: "Trace", op: Operation) -> Any:
+    operands, contents = [], []
+    for tensor in op.tensors:
+        if trace.depends(tensor):
+            operands.append(tensor)
+        elif tensor.is_floating_point():
+            trace.terms(tensor)
+        else:
+            contents.append(tensor.cpu().numpy().tobytes())
+    sources = [trace.terms(operand) for operand in operands]
+    key = op.summary, *contents
+    if key not in _MOVEMENTS:
+        if len(_MOVEMENTS) >= _MOST_MOVEMENTS:
+            _MOVEMENTS.pop(next(iter(_MOVEMENTS)))
+        _MOVEMENTS[key] = _find_movements(trace, op)
+    found = _MOVEMENTS[key]
+    result = op()
+    for tensor, movements in zip(tensors_in(result), found, strict=True):
+        parts = [move(terms, movement) for terms, movement in zip(sources, movements, strict=True)]
+        trace.learn(tensor, parts[0] if len(parts) == 1 else add(*parts))
+    return result
+
+
+_MOVEMENTS: dict[Hashable, list[list[Movement]]] = {}
+_MOST_MOVEMENTS = 4096
+
+
+def _find_movements(trace: "Trace", op: Operation) -> list[list[Movement]]:
+    """Where each entry of an operation's results comes from, in each operand: torch itself moves numbered entries."""
+    batch, sizes = trace.batch, [tensor.shape[1:].numel() for tensor in op.tensors if trace.depends(tensor)]
+    offset, total = 0, sum(sizes)
+
+    def numbered(tensor: Tensor) -> Tensor:
+        nonlocal offset
+        if trace.depends(tensor):
+            event = tensor.shape[1:]
+            entries = torch.arange(offset, offset + event.numel()).view(1, *event)
+            offset += event.numel()
+            return entries + total * torch.arange(batch).view(batch, *[1] * len(event))
+        return torch.full(tensor.shape, -1) if tensor.is_floating_point() else tensor.cpu()
+
+    found = []
+    for tensor in tensors_in(op.at(numbered)):
+        if tensor.ndim == 0 or tensor.shape[0] != batch:
+            raise NoRule(f"{op.name} over the batch")
+        rows = tensor.reshape(batch, tensor.shape[1:].numel())
+        index = torch.where(rows < 0, -1, rows % max(total, 1))
+        if ((rows // max(total, 1) != torch.arange(batch)[:, None]) & (rows >= 0)).any() or (index != index[:1]).any():
+            raise NoRule(f"{op.name} between samples")
+        index, offset, parts = index[0].numpy(), 0, []
+        for size in sizes:
+            inside = (index >= offset) & (index < offset + size)
+            parts.append(Movement(size, np.where(inside, index - offset, -1)))
+            offset += size
+        found.append(parts)
+    return found
+
+
+def _same_entries(trace: "Trace", op: Operation) -> Any:
+    """Copies and conversions of a value."""
+    result, source = op(), next(filter(trace.depends, op.tensors))
+    if result is source or not isinstance(result, Tensor) or not result.is_floating_point():
+        return result
+    return trace.learn(result, trace.terms(source))
+
+
+def _constant(trace: "Trace", op: Operation) -> Any:
+    """What only shape, dtype and device, or the detached value, are taken for."""
+    return op()
+
+
+# Elementwise functions, of any number of arguments that are broadcast together.
+
+
+def _elementwise(trace: "Trace", op: Operation) -> Tensor:
+    if op.kwargs.get("inplace") or op.name.endswith("_"):
+        return _in_place(trace, op)
+    if "inplace" in op.kwargs:
+        op = op._replace(kwargs={key: value for key, value in op.kwargs.items() if key != "inplace"})
+    if "out" in op.kwargs:
+        raise NoRule(f"{op.name} with out")
+    operands = [tensor for tensor in op.tensors if trace.depends(tensor)]
+    for tensor in op.tensors:
+        trace.terms(tensor)
+    shared = False
+    if not op.kwargs and len(op.args) == 1 and op.name in _DERIVATIVES:
+        value = op()
+        derivatives = [_DERIVATIVES[op.name](op.args[0], value)]
+    elif not op.kwargs and len(op.args) == 2 and op.name in _PARTIALS:
+        value, shared = op(), len(operands) == 1
+        partials = _PARTIALS[op.name](*op.args, value)
+        derivatives = [d for d, arg in zip(partials, op.args, strict=True) if trace.depends(arg)]
+    else:
+        operands = list({id(operand): operand for operand in operands}.values())
+        value, derivatives = _differentiated(op, operands)
+    if value.ndim == 0 or value.shape[0] != trace.batch:
+        raise NoRule(f"{op.name} that broadcasts the batch")
+    parts = []
+    for operand, derivative in zip(operands, derivatives, strict=True):
+        terms = _broadcast(trace.terms(operand), operand, value)
+        parts.append(terms if derivative is None else scale(terms, _diagonal(derivative, value, shared)))
+    return trace.learn(value, parts[0] if len(parts) == 1 else add(*parts))
+
+
+def _differentiated(op: Operation, operands: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The value, and its derivative in each operand, by forward mode: differentiable again."""
+    value, derivatives = None, []
+    for operand in operands:
+
+        def function(point: Tensor, operand: Tensor = operand) -> Tensor:
+            return op.at(lambda tensor: point if tensor is operand else tensor)
+
+        value, derivative = torch.func.jvp(function, (operand,), (torch.ones_like(operand),))
+        derivatives.append(derivative)
+    return value, derivatives
+
+
+def _silu_derivative(u: Tensor, y: Tensor) -> Tensor:
+    gate = u.sigmoid()
+    return gate + y * (1 - gate)
+
+
+# Derivatives of y = f(u), and partial derivatives of y = f(a, b), of the most common functions: forward mode gives the
+# same, but takes longer to set up than a small network's layer to evaluate. None stands for one.
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tanh": lambda u, y: 1 - y * y,
+    "sigmoid": lambda u, y: y * (1 - y),
+    "silu": _silu_derivative,
+    "relu": lambda u, y: (u > 0).to(y.dtype),
+    "exp": lambda u, y: y,
+    "sin": lambda u, y: u.cos(),
+    "cos": lambda u, y: -u.sin(),
+    "square": lambda u, y: 2 * u,
+    "neg": lambda u, y: -1.0,
+}
+_PARTIALS: dict[str, Callable[[Any, Any, Tensor], tuple[Any, Any]]] = {
+    "add": lambda a, b, y: (None, None),
+    "sub": lambda a, b, y: (None, -1.0),
+    "rsub": lambda a, b, y: (-1.0, None),
+    "mul": lambda a, b, y: (b, a),
+    "div": lambda a, b, y: (1 / b, -y / b),
+}
+
+
+def _in_place(trace: "Trace", op: Operation) -> Tensor:
+    """The function out of place, at a copy of its argument that stays as it is, and its value over the argument."""
+    target, base = op.tensors[0], op.name.rstrip("_")
+    if not trace.depends(target):
+        raise NoRule(f"{op.name} on a constant")
+    before = trace.learn(target.clone(), trace.terms(target))
+    plain = op.func if base == op.name else getattr(torch.Tensor, base, None) or getattr(F, base)
+    value = _elementwise(trace, op.out_of_place(lambda tensor: before if tensor is target else tensor, plain, base))
+    if value.shape != target.shape or value.dtype != target.dtype:
+        raise NoRule(f"{op.name} that changes shape or dtype")
+    terms = trace.terms(value)
+    target.copy_(value)
+    return trace.learn(target, terms)
+
+
+def _broadcast(terms: list[Term], operand: Tensor, value: Tensor) -> list[Term]:
+    if operand.shape == value.shape:
+        return terms
+    if operand.ndim != value.ndim:
+        raise NoRule("broadcasting that moves the batch")
+    return move(terms, _expansion(operand.shape[1:], value.shape[1:]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _expansion(event: torch.Size, expanded: torch.Size) -> Movement:
+    index = torch.arange(event.numel()).view(event).expand(expanded).reshape(-1)
+    return Movement(event.numel(), index.numpy())
+
+
+def _diagonal(derivative: Tensor | float, value: Tensor, may_share: bool) -> Tensor:
+    """A derivative as a factor of the value's flattened events: `()` or `(n,)` if the batch shares it, else `(k, n)`."""
+    if not isinstance(derivative, Tensor):
+        return torch.as_tensor(derivative, dtype=value.dtype)
+    event = value.shape[1:]
+    if may_share and derivative.numel() == 1:
+        return derivative.reshape(())
+    if may_share and (derivative.ndim < value.ndim or derivative.shape[0] == 1 or derivative.stride(0) == 0):
+        row = derivative[0] if derivative.ndim == value.ndim else derivative
+        return row.expand(event).reshape(event.numel())
+    return derivative.expand(value.shape).reshape(value.shape[0], event.numel())
+
+
+def _batch_norm(trace: "Trace", op: Operation) -> Tensor:
+    """With statistics that are constants it is elementwise."""
+    training = op.args[5] if len(op.args) > 5 else op.kwargs.get("training", False)
+    if training:
+        raise NoRule("batch_norm over the batch")
+    return _elementwise(trace, op)
+
+
+def _gated(trace: "Trace", op: Operation) -> Tensor:
+    """glu(x) = a * sigmoid(b), x = [a, b]."""
+
+    def glu(input: Tensor, dim: int = -1) -> Tensor:
+        a, b = input.chunk(2, dim)
+        return a * b.sigmoid()
+
+    with trace:
+        return glu(*op.args, **op.kwargs)
+
+
+# Linear maps with constant coefficients.
+
+
+def _linear(trace: "Trace", op: Operation) -> Tensor:
+    if op.name in _MATRICES:
+        x, matrix = _MATRICES[op.name](*op.args, **op.kwargs)
+        if trace.depends(x) and x.ndim == 2 and matrix.ndim == 2:
+            if sum(map(trace.depends, op.tensors)) > 1:
+                raise NoRule(f"{op.name} of several values of x")
+            return _learn_linear(trace, op(), x, matrix)
+    return _by_basis(trace, op)
+
+
+# The state and the matrix (n, m) that is applied to it.
+_MATRICES: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "linear": lambda input, weight, bias=None: (input, weight),
+    "matmul": lambda input, other: (input, other.mT if other.ndim == 2 else other),
+    "mm": lambda input, mat2: (input, mat2.mT),
+    "addmm": lambda input, mat1, mat2, *, beta=1, alpha=1: (mat1, mat2.mT if alpha == 1 else alpha * mat2.mT),
+}
+
+
+def _by_basis(trace: "Trace", op: Operation) -> Tensor:
+    """The matrix of any linear map: its values at a basis, taken as a batch."""
+    tensors = op.tensors
+    if sum(map(trace.depends, tensors)) != 1:
+        raise NoRule(f"{op.name} of several values of x")
+    (x,), value = filter(trace.depends, tensors), op()
+    event = x.shape[1:]
+    if event.numel() * value.shape[1:].numel() > _LARGEST_MATRIX or value.shape[0] != trace.batch:
+        raise NoRule(f"{op.name} of this size")
+    for tensor in tensors:
+        trace.terms(tensor)
+    with torch.autocast(x.device.type, enabled=False):
+        basis = torch.eye(event.numel(), dtype=x.dtype, device=x.device).view(event.numel(), *event)
+        at_basis, at_zero = (
+            op.at(lambda tensor, point=point: point if tensor is x else tensor)
+            for point in (basis, torch.zeros_like(basis[:1]))
+        )
+        images = at_basis - at_zero
+    if images.shape != (event.numel(), *value.shape[1:]):
+        raise NoRule(f"{op.name} that mixes samples")
+    return _learn_linear(trace, value, x, images.reshape(event.numel(), value.shape[1:].numel()).mT)
+
+
+def _learn_linear(trace: "Trace", value: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        matrix = matrix.to(torch.get_autocast_dtype(x.device.type))
+    trace.terms(matrix)
+    trace.multiplications += trace.batch * matrix.numel()
+    terms = trace.terms(x)
+    return trace.learn(value, [Term(Linear(matrix.shape[0], matrix, terms))] if terms else [])
+
+
+def _reduction(trace: "Trace", op: Operation) -> Tensor:
+    """Linear maps along dimensions of the event."""
+    x = op.args[0] if op.args else op.kwargs["input"]
+    dims = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else None)
+    dims = dims if isinstance(dims, tuple | list) else (dims,)
+    if not dims or any(not isinstance(dim, int) or dim % max(x.ndim, 1) == 0 for dim in dims):
+        raise NoRule(f"{op.name} over the batch")
+    return _by_basis(trace, op)
+
+
+def _named(rule: Callable[..., Any], names: str) -> dict[str, Callable[..., Any]]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_ELEMENTWISE = """
+    add sub rsub subtract mul multiply div divide true_divide rdiv neg negative pow rpow float_power square sqrt rsqrt
+    reciprocal abs absolute sign sgn exp exp2 expm1 log log1p log2 log10 sin cos tan asin acos atan arcsin arccos
+    arctan sinh cosh tanh asinh acosh atanh arcsinh arccosh arctanh sinc erf erfc erfinv lgamma digamma logit expit
+    xlogy log_ndtr ndtr floor ceil round trunc frac fix clamp clamp_min clamp_max clip nan_to_num where maximum
+    minimum fmax fmin atan2 arctan2 hypot lerp addcmul addcdiv logaddexp logaddexp2 masked_fill copysign fmod
+    remainder heaviside deg2rad rad2deg sigmoid relu relu6 elu selu celu gelu silu mish softplus softsign tanhshrink
+    softshrink hardshrink hardtanh hardsigmoid hardswish leaky_relu prelu rrelu logsigmoid log_sigmoid threshold _threshold
+    dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d feature_dropout
+"""
+
+RULES: dict[str, Callable[..., Any]] = {
+    **_named(_elementwise, _ELEMENTWISE),
+    **{f"{name}_": _elementwise for name in _ELEMENTWISE.split()},
+    **_named(
+        _movement,
+        """
+        view reshape flatten unflatten ravel transpose swapaxes swapdims permute movedim moveaxis T mT unsqueeze squeeze
+        getitem narrow select index_select take_along_dim gather split split_with_sizes chunk tensor_split unbind hsplit
+        vsplit dsplit cat concat concatenate stack hstack vstack dstack column_stack expand expand_as view_as reshape_as
+        broadcast_to repeat tile repeat_interleave flip fliplr flipud roll rot90 diagonal unfold atleast_1d atleast_2d
+        atleast_3d
+        """,
+    ),
+    **_named(
+        _same_entries,
+        "clone contiguous to float double half bfloat16 type type_as positive alias requires_grad_ detach_copy",
+    ),
+    **_named(
+        _constant,
+        """
+        detach data zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones
+        new_full new_empty new_tensor
+        """,
+    ),
+    **_named(_linear, "linear matmul mm addmm einsum tensordot"),
+    **_named(_reduction, "sum mean cumsum diff"),
+    "batch_norm": _batch_norm,
+    "glu": _gated,
+}
