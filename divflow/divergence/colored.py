@@ -8,6 +8,7 @@ of colours, about C (r + 1)^2 for C channels and receptive radius r in two dimen
 
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -18,7 +19,7 @@ from divflow.divergence.dense import sum_of_chunks
 from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import Field, Linearization, event_size, flatten_event
 
-__all__ = ["NotLocal", "colors_of", "trace"]
+__all__ = ["Coloring", "NotLocal", "check", "find", "trace"]
 
 # Entries, and pairs of them that see each other: beyond, finding the colours takes longer than they save.
 _MOST_ENTRIES, _MOST_PAIRS = 2**14, 2**21
@@ -28,11 +29,23 @@ class NotLocal(Exception):  # noqa: N818 - caught inside this package, and no er
     """A field that colouring does not serve; the message says why."""
 
 
-def colors_of(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Tensor:
-    """The indicators of a colouring of the event's entries, `(colors, D)`, boolean.
+class Coloring(NamedTuple):
+    """A colouring of an event's entries.
 
-    What sees what is found from NaNs, which pass through any weight, zeros included, and from the entries of one
-    sample's Jacobian, which see through `torch.where`; and is then tried on random vectors.
+    Attributes:
+        seen: `(D, D)`, whether output i depends on input j.
+        colors: indicators of the colours, `(colors, D)`.
+    """
+
+    seen: Tensor
+    colors: Tensor
+
+
+def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
+    """Find what sees what, and colour it.
+
+    It is found from NaNs, which pass through any weight, zeros included, and is then tried on random vectors. A field
+    that chooses by masks, indices or values what it sees is not for this: at another point it may see something else.
 
     Args:
         g: the field, evaluated about D / k times.
@@ -46,7 +59,7 @@ def colors_of(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Tensor:
     size = event_size(x)
     if size > _MOST_ENTRIES:
         raise NotLocal(f"more than {_MOST_ENTRIES} dimensions take long to colour")
-    seen = torch.zeros(size, size, dtype=torch.bool)  # seen[i, j]: output i depends on input j
+    seen = torch.zeros(size, size, dtype=torch.bool)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _plain_convolutions(x):
         for entries in _groups(size, len(x)):
             spoilt = x.detach().clone().flatten(1)
@@ -59,22 +72,17 @@ def colors_of(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Tensor:
             seen[:, entries] |= values.isnan().T.cpu()
             if seen[:, entries].sum(dim=0).max() > size / 2:
                 raise NotLocal("one entry of the event is seen from more than half of it")
-        for entries in _groups(size, len(x)):
-            basis = torch.zeros_like(x).flatten(1)
-            basis[range(len(entries)), entries] = 1
-            rows = field.pullback(basis.view(1, *x.shape))[0, : len(entries)].flatten(1)
-            seen[entries] |= (rows != 0).cpu()
-        _check(field, x, seen)
+        check(field, x, seen)
     pairs = torch.triu(seen | seen.T, diagonal=1).nonzero()
     if len(pairs) > _MOST_PAIRS:
         raise NotLocal(f"more than {_MOST_PAIRS} pairs of entries see each other")
     graph = nx.Graph()
     graph.add_nodes_from(range(size))
     graph.add_edges_from(pairs.tolist())
-    colorings = [nx.greedy_color(graph, strategy) for strategy in (_in_order, "largest_first", "smallest_last")]
-    best = min(colorings, key=lambda coloring: max(coloring.values()))
+    found = [nx.greedy_color(graph, strategy) for strategy in (_in_order, "largest_first", "smallest_last")]
+    best = min(found, key=lambda coloring: max(coloring.values()))
     colors = torch.tensor([best[i] for i in range(size)])
-    return (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device)
+    return Coloring(seen, (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device))
 
 
 def trace(field: Linearization, x: Tensor, colors: Tensor, chunk_size: int, recompute: bool) -> Tensor:
@@ -100,8 +108,12 @@ def _in_order(graph: nx.Graph, colors: dict[int, int]) -> list[int]:
     return list(graph)
 
 
-def _check(field: Linearization, x: Tensor, seen: Tensor) -> None:
-    """Products with vectors on a few outputs must vanish at all inputs that these do not see."""
+def check(field: Linearization, x: Tensor, seen: Tensor) -> None:
+    """Products with random vectors on a few outputs must vanish at all inputs that these do not see.
+
+    Raises:
+        NotLocal: they don't.
+    """
     size, generator = event_size(x), torch.Generator().manual_seed(0)
     few = max(1, int(size / (4 * seen.sum(dim=1).max())))
     for _ in range(8):

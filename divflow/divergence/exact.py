@@ -28,7 +28,8 @@ class _Kept(NamedTuple):
     colors: Tensor | None = None
 
 
-_PLANS = Plans()
+# Plans by field and shape of x; colourings by field, event shape and structure, whatever the batch.
+_PLANS, _COLORINGS = Plans(), Plans(size=32)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Exact(Estimator):
                 reasons.append(f"not layered: {error}".rstrip(","))
         if self.method in ("auto", "colored"):
             try:
-                colors = colored.colors_of(g, t, x, followed.field)
+                colors = _colors(g, t, x, followed)
                 return _Kept(self._colored(x, colors, followed), followed.signature, colors)
             except colored.NotLocal as error:
                 reasons.append(f"not colored: {error}")
@@ -172,6 +173,22 @@ class Exact(Estimator):
         else:
             divergence = dense.reverse(field, x, kept.plan.chunk_size, recompute)
         return _exactly(field.value, divergence)
+
+
+def _colors(g: Field, t: Tensor, x: Tensor, followed: Followed) -> Tensor:
+    if followed.trace.choices:
+        raise colored.NotLocal(f"{followed.trace.choices[0]} may choose what is seen")
+    key = x.shape[1:], x.dtype, x.device, followed.structure
+    coloring = _COLORINGS.get(g, *key)
+    if coloring is not None:
+        try:
+            colored.check(followed.field, x, coloring.seen)
+            return coloring.colors
+        except colored.NotLocal:
+            pass  # it was another field: find its own
+    coloring = colored.find(g, t, x, followed.field)
+    _COLORINGS.keep(coloring, g, *key)
+    return coloring.colors
 
 
 def _exactly(value: Tensor, divergence: Tensor) -> Estimate:

@@ -93,7 +93,9 @@ def _structure(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
 
 def _joined(tag: Hashable, own: list[object], parts: list[object], depth: int) -> tuple[Hashable, list[object]]:
     structures = [_structure(part, depth + 1) for part in parts]
-    return (tag, *(structure for structure, _ in structures)), own + [item for _, objects in structures for item in objects]
+    return (tag, *(structure for structure, _ in structures)), own + [
+        item for _, objects in structures for item in objects
+    ]
 
 
 def _is_set(cell: types.CellType) -> bool:

@@ -60,9 +60,7 @@ class Residual(nn.Module):
     def __init__(self, blocks: int) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(D, H), nn.Linear(H, D)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H)) for _ in range(blocks)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H)) for _ in range(blocks))
 
     def forward(self, t, x):
         h = self.first(x)
@@ -137,7 +135,9 @@ class Matrices(nn.Module):
 
     def forward(self, t, x):
         h = torch.einsum("bi,ij->bj", torch.addmm(self.bias, x, self.a).sin(), self.b)
-        return torch.matmul(h.cos(), self.c) + (self.c.T @ x.unsqueeze(-1)[:, :0].sum(1, keepdim=True).expand(-1, H, 1)).squeeze(-1)
+        return torch.matmul(h.cos(), self.c) + (
+            self.c.T @ x.unsqueeze(-1)[:, :0].sum(1, keepdim=True).expand(-1, H, 1)
+        ).squeeze(-1)
 
 
 class OnTokens(nn.Module):

@@ -47,6 +47,13 @@ class Followed(NamedTuple):
         """Equal for evaluations of the same structure."""
         return tuple(self.trace.signature)
 
+    @property
+    def structure(self) -> Hashable:
+        """The signature without the size of the batch."""
+        return tuple(
+            (name, *map(_without_batch, rest)) for name, *rest in self.trace.signature if name not in _RESHAPES
+        )
+
     def cycles(self) -> list[contract.Cycle]:
         """The paths through the field.
 
@@ -92,6 +99,16 @@ class Followed(NamedTuple):
         scale = torch.linalg.vector_norm(known) + torch.linalg.vector_norm(true)
         if not (known.sum() - true.sum()).abs() <= 10 * torch.finfo(self.output.dtype).eps ** 0.5 * scale:
             raise NoRule(reason)
+
+
+# Their arguments are shapes.
+_RESHAPES = {"view", "reshape", "expand", "repeat", "tile", "broadcast_to", "unflatten"}
+
+
+def _without_batch(summary: Hashable) -> Hashable:
+    if isinstance(summary, torch.Size):
+        return summary[1:]
+    return tuple(map(_without_batch, summary)) if isinstance(summary, tuple) else summary
 
 
 def follow(g: Field, t: Tensor | float, x: Tensor, products: bool) -> Followed:

@@ -292,4 +292,3 @@ def _long(cycle: Cycle, batch: int, chunk_size: int | None) -> Tensor:
         else:
             total = total + part(*bounds)
     return total
-

@@ -15,7 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Base", "Diagonal", "Entries", "Linear", "Movement", "NoRule", "Term", "add", "apply", "move", "product", "scale", "take"]
+__all__ = [
+    "Base",
+    "Diagonal",
+    "Entries",
+    "Linear",
+    "Movement",
+    "NoRule",
+    "Term",
+    "add",
+    "apply",
+    "move",
+    "product",
+    "scale",
+    "take",
+]
 
 # A diagonal is None (ones), shared by the batch and of shape () or (r,), or one a sample, (k, r).
 Diagonal = Tensor | None

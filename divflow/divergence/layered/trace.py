@@ -13,6 +13,15 @@ from divflow.divergence.layered.rules import RULES, Operation, described, name_o
 __all__ = ["Trace"]
 
 
+# Operations that let a NaN vanish, or take numbers out of tensors.
+_CHOOSING = set(
+    """
+    fmax fmin nan_to_num nansum nanmean nanmedian nanquantile item tolist numpy is_nonzero equal allclose bool float int
+    index isclose where masked_fill masked_scatter
+    """.split()
+)
+
+
 def _version(tensor: Tensor) -> int:
     """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -43,6 +52,8 @@ class Trace(TorchFunctionMode):
             same structure.
         multiplications: of the linear maps, for the whole batch.
         elements: of the values made from x.
+        choices: operations that choose by bool or integer tensors, or by x's numbers, which entries are seen; at
+            another point they may choose others.
         constants: tensors that entered as constants in x and have a history.
         start: the graph's node that x comes from, None if it has none.
     """
@@ -53,6 +64,7 @@ class Trace(TorchFunctionMode):
         self.signature: list[Hashable] = []
         self.multiplications = self.elements = 0
         self.constants: list[Tensor] = []
+        self.choices: list[str] = []
         self._known: dict[int, _Known] = {}
         self.learn(x, [Term(Base(x.shape[1:].numel()))])
 
@@ -100,7 +112,7 @@ class Trace(TorchFunctionMode):
             try:
                 with torch.set_grad_enabled(self.differentiable):
                     result = rule(self, op)
-                self.signature.append(op.summary)
+                self._note(op, result)
                 return result
             except NoRule as error:
                 reason = str(error)
@@ -114,6 +126,12 @@ class Trace(TorchFunctionMode):
         for tensor in made + changed:
             self._known[id(tensor)] = _Known(tensor, None, reason)
             self.elements += tensor.numel()
-        if made or changed:
-            self.signature.append(op.summary)
+        self._note(op, result)
         return result
+
+    def _note(self, op: Operation, result: object) -> None:
+        outputs = tensors_in(result)
+        if any(not tensor.is_floating_point() for tensor in op.tensors + outputs) or op.name in _CHOOSING:
+            self.choices.append(op.name)
+        if outputs or op.tensors and result is None:
+            self.signature.append(op.summary)
