@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform
 from divflow.divergence import Estimator, Exact, FieldError
 from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
-from divflow.likelihood import ConditionedField, Likelihood, Quadrature, Transport
+from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport
 from divflow.solver import Evaluations, Solver
 
 __all__ = ["ContinuousFlow", "FlowEvaluation"]
@@ -28,6 +28,7 @@ class FlowEvaluation(NamedTuple):
         quadrature_error: estimated absolute error of that integral, in nats, `(k,)`; None if not known.
         standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known.
         evaluations: of the field; `backward` grows when an adjoint gradient is taken.
+        penalties: the integrals over time that were asked for, by name, `(k,)`.
     """
 
     log_prob: Tensor
@@ -36,6 +37,7 @@ class FlowEvaluation(NamedTuple):
     quadrature_error: Tensor | None
     standard_error: Tensor | None
     evaluations: Evaluations
+    penalties: dict[str, Tensor] = {}
 
 
 class ContinuousFlow(nn.Module):
@@ -111,21 +113,46 @@ class ContinuousFlow(nn.Module):
         generator: Generator | None = None,
         *,
         diagnostics: bool = True,
+        penalties: Collection[str] = (),
     ) -> FlowEvaluation:
         """The log-density of x `(k, *event)` with its latent, errors and evaluations.
 
-        Without `diagnostics` errors that would take further evaluations are left out (None).
+        Args:
+            x: data.
+            context: one row a sample.
+            generator: of a stochastic estimator's probes.
+            diagnostics: estimate the errors even where that takes further evaluations; else they are None.
+            penalties: integrals to take along the trajectory (Finlay et al. 2020): "kinetic_energy", of |v|^2, and
+                "jacobian_norm", of |dv/dx|_F^2, which is estimated, unbiased, from the products with the
+                estimator's own probes, or from one more where the divergence is exact. They need `Quadrature`.
 
         Raises:
             FieldError, SolverError: as `log_prob`.
+            ValueError: an unknown penalty.
         """
+        unknown = set(penalties) - set(PENALTIES)
+        if unknown:
+            raise ValueError(f"penalties must be of {sorted(PENALTIES)}, but got {sorted(unknown)}")
         evaluations = Evaluations()
         carried = self._transport(
-            x, context, self.t_data, self.t_base, generator, evaluations=evaluations, diagnostics=diagnostics
+            x,
+            context,
+            self.t_data,
+            self.t_base,
+            generator,
+            evaluations=evaluations,
+            diagnostics=diagnostics,
+            penalties=penalties,
         )
         log_prob = self.base.log_prob(carried.state) + carried.log_det
         return FlowEvaluation(
-            log_prob, carried.state, carried.log_det, carried.quadrature_error, carried.standard_error, evaluations
+            log_prob,
+            carried.state,
+            carried.log_det,
+            carried.quadrature_error,
+            carried.standard_error,
+            evaluations,
+            carried.penalties,
         )
 
     def rsample_and_log_prob(
@@ -218,6 +245,7 @@ class ContinuousFlow(nn.Module):
         *,
         diagnostics: bool,
         evaluations: Evaluations | None = None,
+        penalties: Collection[str] = (),
     ) -> Transport:
         with _outside_inference_mode():
             x, field = self._prepare(x, context)
@@ -235,6 +263,7 @@ class ContinuousFlow(nn.Module):
                 evaluations=Evaluations() if evaluations is None else evaluations,
                 generator=generator,
                 diagnostics=diagnostics,
+                penalties=penalties,
             )
 
     def _prepare(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ConditionedField]:

@@ -31,6 +31,8 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
         if f"test/{name}" in results:
             error = results[f"test/{name}_standard_error"]
             table.add_row(title or "discrete data", f"{results[f'test/{name}']:.4f} ± {error:.4f}", unit)
+            if results.get(f"test/{name}_estimator_error"):
+                table.add_row("  of that ±, by its probes", f"{results[f'test/{name}_estimator_error']:.1e}", unit)
     for title, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
         if results.get(f"test/{name}"):
             table.add_row(title, f"{results[f'test/{name}']:.1e}", "nats per sample")

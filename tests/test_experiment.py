@@ -29,6 +29,8 @@ VARIANTS = {
     "opposite time": ["t_base=1.0", "t_data=0.0"],
     "ffjord": ["experiment=ffjord"],
     "smoke": ["experiment=smoke"],
+    "sketched": ["estimator=hutch_plus_plus", "estimator.num_products=3", "estimator@evaluation.estimator=xtrace"],
+    "regularized": ["task.regularization.kinetic_energy=0.1", "task.regularization.jacobian_norm=0.1"],
     "no average": ["callbacks.average=null"],
     "no schedule": ["task.scheduler=null"],
     "tensorboard": ["logger=tensorboard"],

@@ -14,6 +14,7 @@ from divflow.divergence.exact import Exact
 from divflow.divergence.field import Field, FieldError
 from divflow.divergence.hutchinson import Hutchinson
 from divflow.divergence.plan import Plan
+from divflow.divergence.sketched import HutchPlusPlus, XTrace
 
 __all__ = [
     "Autograd",
@@ -22,9 +23,11 @@ __all__ = [
     "Exact",
     "Field",
     "FieldError",
+    "HutchPlusPlus",
     "Hutchinson",
     "Plan",
     "ValueAndDivergence",
+    "XTrace",
     "check_field",
     "divergence",
     "value_and_divergence",

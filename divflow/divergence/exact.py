@@ -18,6 +18,8 @@ __all__ = ["Exact"]
 _METHODS = ("auto", "layered", "colored", "forward", "reverse")
 # Bytes that the layered method may take beside the value.
 _LARGEST_MEMORY = 2**31
+# Relative cost at which a batch for each time, with its smaller matrix products, is worth it.
+_WORTH_SEPARATING = 0.5
 
 
 class _Kept(NamedTuple):
@@ -95,6 +97,16 @@ class Exact(Estimator):
             kept, followed = self._first(g, t, x)
             return self._result(kept, followed, x)
         return self._result(kept, Followed(linearize_field(g, t, x), None, None), x)
+
+    def prefers_one_time(self, g: Field, t: Tensor, x: Tensor) -> bool:
+        """True where gates that depend on a scalar t alone can be folded into the matrices of a layered network."""
+        shared = self.explain(g, t, x)
+        if shared.method != "layered":
+            return False
+        return (
+            shared.cost_in_forward_passes
+            < _WORTH_SEPARATING * self.explain(g, t.expand(len(x)), x).cost_in_forward_passes
+        )
 
     def _kept(self, g: Field, t: Tensor, x: Tensor) -> _Kept | None:
         if self.method in ("forward", "reverse") or x.numel() == 0 or torch.compiler.is_compiling():

@@ -120,28 +120,34 @@ class Linearization:
         self._batched = True
         self.value = output if create_graph else output.detach()
 
-    def pullback(self, vectors: Float[Tensor, "products batch *out"]) -> Float[Tensor, "products batch *event"]:
-        """u^T J for every vector u: one pass for all of them, or one each where torch has no batching rule."""
+    def pullback(
+        self, vectors: Float[Tensor, "products batch *out"], constant: bool = False
+    ) -> Float[Tensor, "products batch *event"]:
+        """u^T J for every vector u: one pass for all of them, or one each where torch has no batching rule.
+
+        Products that are asked for as a `constant` have no graph.
+        """
         if not self._output.requires_grad or self._output.numel() == 0:
             return vectors.new_zeros(vectors.shape[0], *self._point.shape)
         if self._batched and len(vectors) > 1:
             try:
-                return self._grad(vectors, batched=True)
+                return self._grad(vectors, True, constant)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError):
                 # Some operations and many custom autograd.Functions have no rule under vmap; a field that is
                 # wrong in itself fails again below, and that error is the one to see.
                 self._batched = False
-        return torch.stack([self._grad(vector, batched=False) for vector in vectors])
+        return torch.stack([self._grad(vector, False, constant) for vector in vectors])
 
-    def _grad(self, vectors: Tensor, batched: bool) -> Tensor:
-        with torch.inference_mode(False), torch.set_grad_enabled(self.create_graph):
+    def _grad(self, vectors: Tensor, batched: bool, constant: bool) -> Tensor:
+        create_graph = self.create_graph and not constant
+        with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
             (product,) = torch.autograd.grad(
                 self._output,
                 self._point,
                 vectors,
-                create_graph=self.create_graph,
+                create_graph=create_graph,
                 retain_graph=True,
                 is_grads_batched=batched,
                 allow_unused=True,

@@ -1,5 +1,6 @@
 """Hutchinson's estimator of the divergence: the mean of v^T J v over random probes v."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,9 @@ from torch import Generator, Tensor
 from divflow.divergence.dense import products_per_pass
 from divflow.divergence.estimator import Estimate, Estimator, accumulation_dtype
 from divflow.divergence.field import Field, FieldError, checked_state, flatten_event, linearize_field
-from divflow.divergence.probes import DISTRIBUTIONS, draw_probes
+from divflow.divergence.probes import DISTRIBUTIONS, draw_orthogonal_probes, draw_probes
 
-__all__ = ["FixedProbes", "Hutchinson"]
+__all__ = ["FixedProbes", "Hutchinson", "standard_error_of_mean"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Hutchinson(Estimator):
         """Draw the probes for batches of x's shape once; a solver then sees a deterministic right-hand side."""
         return FixedProbes(draw_probes(self.distribution, self.num_probes, checked_state(x), generator))
 
+    def along(self, x: Tensor, bundles: Sequence[int], generator: Generator | None = None) -> "list[FixedProbes]":
+        """Probes that are mutually orthogonal, sample by sample, at all times (in groups of D, if there are more).
+
+        Where the Jacobian changes slowly in time, the errors of v^T J v cancel in part, as they would within
+        one time: over D orthogonal probes v of norm sqrt(D), the mean of v^T J v is the trace.
+        """
+        probes = draw_orthogonal_probes(self.distribution, self.num_probes, sum(bundles), x, generator)
+        return [FixedProbes(part.flatten(1, 2)) for part in probes.split(list(bundles), dim=1)]
+
 
 @dataclass(frozen=True, eq=False)
 class FixedProbes(Estimator):
@@ -65,11 +75,18 @@ class FixedProbes(Estimator):
             )
         field = linearize_field(g, t, x)
         chunks = self.probes.split(products_per_pass(x))
-        samples = torch.cat([_quadratic_form(field.pullback(chunk), chunk) for chunk in chunks])
-        mean, count, error = samples.mean(dim=0), len(samples), None
-        if count > 1:
-            error = ((samples - mean).detach().square().sum(dim=0) / (count * (count - 1))).sqrt()
-        return Estimate(field.value, mean, error)
+        products = torch.cat([field.pullback(chunk) for chunk in chunks])
+        samples = _quadratic_form(products, self.probes)
+        return Estimate(field.value, samples.mean(dim=0), standard_error_of_mean(samples), samples, products)
+
+
+def standard_error_of_mean(samples: Float[Tensor, "samples batch"]) -> Float[Tensor, " batch"] | None:
+    """That of the mean of independent samples; None for one sample."""
+    count = len(samples)
+    if count < 2:
+        return None
+    deviations = (samples - samples.mean(dim=0)).detach()
+    return (deviations.square().sum(dim=0) / (count * (count - 1))).sqrt()
 
 
 def _quadratic_form(

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from divflow.divergence.field import event_size
 
-__all__ = ["DISTRIBUTIONS", "draw_probes"]
+__all__ = ["DISTRIBUTIONS", "draw_orthogonal_probes", "draw_probes"]
 
 
 def _rademacher(shape: tuple[int, ...], generator: Generator | None, device: torch.device) -> Tensor:
@@ -40,3 +40,46 @@ def draw_probes(distribution: str, count: int, x: Tensor, generator: Generator |
     device = x.device if generator is None else generator.device
     probes = DISTRIBUTIONS[distribution]((count, x.shape[0], event_size(x)), generator, device)
     return probes.to(device=x.device, dtype=x.dtype).view(count, *x.shape)
+
+
+def draw_orthogonal_probes(
+    distribution: str, count: int, nodes: int, x: Tensor, generator: Generator | None = None
+) -> Tensor:
+    """Probes `(count, nodes, k, *event)` that are mutually orthogonal for each sample along `nodes`.
+
+    Each one has the given distribution ("rademacher" only where D is a power of two; elsewhere these are of the
+    sphere's), so that any mean of v^T J v is unbiased. Only D probes can be orthogonal: more nodes are taken in groups
+    of D consecutive ones. The `count` sets are independent.
+    """
+    size, device = event_size(x), x.device if generator is None else generator.device
+    shape = count, x.shape[0]
+    if size == 0:
+        return x.new_zeros(count, nodes, *x.shape)
+    draw = _signed_hadamard if distribution == "rademacher" and size & (size - 1) == 0 else _random_orthogonal
+    groups = []
+    for start in range(0, nodes, size):
+        group = draw(shape, min(size, nodes - start), size, generator, device)
+        if distribution == "gaussian":
+            norms = torch.linalg.vector_norm(_gaussian(group.shape, generator, device), dim=-1, keepdim=True)
+            group = group * norms / math.sqrt(size)
+        groups.append(group.to(device=x.device, dtype=x.dtype))
+    return torch.cat(groups, dim=2).transpose(1, 2).reshape(count, nodes, *x.shape)
+
+
+def _signed_hadamard(
+    shape: tuple[int, ...], rows: int, size: int, generator: Generator | None, device: torch.device
+) -> Tensor:
+    """Some rows of a Hadamard matrix, their columns' signs flipped at random: `(*shape, rows, size)`."""
+    chosen = torch.randperm(size, generator=generator, device=device)[:rows]
+    common = chosen[:, None] & torch.arange(size, device=device)
+    # Sylvester's matrix: entry (i, j) is -1 to the number of bits that i and j have in common.
+    bits = sum((common >> bit) & 1 for bit in range(max(1, size.bit_length())))
+    return (1 - 2 * (bits % 2)) * _rademacher((*shape, 1, size), generator, device)
+
+
+def _random_orthogonal(
+    shape: tuple[int, ...], rows: int, size: int, generator: Generator | None, device: torch.device
+) -> Tensor:
+    """Rows of a random orthogonal matrix (Haar's measure) times sqrt(size): `(*shape, rows, size)`."""
+    q, r = torch.linalg.qr(_gaussian((*shape, size, rows), generator, device))
+    return (q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT * math.sqrt(size)

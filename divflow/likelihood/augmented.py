@@ -1,5 +1,6 @@
 """The classical augmented ODE: state and log-density solved together."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,14 @@ class Augmented(Likelihood):
         evaluations: Evaluations,
         generator: Generator | None = None,
         diagnostics: bool = True,
+        penalties: Collection[str] = (),
     ) -> Transport:
-        """See `Likelihood.transport`; the error of the integration is not known."""
+        """See `Likelihood.transport`; the error of the integration is not known, and penalties are not taken."""
+        if penalties:
+            raise ValueError(
+                f"Augmented does not integrate penalties, but {list(penalties)} were asked for; use Quadrature, which "
+                "takes them at its nodes"
+            )
         frozen = estimator.freeze(x, generator)
 
         def augmented(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

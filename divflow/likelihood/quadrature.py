@@ -1,6 +1,6 @@
 """The log-determinant by Gauss-Kronrod quadrature along a trajectory that is solved first."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,8 +10,10 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from divflow.divergence import Estimator
+from divflow.divergence.hutchinson import standard_error_of_mean
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
+from divflow.likelihood.penalties import PENALTIES
 from divflow.likelihood.transport import Likelihood, Transport
 from divflow.solver import Evaluations, Solver, SolverError
 
@@ -31,8 +33,9 @@ class Quadrature(Likelihood):
         log_det = (t_end - t_start) * sum_i w_i (div v)(t_i, x_{t_i})
 
     The log-density does not feed back into the trajectory, so the solver never evaluates a divergence.
-    A stochastic estimator draws fresh probes at each node: the estimate stays unbiased, and the errors of
-    the nodes average out where those of one probe for a whole solve add up.
+    A stochastic estimator draws fresh probes at each node, those of one sample mutually orthogonal where the
+    estimator can (`Hutchinson`): the estimate stays unbiased, since the trajectory does not depend on the
+    probes, and the errors of the nodes cancel where those of one probe for a whole solve add up.
 
     The Kronrod rule converges like a polynomial of degree (3 nodes - 1) / 2 as long as the divergence is
     smooth in time; a field with kinks (ReLU) has one that jumps.
@@ -71,6 +74,7 @@ class Quadrature(Likelihood):
         evaluations: Evaluations,
         generator: Generator | None = None,
         diagnostics: bool = True,
+        penalties: Collection[str] = (),
     ) -> Transport:
         """See `Likelihood.transport`.
 
@@ -82,18 +86,25 @@ class Quadrature(Likelihood):
         intervals = [(0.0, 1.0)] if self.tolerance is None else self._refine(along, estimator, generator)
         rule = _composite_rule(self.nodes, intervals, x)
         states = along.states(rule.nodes)
-        divergences, errors = along.divergences(rule.nodes, states[1:-1], estimator, generator)
+        at_nodes = along.at_nodes(rule.nodes, states[1:-1], estimator, generator, penalties)
         span = t_end - t_start
-        log_det = span * _weighted_sum(rule.kronrod, divergences)
 
-        quadrature_error = standard_error = None
+        quadrature_error = None
         if not estimator.stochastic:
-            quadrature_error = _absolute_error(rule, divergences, span)
+            quadrature_error = _absolute_error(rule, at_nodes.divergence, span)
         elif diagnostics:
             quadrature_error = along.smooth_error(rule, states[1:-1], estimator, generator)
-        if errors is not None:
-            standard_error = torch.linalg.vector_norm(span.detach() * rule.kronrod[:, None].to(errors) * errors, dim=0)
-        return Transport(states[-1], log_det, quadrature_error, standard_error)
+        integrals = {}
+        if at_nodes.penalties is not None:
+            values = span.abs() * _weighted_sum(rule.kronrod, at_nodes.penalties)
+            integrals = dict(zip(penalties, values, strict=True))
+        return Transport(
+            states[-1],
+            span * _weighted_sum(rule.kronrod, at_nodes.divergence),
+            quadrature_error,
+            _standard_error(rule, at_nodes, span),
+            integrals,
+        )
 
     @torch.no_grad()
     def _refine(self, along: "_Trajectory", estimator: Estimator, generator: Generator | None) -> list[Interval]:
@@ -146,9 +157,24 @@ def _absolute_error(rule: _Rule, divergences: Tensor, span: Tensor) -> Float[Ten
     return (span.detach() * _weighted_sum(rule.kronrod - rule.gauss, divergences.detach())).abs()
 
 
-def _weighted_sum(weights: Float[Tensor, " nodes"], values: Float[Tensor, "nodes batch"]) -> Float[Tensor, " batch"]:
+def _standard_error(rule: _Rule, at_nodes: "_AtNodes", span: Tensor) -> Float[Tensor, " batch"] | None:
+    """Of the log-determinant.
+
+    Independent samples are integrated first, since the errors of one of them at different nodes need not be
+    independent; where each node only knows its own error, they are taken for independent.
+    """
+    if at_nodes.samples is not None:
+        return standard_error_of_mean(span.detach() * _weighted_sum(rule.kronrod, at_nodes.samples.detach()))
+    if at_nodes.standard_error is None:
+        return None
+    return _weighted_sum((span.detach() * rule.kronrod).square(), at_nodes.standard_error.square()).sqrt()
+
+
+def _weighted_sum(
+    weights: Float[Tensor, " nodes"], values: Float[Tensor, "*some nodes batch"]
+) -> Float[Tensor, "*some batch"]:
     """Not a matrix product, which autocast would round to its half precision."""
-    return (weights[:, None].to(values) * values).sum(dim=0)
+    return (weights[:, None].to(values) * values).sum(dim=-2)
 
 
 class _Trajectory:
@@ -172,17 +198,22 @@ class _Trajectory:
         )
         return states
 
-    def divergences(
-        self, nodes: Tensor, states: Tensor, estimator: Estimator, generator: Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The divergence at every node, `(nodes, k)`, and its standard error where it is known."""
-        times, size = self._times(nodes), self._nodes_per_batch(estimator)
-        estimates = [
-            self._at_nodes(times[i : i + size], states[i : i + size], estimator, generator)
-            for i in range(0, len(nodes), size)
-        ]
-        errors = [error for _, error in estimates]
-        return torch.cat([divergence for divergence, _ in estimates]), None if None in errors else torch.cat(errors)
+    def at_nodes(
+        self,
+        nodes: Tensor,
+        states: Tensor,
+        estimator: Estimator,
+        generator: Generator | None,
+        penalties: Collection[str] = (),
+    ) -> "_AtNodes":
+        """The divergences, and the penalties' integrands, at all nodes."""
+        times, size, count = self._times(nodes), self._nodes_per_batch(estimator), len(nodes)
+        bundles, parts, done = [min(size, count - i) for i in range(0, count, size)], [], 0
+        for bundle, part in zip(bundles, estimator.along(self.x, bundles, generator), strict=True):
+            chosen = slice(done, done + bundle)
+            parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties))
+            done += bundle
+        return _AtNodes(*(None if None in column else torch.cat(column, dim=-2) for column in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def smooth_error(
@@ -190,8 +221,8 @@ class _Trajectory:
     ) -> Float[Tensor, " batch"]:
         """|K - G| with probes that are the same at all nodes, which makes the integrand smooth in time."""
         frozen = estimator.freeze(self.x, generator)
-        divergences, _ = self.divergences(rule.nodes, states, frozen, None)
-        return _absolute_error(rule, divergences, self.end - self.start)
+        along = self.at_nodes(rule.nodes, states, frozen, None)
+        return _absolute_error(rule, along.divergence, self.end - self.start)
 
     def _times(self, nodes: Tensor) -> Tensor:
         return self.start + (self.end - self.start) * nodes
@@ -199,19 +230,44 @@ class _Trajectory:
     def _nodes_per_batch(self, estimator: Estimator) -> int:
         if estimator.frozen or not self.field.sample_times:
             return 1
+        if len(self.x) and estimator.prefers_one_time(self.field, self.start, self.x):
+            return 1
         limit = _CPU_BATCH if self.x.device.type == "cpu" else _ACCELERATOR_BATCH
         return max(1, limit // max(1, self.x.numel()))
 
-    def _at_nodes(
-        self, times: Tensor, states: Tensor, estimator: Estimator, generator: Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _at_bundle(
+        self,
+        times: Tensor,
+        states: Tensor,
+        estimator: Estimator,
+        generator: Generator | None,
+        penalties: Collection[str],
+    ) -> "_AtNodes":
         count, batch = states.shape[:2]
         self.evaluations.divergence += count
-        if count == 1:
-            estimate = estimator.estimate(self.field, times[0], states[0], generator)
-        else:
-            estimate = estimator.estimate(
-                self.field.repeat(count), times.repeat_interleave(batch), states.flatten(0, 1), generator
-            )
-        error = estimate.standard_error
-        return estimate.divergence.view(count, batch), None if error is None else error.view(count, batch)
+        field, t, x = self.field, times[0], states[0]
+        if count > 1:
+            field, t, x = self.field.repeat(count), times.repeat_interleave(batch), states.flatten(0, 1)
+        estimate = estimator.estimate(field, t, x, generator)
+        integrands = [PENALTIES[name](estimate, field, t, x, generator) for name in penalties]
+        if integrands and "jacobian_norm" in penalties and estimate.products is None:
+            self.evaluations.divergence += count
+        columns = (
+            estimate.divergence,
+            estimate.standard_error,
+            estimate.samples,
+            torch.stack(integrands) if integrands else None,
+        )
+        return _AtNodes(*(None if column is None else column.unflatten(-1, (count, batch)) for column in columns))
+
+
+class _AtNodes(NamedTuple):
+    """What is known at the nodes; all `(..., nodes, k)`, None what is not.
+
+    `samples` are the independent estimates that the divergence is the mean of; penalties come first-to-last as asked for.
+    """
+
+    divergence: Tensor
+    standard_error: Tensor | None
+    samples: Tensor | None
+    penalties: Tensor | None

@@ -1,6 +1,7 @@
 """The protocol of a likelihood: carry states along a field and return the log-determinant of doing so."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import NamedTuple
 
 from torch import Generator, Tensor
@@ -22,12 +23,14 @@ class Transport(NamedTuple):
             where it is not known.
         standard_error: of a stochastic estimate, in nats, `(k,)`: zero where the divergence is exact, None where
             it is not known.
+        penalties: by name, the integrals over time that were asked for, `(k,)`.
     """
 
     state: Tensor
     log_det: Tensor
     quadrature_error: Tensor | None
     standard_error: Tensor | None
+    penalties: dict[str, Tensor] = {}
 
 
 class Likelihood(ABC):
@@ -46,6 +49,7 @@ class Likelihood(ABC):
         evaluations: Evaluations,
         generator: Generator | None = None,
         diagnostics: bool = True,
+        penalties: Collection[str] = (),
     ) -> Transport:
         """Carry x `(k, *event)` from t_start to t_end, either of which may be the later one.
 
@@ -59,4 +63,5 @@ class Likelihood(ABC):
             evaluations: a counter to add to.
             generator: of the probes, for a stochastic estimator.
             diagnostics: estimate the errors even where that takes further evaluations.
+            penalties: names of integrals to take along the trajectory, of `PENALTIES`.
         """

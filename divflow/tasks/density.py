@@ -1,5 +1,7 @@
 """A flow together with the preprocessing of its data: a density of the data themselves."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -40,6 +42,7 @@ class FlowDensity(nn.Module):
         generator: Generator | None = None,
         *,
         diagnostics: bool = True,
+        penalties: Collection[str] = (),
     ) -> FlowEvaluation:
         """`ContinuousFlow.evaluate` of the transformed data, with the transform's log-determinant added.
 
@@ -48,10 +51,11 @@ class FlowDensity(nn.Module):
             context: one row a sample.
             generator: of a stochastic estimator's probes.
             diagnostics: estimate the errors even where that takes further evaluations.
+            penalties: integrals to take along the trajectory, as `ContinuousFlow.evaluate`.
         """
         y, log_det = self.transform(x)
         y, log_det = y.to(self.dtype), log_det.to(self.dtype)
-        result = self.flow.evaluate(y, context, generator, diagnostics=diagnostics)
+        result = self.flow.evaluate(y, context, generator, diagnostics=diagnostics, penalties=penalties)
         return result._replace(log_prob=result.log_prob + log_det, log_det=result.log_det + log_det)
 
     @torch.no_grad()

@@ -68,3 +68,47 @@ def test_a_field_that_mixes_the_batch_is_refused_before_the_first_step(tmp_path)
         trainer(tmp_path, max_epochs=1).fit(FlowTask(ContinuousFlow(network, 2)), loader, loader)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("estimator", [Exact(), Hutchinson()], ids=str)
+def test_regularization_is_added_to_the_loss(estimator):
+    """Loss = -log p + a * kinetic energy + b * Jacobian norm, each known for a linear flow."""
+    torch.manual_seed(0)
+    flow = ContinuousFlow(LinearVelocity((2,)), 2, estimator=estimator).double()
+    batch = torch.randn(6, 2, dtype=torch.float64)
+    weights = {"kinetic_energy": 0.3, "jacobian_norm": 0.2}
+    logged = {}
+
+    def loss(regularization):
+        task = FlowTask(flow, regularization=regularization)
+        task.log = lambda name, value, **options: logged.update({name: float(value)})
+        torch.manual_seed(1)
+        return task.training_step(batch, 0)
+
+    plain, penalized = loss(None), loss(weights)
+    expected = plain + 0.3 * logged["train/kinetic_energy"] + 0.2 * logged["train/jacobian_norm"]
+    torch.testing.assert_close(penalized, expected)
+    assert logged["train/nll"] == pytest.approx(plain.item())
+    torch.testing.assert_close(loss({"kinetic_energy": 0.0, "jacobian_norm": 0}), plain)
+    penalized.backward()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"curvature": 1.0}, r"jacobian_norm.*'curvature'"),
+        ({"kinetic_energy": -1.0}, "kinetic_energy.*not negative.*-1"),
+        ({"kinetic_energy": float("nan")}, "kinetic_energy.*finite"),
+    ],
+)
+def test_regularization_that_is_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        FlowTask(ContinuousFlow(LinearVelocity((2,)), 2), regularization=weights)
+
+
+def test_errors_of_the_mean_by_the_probes(tmp_path):
+    flow = ContinuousFlow(LinearVelocity((2,), torch.float32), 2, estimator=Hutchinson(4))
+    loader = DataLoader(torch.randn(60, 2), batch_size=20, collate_fn=as_it_is)
+    results = trainer(tmp_path).test(FlowTask(flow), loader, verbose=False)[0]
+    assert results["test/nll_estimator_error"] == pytest.approx(results["test/estimator_error"] / 60**0.5)
+    assert 0 < results["test/nll_estimator_error"] < results["test/nll_standard_error"]

@@ -31,11 +31,11 @@ def name_of(func: Any) -> str:
         return func.__self__.__name__
     name = name.removeprefix("special_")
     if name.startswith("__") and name.endswith("__"):
-        name = name.strip("_")
-        if name in _OPERATORS:
-            return _OPERATORS[name]
-        if name[0] == "i" and name[1:] in _OPERATORS:
-            return _OPERATORS[name[1:]] + "_"
+        operator = name.strip("_")
+        if operator in _OPERATORS:
+            return _OPERATORS[operator]
+        if operator[0] == "i" and operator[1:] in _OPERATORS:
+            return _OPERATORS[operator[1:]] + "_"
     return name
 
 

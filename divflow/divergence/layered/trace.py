@@ -14,12 +14,11 @@ __all__ = ["Trace"]
 
 
 # Operations that let a NaN vanish, or take numbers out of tensors.
-_CHOOSING = set(
-    """
-    fmax fmin nan_to_num nansum nanmean nanmedian nanquantile item tolist numpy is_nonzero equal allclose bool float int
-    index isclose where masked_fill masked_scatter
-    """.split()
-)
+_CHOOSING = {
+    *("fmax", "fmin", "nan_to_num", "nansum", "nanmean", "nanmedian", "nanquantile", "where", "masked_fill"),
+    *("masked_scatter", "item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "isclose"),
+    *("__bool__", "__float__", "__int__", "__index__"),
+}
 
 
 def _version(tensor: Tensor) -> int:
@@ -133,5 +132,5 @@ class Trace(TorchFunctionMode):
         outputs = tensors_in(result)
         if any(not tensor.is_floating_point() for tensor in op.tensors + outputs) or op.name in _CHOOSING:
             self.choices.append(op.name)
-        if outputs or op.tensors and result is None:
+        if outputs or (op.tensors and result is None):
             self.signature.append(op.summary)
