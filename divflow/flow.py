@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform
 
-from divflow.divergence import Estimator, Exact, FieldError
+from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport
@@ -253,18 +253,19 @@ class ContinuousFlow(nn.Module):
                 alone = self.field(None if context is None else context.detach())
                 self._sample_times = accepts_sample_times(alone, *self.times(), x.detach())
                 field.sample_times = self._sample_times
-            return self.likelihood.transport(
-                field,
-                x,
-                _as_scalar(t_start, x),
-                _as_scalar(t_end, x),
-                estimator=self.estimator,
-                solver=self.solver,
-                evaluations=Evaluations() if evaluations is None else evaluations,
-                generator=generator,
-                diagnostics=diagnostics,
-                penalties=penalties,
-            )
+            with shared_products():
+                return self.likelihood.transport(
+                    field,
+                    x,
+                    _as_scalar(t_start, x),
+                    _as_scalar(t_end, x),
+                    estimator=self.estimator,
+                    solver=self.solver,
+                    evaluations=Evaluations() if evaluations is None else evaluations,
+                    generator=generator,
+                    diagnostics=diagnostics,
+                    penalties=penalties,
+                )
 
     def _prepare(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ConditionedField]:
         x = checked_state(x)

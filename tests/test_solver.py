@@ -27,8 +27,8 @@ def test_offers_all_methods_of_torchdiffeq():
     assert set(METHODS) == set(SOLVERS)
 
 
-# Relative errors of 32 steps, by order; the others run at a tolerance of 1e-8.
-COARSE = {"euler": 0.1, "heun2": 5e-3, "midpoint": 5e-3, "heun3": 1e-4, "explicit_adams": 1e-3}
+# Relative errors of 32 steps, by order, and of a second-order method at a tolerance of 1e-6; the others run at 1e-8.
+COARSE = {"euler": 0.1, "heun2": 5e-3, "midpoint": 5e-3, "heun3": 1e-4, "explicit_adams": 1e-3, "adaptive_heun": 1e-4}
 
 
 @pytest.mark.parametrize("direction", [1, -1])
@@ -37,8 +37,9 @@ def test_every_method_at_every_output_in_both_directions(method, direction):
     x = torch.randn(3, 2, dtype=torch.float64)
     times = torch.tensor([0.0, 0.1, 0.55, 0.9, 1.3], dtype=torch.float64)
     times = times if direction == 1 else times.flip(0)
+    tolerance = 1e-6 if method == "adaptive_heun" else 1e-8
     with torch.no_grad():
-        (states,) = Solver(method, rtol=1e-8, atol=1e-8, max_evaluations=100_000).solve(Decay(), (x,), times)
+        (states,) = Solver(method, tolerance, tolerance, max_evaluations=100_000).solve(Decay(), (x,), times)
     for t, state in zip(times.tolist(), states, strict=True):
         torch.testing.assert_close(state, exact(x, float(times[0]), t), rtol=COARSE.get(method, 1e-5), atol=0)
 

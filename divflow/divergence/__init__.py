@@ -13,6 +13,7 @@ from divflow.divergence.estimator import Estimate, Estimator, ValueAndDivergence
 from divflow.divergence.exact import Exact
 from divflow.divergence.field import Field, FieldError
 from divflow.divergence.hutchinson import Hutchinson
+from divflow.divergence.layered.contract import shared_products
 from divflow.divergence.plan import Plan
 from divflow.divergence.sketched import HutchPlusPlus, XTrace
 
@@ -30,6 +31,7 @@ __all__ = [
     "XTrace",
     "check_field",
     "divergence",
+    "shared_products",
     "value_and_divergence",
 ]
 

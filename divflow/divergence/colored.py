@@ -62,11 +62,11 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
     seen = torch.zeros(size, size, dtype=torch.bool)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _plain_convolutions(x):
         for entries in _groups(size, len(x)):
-            spoilt = x.detach().clone().flatten(1)
+            spoilt = flatten_event(x.detach().clone())
             spoilt[range(len(entries)), entries] = torch.nan
             try:
                 with torch.inference_mode(False), torch.enable_grad():
-                    values = g(t, spoilt.view_as(x)).detach()[: len(entries)].flatten(1)
+                    values = flatten_event(g(t, spoilt.view_as(x)).detach())[: len(entries)]
             except Exception as error:
                 raise NotLocal(f"the field refuses a NaN ({type(error).__name__})") from error
             seen[:, entries] |= values.isnan().T.cpu()
@@ -121,7 +121,7 @@ def check(field: Linearization, x: Tensor, seen: Tensor) -> None:
         vector = torch.zeros(size)
         vector[outputs] = torch.randn(few, generator=generator)
         vectors = vector.to(x).view(1, 1, *x.shape[1:]).expand(1, *x.shape)
-        product = field.pullback(vectors)[0].flatten(1).cpu()
+        product = flatten_event(field.pullback(vectors)[0]).cpu()
         if (product[:, ~seen[outputs].any(dim=0)] != 0).any():
             raise NotLocal("what sees what differs from sample to sample")
 

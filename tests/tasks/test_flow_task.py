@@ -71,7 +71,7 @@ def test_a_field_that_mixes_the_batch_is_refused_before_the_first_step(tmp_path)
 
 
 @pytest.mark.parametrize("estimator", [Exact(), Hutchinson()], ids=str)
-def test_regularization_is_added_to_the_loss(estimator):
+def test_regularization_is_added_to_the_loss(estimator, tmp_path):
     """Loss = -log p + a * kinetic energy + b * Jacobian norm, each known for a linear flow."""
     torch.manual_seed(0)
     flow = ContinuousFlow(LinearVelocity((2,)), 2, estimator=estimator).double()
@@ -81,6 +81,7 @@ def test_regularization_is_added_to_the_loss(estimator):
 
     def loss(regularization):
         task = FlowTask(flow, regularization=regularization)
+        task.trainer = trainer(tmp_path)
         task.log = lambda name, value, **options: logged.update({name: float(value)})
         torch.manual_seed(1)
         return task.training_step(batch, 0)

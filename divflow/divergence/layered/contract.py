@@ -8,20 +8,22 @@ in at most two places (the other matrices multiplied together, once for the whol
 and with more of them the product is taken over the cheapest of its dimensions.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from divflow.divergence.layered.jacobian import Diagonal, Entries, Linear, NoRule, Term, product, take
 
-__all__ = ["Cycle", "cost", "cycles", "memory", "trace"]
+__all__ = ["Cycle", "cost", "cycles", "memory", "shared_products", "trace"]
 
 _MOST_PATHS = 512
 # Elements of one bundle of rows in the longer products, as for dense products.
@@ -36,6 +38,36 @@ class Cycle(NamedTuple):
 
     diagonals: list[Diagonal]
     matrices: list[Tensor]
+    origins: list["_Origin | None"] = []
+
+
+class _Origin(NamedTuple):
+    """What a matrix of a cycle is: entries of a tensor; of which version, if it is changed in place."""
+
+    tensor: Tensor
+    version: int
+    rows: Entries | None
+    columns: Entries | None
+
+
+_KEPT: ContextVar[dict[Hashable, tuple[object, Tensor]] | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def shared_products() -> Iterator[None]:
+    """Within it, the products of a layered network's matrices are computed once, for all divergences.
+
+    They depend on parameters alone. It must end before anything is differentiated, since the products' graph is
+    shared by all divergences within.
+    """
+    if _KEPT.get() is not None:
+        yield
+        return
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def cycles(terms: list[Term], size: int) -> list[Cycle]:
@@ -81,16 +113,18 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
     # The first diagonal is the outer one at the meeting entries, times the inner one: they commute around the cycle.
     diagonals = [product(_take_diagonal(outer.diagonal, at_output), _take_diagonal(inner.diagonal, at_input))]
     diagonals += [term.diagonal for term in chain[1:-1]]
-    matrices = []
+    matrices, origins = [], []
     for i, (above, below) in enumerate(itertools.pairwise(chain)):
         rows = _compose(above.columns, at_output) if i == 0 else above.columns
         columns = _compose(below.rows, at_input) if i == len(chain) - 2 else below.rows
-        matrices.append(take(take(above.base.matrix, rows, 0), columns, 1))
+        matrix = above.base.matrix
+        origins.append(_Origin(matrix, 0 if matrix.is_inference() else matrix._version, rows, columns))
+        matrices.append(take(take(matrix, rows, 0), columns, 1))
     for i, diagonal in enumerate(diagonals):
         if diagonal is not None and diagonal.ndim < 2:
             matrices[i] = matrices[i] * diagonal.reshape(-1, 1).to(matrices[i])
-            diagonals[i] = None
-    return Cycle(diagonals, matrices)
+            diagonals[i] = origins[i] = None
+    return Cycle(diagonals, matrices, origins)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -221,14 +255,14 @@ def trace(cycles: list[Cycle], batch: int, like: Tensor, chunk_size: int | None)
                 total = total + _long(cycle, batch, chunk_size)
             elif len(places) == 2:
                 first, second = (cycle.diagonals[place] for place in places)
-                there, back = _between(cycle, places[0], places[1]), _between(cycle, places[1], places[0])
-                # The transposed product, not a product's transpose: its rows lie in memory as those of the other.
-                weights = _product(there) * _product([matrix.mT for matrix in reversed(back)])
+                weights = _kept(cycle, places, lambda cycle=cycle, places=places: _bilinear_form(cycle, *places))
                 bilinear.setdefault((id(first), id(second)), [first, second]).append(weights)
-            elif len(places) == 1:
-                total = total + cycle.diagonals[places[0]] @ _diagonal_of(_rotated(cycle.matrices, places[0]))
             else:
-                total = total + _diagonal_of(cycle.matrices).sum()
+                start = places[0] if places else 0
+                weights = _kept(
+                    cycle, places, lambda cycle=cycle, start=start: _diagonal_of(_rotated(cycle.matrices, start))
+                )
+                total = total + (cycle.diagonals[start] @ weights if places else weights.sum())
         for first, second, *matrices in bilinear.values():
             # Paths through the same two diagonals (residual connections) share one product.
             matrix = matrices[0] if len(matrices) == 1 else torch.stack(matrices).sum(dim=0)
@@ -237,7 +271,27 @@ def trace(cycles: list[Cycle], batch: int, like: Tensor, chunk_size: int | None)
 
 
 def _converted(cycle: Cycle, like: Tensor) -> Cycle:
-    return Cycle([None if d is None else d.to(like) for d in cycle.diagonals], [m.to(like) for m in cycle.matrices])
+    diagonals = [None if d is None else d.to(like) for d in cycle.diagonals]
+    return cycle._replace(diagonals=diagonals, matrices=[matrix.to(like) for matrix in cycle.matrices])
+
+
+def _kept(cycle: Cycle, places: list[int], compute: Callable[[], Tensor]) -> Tensor:
+    """What is computed from a cycle's matrices, or was before, within `shared_products`."""
+    kept = _KEPT.get()
+    if kept is None or not all(origin and isinstance(origin.tensor, nn.Parameter) for origin in cycle.origins):
+        return compute()
+    origins = [(id(origin.tensor), *origin[1:]) for origin in cycle.origins]
+    key = *origins, *places, cycle.matrices[0].dtype, torch.is_grad_enabled()
+    if key not in kept:
+        kept[key] = cycle.origins, compute()  # with the tensors, so that their identities stay theirs
+    return kept[key][1]
+
+
+def _bilinear_form(cycle: Cycle, start: int, stop: int) -> Tensor:
+    """M_1 * M_2^T."""
+    back = [matrix.mT for matrix in reversed(_between(cycle, stop, start))]
+    # The transposed product, not a product's transpose: its rows lie in memory as those of the other.
+    return _product(_between(cycle, start, stop)) * _product(back)
 
 
 def _rotated(matrices: list[Tensor], start: int) -> list[Tensor]:

@@ -1,0 +1,141 @@
+"""Exact value and divergence: time against D, against other ways, and memory."""
+
+import itertools
+
+import torch
+from peak_memory import PeakMemory
+from peers import batched_rows, loop, vmap_of_jacrev
+from timing import medians
+from torch import nn
+
+from divflow.divergence import Exact, Hutchinson
+from divflow.networks import MLP
+
+Row = tuple[str, str, str, str]
+
+
+@torch.no_grad()
+def wide() -> list[Row]:
+    """D = 43, two hidden layers of 256, batch 256."""
+    net, x, t = MLP(43, (256, 256)), torch.randn(256, 43), torch.tensor(0.3)
+    exact = Exact()
+    time = medians(
+        {
+            "forward": lambda: net(t, x),
+            "divflow": lambda: exact(net, t, x),
+            "probe": lambda: Hutchinson()(net, t, x),
+            "jacrev": lambda: vmap_of_jacrev(net, t, x),
+        }
+    )
+    what = "value and divergence, D = 43, H = 256, batch 256"
+    return [
+        (what, "`vmap(jacrev)`", "15 times faster", f"**{time['jacrev'] / time['divflow']:.1f}**{_ms(time)}"),
+        (what, "forward pass", "at most 2.5 of them", f"**{time['divflow'] / time['forward']:.2f}**"),
+        (what, "value and one probe", "", f"{time['divflow'] / time['probe']:.2f} of them"),
+    ]
+
+
+@torch.no_grad()
+def large() -> list[Row]:
+    """D = 784, two hidden layers of 512, batch 32, with the peak of memory."""
+    net, x, t = MLP(784, (512, 512)), torch.randn(32, 784), torch.tensor(0.3)
+    ways = {
+        "divflow": lambda: Exact()(net, t, x),
+        "dense reverse": lambda: Exact("reverse")(net, t, x),
+        "dense forward": lambda: Exact("forward")(net, t, x),
+        "dense forward, 64 at a time": lambda: Exact("forward", 64)(net, t, x),
+        "loop": lambda: loop(net, t, x),
+        "jacrev": lambda: vmap_of_jacrev(net, t, x),
+        "batched rows": lambda: batched_rows(net, t, x),
+    }
+    time = medians(ways, 40.0)
+    best = min((name for name in ways if name != "divflow"), key=time.get)
+    peaks = {}
+    for name in ("divflow", "batched rows"):
+        with PeakMemory() as memory:
+            ways[name]()
+        peaks[name] = memory.peak
+    what = "D = 784, H = 512, batch 32"
+    return [
+        (
+            f"value and divergence, {what}",
+            f"the best dense way ({best})",
+            "100 times faster",
+            f"**{time[best] / time['divflow']:.0f}** ({1e3 * time['divflow']:.1f} against {1e3 * time[best]:.0f} ms)",
+        ),
+        (
+            f"peak memory, {what}",
+            "zuko's batched rows",
+            "20 times less",
+            f"**{peaks['batched rows'] / peaks['divflow']:.0f}** ({peaks['divflow'] / 2**20:.0f} against "
+            f"{peaks['batched rows'] / 2**20:.0f} MiB)",
+        ),
+    ]
+
+
+DIMENSIONS = (16, 64, 256, 1024)
+
+
+@torch.no_grad()
+def against_dimension(peers: bool = False) -> dict[str, list[float]]:
+    """Seconds of forward pass and exact divergence at fixed H = 256, batch 256, for each of `DIMENSIONS`."""
+    found: dict[str, list[float]] = {}
+    t = torch.tensor(0.3)
+    for size in DIMENSIONS:
+        net, x = MLP(size, (256, 256)), torch.randn(256, size)
+        ways = {
+            "forward pass": lambda net=net, x=x: net(t, x),
+            "divflow": lambda net=net, x=x: Exact()(net, t, x),
+        }
+        if peers:
+            ways["one probe"] = lambda net=net, x=x: Hutchinson()(net, t, x)
+            ways["loop (FFJORD, torchcfm, flow_matching)"] = lambda net=net, x=x: loop(net, t, x)
+            if size <= 256:  # at D = 1024 they take more than 10 GiB
+                ways["batched rows (zuko)"] = lambda net=net, x=x: batched_rows(net, t, x)
+                ways["vmap(jacrev)"] = lambda net=net, x=x: vmap_of_jacrev(net, t, x)
+        for name, seconds in medians(ways, 5.0).items():
+            found.setdefault(name, []).append(seconds)
+    return found
+
+
+def growth() -> list[Row]:
+    """Cost in D at fixed H."""
+    time = against_dimension()
+    ratios = [a / b for a, b in zip(time["divflow"], time["forward pass"], strict=True)]
+    listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return [
+        (
+            "cost at H = 256, D = 16, 64, 256, 1024",
+            "the forward pass's growth",
+            "within 1.5",
+            f"**{max(ratios) / ratios[0]:.2f}** ({listed} forward passes)",
+        )
+    ]
+
+
+@torch.no_grad()
+def convolutions() -> list[Row]:
+    """Four 3x3 convolutions of 32 channels, 28 x 28, batch 8."""
+    widths = [1, 32, 32, 32, 1]
+    layers: list[nn.Module] = []
+    for n, m in itertools.pairwise(widths):
+        layers += [nn.Conv2d(n, m, 3, padding=1), nn.SiLU()]
+    net, x = nn.Sequential(*layers[:-1]), torch.randn(8, 1, 28, 28)
+
+    def field(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return net(x)
+
+    plan = Exact().explain(field, 0.0, x)
+    time = medians({"divflow": lambda: Exact()(field, 0.0, x), "loop": lambda: loop(field, 0.0, x)}, 60.0)
+    return [
+        (
+            f"four 3x3 convolutions, 28 x 28, batch 8 ({plan.products} products)",
+            "loop over dimensions",
+            "35 times faster",
+            f"**{time['loop'] / time['divflow']:.1f}** ({1e3 * time['divflow']:.0f} against {1e3 * time['loop']:.0f} ms)",
+        )
+    ]
+
+
+def _ms(time: dict[str, float]) -> str:
+    return f" ({1e3 * time['divflow']:.2f} against {1e3 * time['jacrev']:.1f} ms)"
