@@ -29,11 +29,17 @@ __all__ = ["forward", "products_per_pass", "reverse", "sum_of_chunks"]
 _CPU_ROWS, _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**12, 2**20, 2**24
 
 
-def products_per_pass(x: Tensor) -> int:
-    """How many products with a Jacobian at x to take in one pass, where the user does not say."""
+def products_per_pass(x: Tensor, activations: int = 1) -> int:
+    """How many products with a Jacobian at x to take in one pass, where the user does not say.
+
+    Args:
+        x: the point.
+        activations: elements that the field makes of each of x's.
+    """
+    elements = max(1, x.numel() * activations)
     if x.device.type != "cpu":
-        return max(1, _ACCELERATOR_ELEMENTS // max(1, x.numel()))
-    return max(1, min(_CPU_ROWS // max(1, x.shape[0]), _CPU_ELEMENTS // max(1, x.numel())))
+        return max(1, _ACCELERATOR_ELEMENTS // elements)
+    return max(1, min(_CPU_ROWS // max(1, x.shape[0]), _CPU_ELEMENTS // elements))
 
 
 def reverse(field: Linearization, x: Tensor, chunk_size: int, recompute: bool) -> Tensor:

@@ -158,7 +158,8 @@ class Exact(Estimator):
         count, size = len(colors), event_size(x)
         if self.method == "auto" and count > 0.8 * size:
             raise colored.NotLocal(f"it takes {count} colours for {size} dimensions")
-        chunk = self._chunk_size(x, count)
+        # A network of images has far more activations than its states have entries.
+        chunk = self._chunk_size(x, count, max(1, followed.trace.elements // x.numel()))
         why = f"a local field: {count} colours for {size} dimensions"
         return Plan("colored", why, count, chunk, 1 + count, (1 + count) / 2, self._memory(x, chunk, followed))
 
@@ -173,8 +174,8 @@ class Exact(Estimator):
         elements = x.numel() if followed is None else followed.trace.elements
         return chunk * elements * x.element_size()
 
-    def _chunk_size(self, x: Tensor, count: int) -> int:
-        return min(self.chunk_size or dense.products_per_pass(x), max(count, 1))
+    def _chunk_size(self, x: Tensor, count: int, activations: int = 1) -> int:
+        return min(self.chunk_size or dense.products_per_pass(x, activations), max(count, 1))
 
     def _result(self, kept: _Kept, followed: Followed, x: Tensor) -> Estimate:
         field, method, recompute = followed.field, kept.plan.method, self.chunk_size is not None

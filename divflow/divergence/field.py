@@ -7,6 +7,7 @@ modes, autocast, compiled networks and callers' tensors that must be left alone.
 import contextlib
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -165,7 +166,9 @@ def _differentiable_kernels(twice: bool) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if not torch.compiler.is_compiling():
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # Where nothing was compiled, torch's compiler is not even loaded, and need not be.
+            if "torch._dynamo" in sys.modules:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if twice:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield

@@ -68,7 +68,7 @@ def _structure(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
     """What tells a field from another: a hashable, in which objects count by identity, and these objects.
 
     Two functions of the same code over the same objects are one field, such as a lambda made in each training step;
-    a module that is made anew for each call tells by its `divflow_identity`, a tuple, what it is made of.
+    a module that is made anew for each call tells by a property `divflow_identity`, a tuple, what it is made of.
     """
     if isinstance(g, (int, float, str, bool, bytes, type(None))):
         return (type(g), g), []
@@ -84,9 +84,8 @@ def _structure(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
         if isinstance(g, tuple):
             return _joined("tuple", [], list(g), depth)
         if isinstance(g, nn.Module):
-            parts = getattr(g, "divflow_identity", None)
-            if isinstance(parts, tuple):
-                return _joined(type(g), [], list(parts), depth)
+            if hasattr(type(g), "divflow_identity"):
+                return _joined(type(g), [], list(g.divflow_identity), depth)
             return (id(g), g.training), [g]
     return id(g), [g]
 

@@ -84,19 +84,15 @@ def cycles(terms: list[Term], size: int) -> list[Cycle]:
 
 def _paths(terms: list[Term], size: int) -> Iterator[Cycle]:
     """Depth first, from each term of the output down to the input."""
-
-    def descend(first: Term, chain: list[Term]) -> Iterator[Cycle]:
-        last = chain[-1]
-        if isinstance(last.base, Linear):
-            for term in last.base.source:
-                yield from descend(first, [*chain, term])
+    chains = [[term] for term in reversed(terms)]
+    while chains:
+        chain = chains.pop()
+        if isinstance(chain[-1].base, Linear):
+            chains.extend([*chain, term] for term in reversed(chain[-1].base.source))
         else:
             closed = _closed(chain, size)
             if closed is not None:
                 yield closed
-
-    for term in terms:
-        yield from descend(term, [term])
 
 
 def _closed(chain: list[Term], size: int) -> Cycle | None:

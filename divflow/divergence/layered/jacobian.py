@@ -10,6 +10,7 @@ which entries of v a term reaches, and from which of the base.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,23 +70,22 @@ def _entries(index: np.ndarray, size: int) -> Entries | None:
     return _interned(index.astype(np.int64).tobytes())
 
 
-@dataclass(frozen=True, eq=False)
 class Base:
     """The input x of D entries: its derivative in x is the identity."""
 
-    size: int
+    def __init__(self, size: int) -> None:
+        self.size = size
 
 
-@dataclass(frozen=True, eq=False)
 class Linear(Base):
-    """A matrix `(size, m)`, the same for the whole batch, applied to a value of m entries."""
+    """A matrix `(n, m)`, the same for the whole batch, applied to a value of m entries, whose terms are `source`."""
 
-    matrix: Tensor
-    source: "list[Term]"
+    def __init__(self, matrix: Tensor, source: "list[Term]") -> None:
+        super().__init__(matrix.shape[0])
+        self.matrix, self.source = matrix, source
 
 
-@dataclass(frozen=True, eq=False)
-class Term:
+class Term(NamedTuple):
     """Entries `columns` of a base, times `diagonal`, at the entries `rows` of a value; None takes all in order."""
 
     base: Base
@@ -109,7 +109,7 @@ def product(a: Diagonal, b: Diagonal) -> Diagonal:
 def scale(terms: list[Term], factor: Tensor) -> list[Term]:
     """The terms of `factor * v`: factor `()` or `(n,)` where the batch shares it, `(k, n)` where not."""
     return [
-        Term(term.base, product(term.diagonal, take(factor, term.rows, -1)), term.rows, term.columns) for term in terms
+        Term(base, product(diagonal, take(factor, rows, -1)), rows, columns) for base, diagonal, rows, columns in terms
     ]
 
 

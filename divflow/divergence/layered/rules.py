@@ -5,7 +5,7 @@ operation, which is the same for a function of torch, a method of Tensor and a f
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ __all__ = ["RULES", "Operation", "described", "name_of", "tensors_in"]
 _LARGEST_MATRIX = 2**22
 
 
+@functools.cache
 def name_of(func: Any) -> str:
     """The name of a torch function: `add` for torch.add, Tensor.add, +; `add_` for what works in place."""
     name = getattr(func, "__name__", "")
@@ -46,26 +47,32 @@ _OPERATORS = {
 }  # fmt: skip
 
 
-def described(value: object, depends: Callable[[Tensor], bool], tensors: list[Tensor]) -> Hashable:
+_PLAIN = {int, str, bool, type(None), type(Ellipsis), torch.dtype, torch.device}
+
+
+def described(values: Iterable[Any], known: Container[int], tensors: list[Tensor]) -> tuple[Hashable, ...]:
     """What of an operation's arguments decides its structure: shapes and options, not the numbers in them.
 
-    The tensors in it, which may be in nested tuples, lists and dicts, are added to `tensors`.
+    Args:
+        values: the arguments.
+        known: identities of the tensors that depend on x.
+        tensors: to which those among the arguments are added, in nested tuples, lists and dicts, too.
     """
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return depends(value), value.shape
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return tuple([described(item, depends, tensors) for item in value])
-    if kind is int or kind is str or kind is bool or value is None:
-        return value
-    if kind is float:
-        return "number"
-    if kind is dict:
-        return tuple([(key, described(item, depends, tensors)) for key, item in value.items()])
-    if isinstance(value, tuple | list):
-        return kind, tuple([described(item, depends, tensors) for item in value])
-    return repr(value)
+    parts: list[Hashable] = []
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            parts.append(value)
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+            parts.append((id(value) in known, value.shape))
+        elif isinstance(value, tuple | list):
+            parts.append(described(value, known, tensors))
+        elif kind is dict:
+            parts.append((*value, *described(value.values(), known, tensors)))
+        else:
+            parts.append("number" if kind is float else repr(value))
+    return tuple(parts)
 
 
 class Operation(NamedTuple):
@@ -236,6 +243,12 @@ def _differentiated(op: Operation, operands: list[Tensor]) -> tuple[Tensor, list
     return value, derivatives
 
 
+@functools.cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=dtype, device=device)
+
+
 def _silu_derivative(u: Tensor, y: Tensor) -> Tensor:
     gate = u.sigmoid()
     return gate + y * (1 - gate)
@@ -244,7 +257,7 @@ def _silu_derivative(u: Tensor, y: Tensor) -> Tensor:
 # Derivatives of y = f(u), and partial derivatives of y = f(a, b), of the most common functions: forward mode gives the
 # same, but takes longer to set up than a small network's layer to evaluate. None stands for one.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "tanh": lambda u, y: 1 - y * y,
+    "tanh": lambda u, y: torch.addcmul(_one(y.dtype, y.device), y, y, value=-1),
     "sigmoid": lambda u, y: y * (1 - y),
     "silu": _silu_derivative,
     "relu": lambda u, y: (u > 0).to(y.dtype),
@@ -296,6 +309,8 @@ def _diagonal(derivative: Tensor | float, value: Tensor, may_share: bool) -> Ten
     """A derivative as a factor of the value's flattened events: `()` or `(n,)` if the batch shares it, else `(k, n)`."""
     if not isinstance(derivative, Tensor):
         return torch.as_tensor(derivative, dtype=value.dtype)
+    if not may_share and derivative.ndim == 2 and derivative.shape == value.shape:
+        return derivative
     event = value.shape[1:]
     if may_share and derivative.numel() == 1:
         return derivative.reshape(())
@@ -375,7 +390,7 @@ def _learn_linear(trace: "Trace", value: Tensor, x: Tensor, matrix: Tensor) -> T
     trace.terms(matrix)
     trace.multiplications += trace.batch * matrix.numel()
     terms = trace.terms(x)
-    return trace.learn(value, [Term(Linear(matrix.shape[0], matrix, terms))] if terms else [])
+    return trace.learn(value, [Term(Linear(matrix, terms))] if terms else [])
 
 
 def _reduction(trace: "Trace", op: Operation) -> Tensor:

@@ -21,6 +21,15 @@ _CHOOSING = {
 }
 
 
+# What depends on shape, type and place of a tensor alone.
+_METADATA = set(
+    """
+    shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_leaf is_cuda is_floating_point
+    is_complex is_contiguous stride element_size get_device __len__ grad_fn
+    """.split()  # noqa: SIM905 - a list of these would take a screen
+)
+
+
 def _version(tensor: Tensor) -> int:
     """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -100,17 +109,21 @@ class Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Evaluate, and apply the rule of the operation where x takes part."""
+        name = name_of(func)
         kwargs, tensors = kwargs or {}, []
-        arguments = described(args, self.depends, tensors), described(kwargs, self.depends, tensors)
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        summary = (name, *described((*args, kwargs) if kwargs else args, self._known, tensors))
         if not any(map(self.depends, tensors)) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        name = name_of(func)
-        rule, reason = RULES.get(name), f"{name} has no rule"
-        op = Operation(func, name, args, kwargs, tensors, (name, *arguments))
+        op, rule, reason = Operation(func, name, args, kwargs, tensors, summary), RULES.get(name), f"{name} has no rule"
         if rule is not None:
             try:
-                with torch.set_grad_enabled(self.differentiable):
+                torch.set_grad_enabled(self.differentiable)
+                try:
                     result = rule(self, op)
+                finally:
+                    torch.set_grad_enabled(True)
                 self._note(op, result)
                 return result
             except NoRule as error:
@@ -129,8 +142,8 @@ class Trace(TorchFunctionMode):
         return result
 
     def _note(self, op: Operation, result: object) -> None:
-        outputs = tensors_in(result)
-        if any(not tensor.is_floating_point() for tensor in op.tensors + outputs) or op.name in _CHOOSING:
+        outputs = [result] if isinstance(result, Tensor) else tensors_in(result)
+        if op.name in _CHOOSING or not all(map(Tensor.is_floating_point, op.tensors + outputs)):
             self.choices.append(op.name)
-        if outputs or (op.tensors and result is None):
+        if outputs or result is None:
             self.signature.append(op.summary)
