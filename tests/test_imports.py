@@ -19,6 +19,7 @@ def test_heart_imports_no_framework(module):
         "sklearn",
         "torchdiffeq",
         "pyarrow",
+        "networkx",
     ):
         assert f"'{heavy}'" not in loaded
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
@@ -76,13 +75,21 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
     pairs = torch.triu(seen | seen.T, diagonal=1).nonzero()
     if len(pairs) > _MOST_PAIRS:
         raise NotLocal(f"more than {_MOST_PAIRS} pairs of entries see each other")
+    colors = torch.tensor(_greedy_colors(size, pairs))
+    return Coloring(seen, (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device))
+
+
+def _greedy_colors(size: int, pairs: Tensor) -> list[int]:
+    """A colour for each entry, the fewest of several greedy orders."""
+    import networkx as nx  # here, since most who import divflow.divergence never colour anything
+
     graph = nx.Graph()
     graph.add_nodes_from(range(size))
     graph.add_edges_from(pairs.tolist())
-    found = [nx.greedy_color(graph, strategy) for strategy in (_in_order, "largest_first", "smallest_last")]
-    best = min(found, key=lambda coloring: max(coloring.values()))
-    colors = torch.tensor([best[i] for i in range(size)])
-    return Coloring(seen, (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device))
+    # In the order of the entries, row by row, the periodic colouring of a grid is found.
+    orders = (lambda graph, colors: list(graph)), "largest_first", "smallest_last"
+    best = min((nx.greedy_color(graph, order) for order in orders), key=lambda colors: max(colors.values()))
+    return [best[i] for i in range(size)]
 
 
 def trace(field: Linearization, x: Tensor, colors: Tensor, chunk_size: int, recompute: bool) -> Tensor:
@@ -101,11 +108,6 @@ def _groups(size: int, batch: int) -> Iterator[list[int]]:
     order = np.roll(np.arange(size), -(size // 2)).tolist()
     for start in range(0, size, batch):
         yield order[start : start + batch]
-
-
-def _in_order(graph: nx.Graph, colors: dict[int, int]) -> list[int]:
-    """Row by row, which finds the periodic colouring of a grid."""
-    return list(graph)
 
 
 def check(field: Linearization, x: Tensor, seen: Tensor) -> None:

@@ -16,7 +16,8 @@ class ConcatSquash(nn.Module):
 
         layer(c, h) = (W h + b) * sigmoid(G c + d) + B c,   c = [t, context]
 
-    Divergence: as for `MLP`. With a scalar t and no context the gates are shared by the batch.
+    Divergence: as for `MLP` where the batch shares the gates (a scalar t, no context): they are folded into the
+    matrices. With one time or context a sample each gate is a factor of its own, and an exact divergence costs more.
 
     Args:
         event_shape: shape of one sample, without the batch; an int for vectors.

@@ -19,7 +19,8 @@ class ConvNet(nn.Module):
     Space has one, two or three dimensions and keeps its size. Without normalization, which would couple all
     pixels, every output sees its receptive field only: `(kernel_size - 1) / 2` pixels each way a layer.
 
-    Divergence: `Exact` up to some hundred dimensions (chunks bound its memory beyond), else `Hutchinson`.
+    Divergence: `Exact` takes about `channels * (r + 1)^dimensions` products, r being the receptive radius, the number
+    of layers times `(kernel_size - 1) / 2`; where this exceeds D (small images), D products. Beyond, `Hutchinson`.
 
     Args:
         event_shape: `(channels, *space)`.

@@ -22,7 +22,7 @@ def convolutions(kind, channels, dilation=1, mode="zeros", kernel=3):
 FIELDS = {
     "1-D": (lambda: convolutions(nn.Conv1d, 1), (1, 20), 3),
     "2-D": (lambda: convolutions(nn.Conv2d, 1), (1, 9, 8), 9),
-    "3-D": (lambda: convolutions(nn.Conv3d, 1), (1, 7, 7, 7), 27),
+    "3-D": (lambda: convolutions(nn.Conv3d, 1), (1, 4, 8, 8), 27),
     "channels": (lambda: convolutions(nn.Conv2d, 2), (2, 8, 8), 18),
     "dilated": (lambda: convolutions(nn.Conv1d, 1, dilation=2), (1, 24), 3),
     "circular": (lambda: convolutions(nn.Conv2d, 1, mode="circular"), (1, 9, 9), 9),
