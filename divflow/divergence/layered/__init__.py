@@ -7,7 +7,8 @@ through the network has the Jacobian W_3 diag(s_2) W_2 diag(s_1) W_1, whose trac
 
 One H x H matrix serves the whole batch: the divergence costs one more matrix product than the value, whatever D is.
 Any callable is followed (`trace`), by one rule an operation (`rules`); the Jacobian is kept as a sum of products
-(`jacobian`), whose trace is taken in closed form or over the cheapest dimension (`contract`).
+(`jacobian`), whose paths from output to input (`paths`) have traces in closed form or over the cheapest dimension
+(`contract`).
 """
 
 from collections.abc import Hashable
@@ -20,6 +21,7 @@ from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import Field, Linearization, event_size, flatten_event, graph_of, linearize_field
 from divflow.divergence.layered import contract
 from divflow.divergence.layered.jacobian import NoRule, apply
+from divflow.divergence.layered.paths import Cycle, cycles
 from divflow.divergence.layered.trace import Trace
 
 __all__ = ["Followed", "NoRule", "follow"]
@@ -54,22 +56,22 @@ class Followed(NamedTuple):
             (name, *map(_without_batch, rest)) for name, *rest in self.trace.signature if name not in _RESHAPES
         )
 
-    def cycles(self) -> list[contract.Cycle]:
+    def cycles(self) -> list[Cycle]:
         """The paths through the field.
 
         Raises:
             NoRule: the Jacobian is not known.
         """
-        return contract.cycles(self.trace.terms(self.output), event_size(self.output))
+        return cycles(self.trace.terms(self.output), event_size(self.output))
 
-    def divergence(self, cycles: list[contract.Cycle], chunk_size: int | None) -> Tensor:
+    def divergence(self, cycles: list[Cycle], chunk_size: int | None) -> Tensor:
         """The exact divergence, `(k,)`."""
         like = self.output.new_empty((), dtype=accumulation_dtype(self.field.value))
         with torch.inference_mode(False), torch.set_grad_enabled(self.field.create_graph):
             divergence = contract.trace(cycles, self.trace.batch, like, chunk_size)
         return divergence if self.field.create_graph else divergence.detach()
 
-    def verify(self, cycles: list[contract.Cycle]) -> None:
+    def verify(self, cycles: list[Cycle]) -> None:
         """Compare what is known of the Jacobian with autograd, and the trace with that of one sample's Jacobian.
 
         The products u^T (J v) and (u^T J) v must agree for two random vectors. A dependence on x that torch

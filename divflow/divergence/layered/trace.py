@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from divflow.divergence.layered.jacobian import Base, NoRule, Term
-from divflow.divergence.layered.rules import RULES, Operation, described, name_of, tensors_in
+from divflow.divergence.layered.operation import Operation, described, name_of, tensors_in
+from divflow.divergence.layered.rules import RULES
 
 __all__ = ["Trace"]
 

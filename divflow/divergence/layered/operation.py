@@ -1,0 +1,109 @@
+"""A torch function at its arguments, as a `TorchFunctionMode` sees it: its name, its tensors, its structure."""
+
+import functools
+from collections.abc import Callable, Container, Hashable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Operation", "described", "name_of", "tensors_in"]
+
+
+@functools.cache
+def name_of(func: Any) -> str:
+    """The name of a torch function: `add` for torch.add, Tensor.add, +; `add_` for what works in place."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func.__self__.__name__
+    name = name.removeprefix("special_")
+    if name.startswith("__") and name.endswith("__"):
+        operator = name.strip("_")
+        if operator in _OPERATORS:
+            return _OPERATORS[operator]
+        if operator[0] == "i" and operator[1:] in _OPERATORS:
+            return _OPERATORS[operator[1:]] + "_"
+    return name
+
+
+_OPERATORS = {
+    "add": "add", "radd": "add", "sub": "sub", "rsub": "rsub", "mul": "mul", "rmul": "mul", "truediv": "div",
+    "rtruediv": "rdiv", "rdiv": "rdiv", "div": "div", "matmul": "matmul", "pow": "pow",
+    "rpow": "rpow", "neg": "neg", "pos": "positive", "abs": "abs", "getitem": "getitem", "setitem": "setitem",
+}  # fmt: skip
+
+
+_PLAIN = {int, str, bool, type(None), type(Ellipsis), torch.dtype, torch.device}
+
+
+def described(values: Iterable[Any], known: Container[int], tensors: list[Tensor]) -> tuple[Hashable, ...]:
+    """What of an operation's arguments decides its structure: shapes and options, not the numbers in them.
+
+    Args:
+        values: the arguments.
+        known: identities of the tensors that depend on x.
+        tensors: to which those among the arguments are added, in nested tuples, lists and dicts, too.
+    """
+    parts: list[Hashable] = []
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            parts.append(value)
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+            parts.append((id(value) in known, value.shape))
+        elif isinstance(value, tuple | list):
+            parts.append(described(value, known, tensors))
+        elif kind is dict:
+            parts.append((*value, *described(value.values(), known, tensors)))
+        else:
+            parts.append("number" if kind is float else repr(value))
+    return tuple(parts)
+
+
+class Operation(NamedTuple):
+    """A torch function at its arguments.
+
+    Attributes:
+        tensors: those among the arguments, lists and dicts included.
+        summary: what decides the structure: the name, shapes and options, not the numbers in tensors.
+    """
+
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    summary: Hashable
+
+    def __call__(self) -> Any:
+        """Its value."""
+        return self.func(*self.args, **self.kwargs)
+
+    def at(self, new: Callable[[Tensor], Any]) -> Any:
+        """Its value at other tensors."""
+        return self.func(*_map(new, self.args), **_map(new, self.kwargs))
+
+    def out_of_place(self, new: Callable[[Tensor], Tensor], func: Any, name: str) -> "Operation":
+        """The function of that name at other tensors, not told to work in place."""
+        kwargs = {key: _map(new, value) for key, value in self.kwargs.items() if key != "inplace"}
+        return Operation(func, name, _map(new, self.args), kwargs, [*map(new, self.tensors)], self.summary)
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, tuple | list) else []
+
+
+def _map(new: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return new(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map(new, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(new, item) for key, item in value.items()}
+    return value

@@ -1,0 +1,128 @@
+"""The paths of a layered network from output to input, each a product around a cycle.
+
+A path is a product D_1 M_1 D_2 M_2 ... D_p M_p of shared matrices M and diagonals D, whose trace is cyclic.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from divflow.divergence.layered.jacobian import Diagonal, Entries, Linear, NoRule, Term, product, take
+
+__all__ = ["Cycle", "Origin", "cycles"]
+
+_MOST_PATHS = 512
+
+
+class Cycle(NamedTuple):
+    """A cyclic product D_1 M_1 ... D_p M_p; a diagonal is None for ones, else one a sample, `(k, n)`.
+
+    Where there are no matrices, the only diagonal is a whole vector of diagonal entries, of any kind.
+    """
+
+    diagonals: list[Diagonal]
+    matrices: list[Tensor]
+    origins: list["Origin | None"] = []
+
+
+class Origin(NamedTuple):
+    """What a matrix of a cycle is: entries of a tensor; of which version, if it is changed in place."""
+
+    tensor: Tensor
+    version: int
+    rows: Entries | None
+    columns: Entries | None
+
+
+def cycles(terms: list[Term], size: int) -> list[Cycle]:
+    """The paths from the output's D = `size` entries to the input's.
+
+    Raises:
+        NoRule: there are too many.
+    """
+    found = list(itertools.islice(_paths(terms, size), _MOST_PATHS + 1))
+    if len(found) > _MOST_PATHS:
+        raise NoRule(f"a network with more than {_MOST_PATHS} paths from output to input")
+    return found
+
+
+def _paths(terms: list[Term], size: int) -> Iterator[Cycle]:
+    """Depth first, from each term of the output down to the input."""
+    chains = [[term] for term in reversed(terms)]
+    while chains:
+        chain = chains.pop()
+        if isinstance(chain[-1].base, Linear):
+            chains.extend([*chain, term] for term in reversed(chain[-1].base.source))
+        else:
+            closed = _closed(chain, size)
+            if closed is not None:
+                yield closed
+
+
+def _closed(chain: list[Term], size: int) -> Cycle | None:
+    """Join the input's end to the output's: entry i of the output meets entry i of the input."""
+    outer, inner = chain[0], chain[-1]
+    if len(chain) == 1:
+        fixed = _fixed(outer.rows, outer.columns, size)
+        entries = torch.ones(()) if outer.diagonal is None else take(outer.diagonal, fixed, -1)
+        count = size if fixed is None else len(fixed.index)
+        return Cycle([entries.expand(count) if entries.ndim == 0 else entries], []) if count else None
+    at_output, at_input = _meeting(outer.rows, inner.columns, size)
+    if at_output is not None and not len(at_output.index):
+        return None
+    # The first diagonal is the outer one at the meeting entries, times the inner one: they commute around the cycle.
+    diagonals = [product(_take_diagonal(outer.diagonal, at_output), _take_diagonal(inner.diagonal, at_input))]
+    diagonals += [term.diagonal for term in chain[1:-1]]
+    matrices, origins = [], []
+    for i, (above, below) in enumerate(itertools.pairwise(chain)):
+        rows = _compose(above.columns, at_output) if i == 0 else above.columns
+        columns = _compose(below.rows, at_input) if i == len(chain) - 2 else below.rows
+        matrix = above.base.matrix
+        origins.append(Origin(matrix, 0 if matrix.is_inference() else matrix._version, rows, columns))
+        matrices.append(take(take(matrix, rows, 0), columns, 1))
+    for i, diagonal in enumerate(diagonals):
+        if diagonal is not None and diagonal.ndim < 2:
+            matrices[i] = matrices[i] * diagonal.reshape(-1, 1).to(matrices[i])
+            diagonals[i] = origins[i] = None
+    return Cycle(diagonals, matrices, origins)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed(rows: Entries | None, columns: Entries | None, size: int) -> Entries | None:
+    """Positions of the entries that stay where they are."""
+    if rows is None and columns is None:
+        return None
+    at = [np.arange(size) if entries is None else entries.index for entries in (rows, columns)]
+    return Entries(np.flatnonzero(at[0] == at[1]))
+
+
+def _take_diagonal(diagonal: Diagonal, entries: Entries | None) -> Diagonal:
+    """Entries of a diagonal, of whatever kind."""
+    return None if diagonal is None else take(diagonal, entries, -1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _meeting(rows: Entries | None, columns: Entries | None, size: int) -> tuple[Entries | None, Entries | None]:
+    """Positions in `rows` and in `columns` of the entries that both hold, in the order of `columns`."""
+    if rows is None and columns is None:
+        return None, None
+    position = np.arange(size)
+    if rows is not None:
+        position = np.full(size, -1)
+        position[rows.index] = np.arange(len(rows.index))
+    columns_index = np.arange(size) if columns is None else columns.index
+    met = position[columns_index]
+    kept = np.flatnonzero(met >= 0)
+    return Entries(met[kept]), Entries(kept)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compose(entries: Entries | None, chosen: Entries | None) -> Entries | None:
+    if entries is None or chosen is None:
+        return entries if chosen is None else chosen
+    return Entries(entries.index[chosen.index])
