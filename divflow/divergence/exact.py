@@ -150,7 +150,8 @@ class Exact(Estimator):
             raise NoRule(f"its {len(cycles)} paths take more multiplications than dense products")
         if self.method == "auto" and memory > _LARGEST_MEMORY:
             raise NoRule(f"its matrices take {memory / 2**30:.1f} GiB")
-        why = f"{len(cycles)} paths of linear maps and elementwise functions, multiplied out once for the batch"
+        paths = "one path" if len(cycles) == 1 else f"{len(cycles)} paths"
+        why = f"{paths} of linear maps and elementwise functions, multiplied out for the whole batch"
         cost = 1 + products / value
         return Plan("layered", why, 0, 1, cost, cost / 2, memory)
 
