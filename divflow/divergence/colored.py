@@ -21,7 +21,7 @@ from divflow.divergence.field import Field, Linearization, event_size, flatten_e
 __all__ = ["Coloring", "NotLocal", "check", "find", "trace"]
 
 # Entries, and pairs of them that see each other: beyond, finding the colours takes longer than they save.
-_MOST_ENTRIES, _MOST_PAIRS = 2**14, 2**21
+_MOST_ENTRIES, _MOST_PAIRS = 2**13, 2**21
 
 
 class NotLocal(Exception):  # noqa: N818 - caught inside this package, and no error

@@ -22,7 +22,7 @@ from divflow.divergence.field import (
     flatten_event,
 )
 
-__all__ = ["forward", "products_per_pass", "reverse", "sum_of_chunks"]
+__all__ = ["forward", "products_per_pass", "reverse", "rng_states", "set_rng_states", "sum_of_chunks"]
 
 # Sizes of one bundle of products. On a CPU larger ones fall out of the cache, and their double backward slows
 # down several times (measured, D = 43, 256 hidden units, 3,840 rows: 4.8 s with 43 a pass, 1.1 s with one).
@@ -84,14 +84,14 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
     value, divergence = x, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
     if event_size(x) == 0 or x.shape[0] == 0:
         return ValueAndDivergence(checked_value(g(t, x.clone()), x), divergence)
-    states = _rng_states(x)
+    states = rng_states(x)
 
     def product(vector: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(lambda z: checked_value(g(t, z.clone()), x), (x,), (vector,))
 
     for start, stop in _chunks(event_size(x), chunk_size):
         if start:
-            _set_rng_states(states)
+            set_rng_states(states)
         value, columns = vmap(product, out_dims=(None, 0), randomness="same")(_basis(x, start, stop))
         divergence = divergence + _trace_of_chunk(columns, start, stop)
     return ValueAndDivergence(value, divergence)
@@ -114,11 +114,13 @@ def _trace_of_chunk(products: Float[Tensor, "chunk batch *event"], start: int, s
     return block.diagonal(dim1=0, dim2=2).sum(dim=-1, dtype=accumulation_dtype(products))
 
 
-def _rng_states(x: Tensor) -> list[Tensor]:
+def rng_states(x: Tensor) -> list[Tensor]:
+    """The states of the default generators that a field of x may draw from."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])
 
 
-def _set_rng_states(states: list[Tensor]) -> None:
+def set_rng_states(states: list[Tensor]) -> None:
+    """Go back to these states."""
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1])

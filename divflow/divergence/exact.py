@@ -8,10 +8,11 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.divergence import colored, dense
+from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.estimator import Estimate, Estimator
 from divflow.divergence.field import Field, FieldError, as_time, checked_state, event_size, linearize_field
 from divflow.divergence.layered import Followed, NoRule, contract, follow
-from divflow.divergence.plan import Plan, Plans, circumstances
+from divflow.divergence.plan import Plan, Plans, circumstances, state_of
 
 __all__ = ["Exact"]
 
@@ -31,7 +32,7 @@ class _Kept(NamedTuple):
 
 
 # Plans by field and shape of x; colourings by field, event shape and structure, whatever the batch.
-_PLANS, _COLORINGS = Plans(), Plans(size=32)
+_PLANS, _COLORINGS = Plans(), Plans(size=8)
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,28 @@ class Exact(Estimator):
             value, divergence = dense.forward(g, t, x, self._chunk_size(x, event_size(x)))
             return _exactly(value, divergence)
         kept = self._kept(g, t, x)
-        if kept is not None and kept.plan.method in ("layered", "colored"):
-            followed = follow(g, t, x, products=kept.plan.method == "colored")
-            if followed.signature == kept.signature:
-                return self._result(kept, followed, x)
-            kept = None  # the field has changed its structure
-        if kept is None:
+        if kept is not None and kept.plan.method not in ("layered", "colored"):
+            return self._result(kept, Followed(linearize_field(g, t, x), None, None), x)
+        followed = None
+        if kept is not None:
+            followed = self._followed_as_before(g, t, x, kept)
+        if followed is None:
             kept, followed = self._first(g, t, x)
-            return self._result(kept, followed, x)
-        return self._result(kept, Followed(linearize_field(g, t, x), None, None), x)
+        return self._result(kept, followed, x)
+
+    def _followed_as_before(self, g: Field, t: Tensor, x: Tensor, kept: _Kept) -> Followed | None:
+        """The field evaluated, if it did the same as when its plan was made; else the random numbers are given back."""
+        states = rng_states(x)
+        products = torch.is_grad_enabled() or kept.plan.method == "colored"
+        try:
+            followed = follow(g, t, x, products)
+            if followed.signature == kept.signature and not followed.hides():
+                return followed
+        except Exception:
+            if products:
+                raise
+        set_rng_states(states)
+        return None
 
     def prefers_one_time(self, g: Field, t: Tensor, x: Tensor) -> bool:
         """True where gates that depend on a scalar t alone can be folded into the matrices of a layered network."""
@@ -115,12 +129,13 @@ class Exact(Estimator):
 
     def _first(self, g: Field, t: Tensor, x: Tensor) -> tuple[_Kept, Followed]:
         """Evaluate once, choose, and keep the choice."""
+        before = state_of(g)
         followed = follow(g, t, x, products=True)
-        kept = self._choose(g, t, x, followed)
+        kept = self._choose(g, t, x, followed, changes_itself=state_of(g) != before)
         _PLANS.keep(kept, g, self, *circumstances(t, x))
         return kept, followed
 
-    def _choose(self, g: Field, t: Tensor, x: Tensor, followed: Followed) -> _Kept:
+    def _choose(self, g: Field, t: Tensor, x: Tensor, followed: Followed, changes_itself: bool) -> _Kept:
         reasons = []
         if self.method in ("auto", "layered"):
             try:
@@ -129,6 +144,8 @@ class Exact(Estimator):
                 reasons.append(f"not layered: {error}".rstrip(","))
         if self.method in ("auto", "colored"):
             try:
+                if changes_itself:
+                    raise colored.NotLocal("the field changes its own state when it is evaluated")
                 colors = _colors(g, t, x, followed)
                 return _Kept(self._colored(x, colors, followed), followed.signature, colors)
             except colored.NotLocal as error:
@@ -190,6 +207,8 @@ class Exact(Estimator):
 
 
 def _colors(g: Field, t: Tensor, x: Tensor, followed: Followed) -> Tensor:
+    if followed.hides() or not followed.trace.depends(followed.output):
+        raise colored.NotLocal("a part of it is hidden from torch functions")
     if followed.trace.choices:
         raise colored.NotLocal(f"{followed.trace.choices[0]} may choose what is seen")
     key = x.shape[1:], x.dtype, x.device, followed.structure

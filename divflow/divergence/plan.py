@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from divflow.divergence.field import Field
 
-__all__ = ["Plan", "Plans"]
+__all__ = ["Plan", "Plans", "circumstances", "state_of"]
 
 
 class Plan(NamedTuple):
@@ -47,19 +47,18 @@ class Plans:
         """The plan kept for this field, or None."""
         parts, _ = _structure(g)
         held, plan = self._plans.get((parts, circumstances), ((), None))
-        if any(reference() is None for reference in held):
-            return None
-        return plan
+        return None if any(reference() is None for reference in held) else plan
 
     def keep(self, plan: Any, g: Field, *circumstances: Hashable) -> None:
         """Keep a plan for this field."""
         parts, objects = _structure(g)
+        key = parts, circumstances
         try:
-            held = [weakref.ref(item) for item in objects]
+            held = [weakref.ref(item, lambda _: self._plans.pop(key, None)) for item in objects]
         except TypeError:  # something that can't be referenced weakly: its identity could be another's tomorrow
             return
-        self._plans[parts, circumstances] = held, plan
-        self._plans.move_to_end((parts, circumstances))
+        self._plans[key] = held, plan
+        self._plans.move_to_end(key)
         while len(self._plans) > self._size:
             self._plans.popitem(last=False)
 
@@ -103,6 +102,30 @@ def _is_set(cell: types.CellType) -> bool:
     except ValueError:
         return False
     return True
+
+
+def state_of(g: object, depth: int = 0) -> Hashable:
+    """The identities and versions of all tensors that the modules in a field hold: another after they are changed."""
+    if isinstance(g, nn.Module):
+        held = [item for module in g.modules() for item in (*module._buffers.values(), *vars(module).values())]
+        return tuple(
+            (id(item), 0 if item.is_inference() else item._version) for item in held if isinstance(item, Tensor)
+        )
+    parts: list[object] = []
+    if depth < 8:
+        if isinstance(g, types.FunctionType):
+            parts = [cell.cell_contents for cell in g.__closure__ or () if _is_set(cell)]
+        elif isinstance(g, types.MethodType):
+            parts = [g.__self__]
+        elif isinstance(g, functools.partial):
+            parts = [g.func, *g.args, *g.keywords.values()]
+        elif isinstance(g, tuple | list):
+            parts = list(g)
+        elif isinstance(g, dict):
+            parts = list(g.values())
+        elif callable(g) and hasattr(g, "__dict__") and not isinstance(g, type):
+            parts = list(vars(g).values())
+    return tuple(state for part in parts if (state := state_of(part, depth + 1)))
 
 
 def circumstances(t: Tensor, x: Tensor) -> Hashable:

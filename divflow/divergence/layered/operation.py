@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Container, Hashable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ _OPERATORS = {
 
 
 _PLAIN = {int, str, bool, type(None), type(Ellipsis), torch.dtype, torch.device}
+_NAMED = {torch.memory_format, torch.layout, range}
 
 
 def described(values: Iterable[Any], known: Container[int], tensors: list[Tensor]) -> tuple[Hashable, ...]:
@@ -56,8 +58,16 @@ def described(values: Iterable[Any], known: Container[int], tensors: list[Tensor
             parts.append(described(value, known, tensors))
         elif kind is dict:
             parts.append((*value, *described(value.values(), known, tensors)))
+        elif kind is float or kind is complex:
+            parts.append("number")
+        elif kind is slice:
+            parts.append(("slice", *described((value.start, value.stop, value.step), known, tensors)))
+        elif isinstance(value, np.ndarray):
+            parts.append((value.shape, str(value.dtype), value.tobytes()))
+        elif kind in _NAMED:
+            parts.append(repr(value))
         else:
-            parts.append("number" if kind is float else repr(value))
+            parts.append(object())  # equal to nothing
     return tuple(parts)
 
 

@@ -4,7 +4,9 @@ A rule evaluates the operation and tells the trace the Jacobian of the result. R
 operation, which is the same for a function of torch, a method of Tensor and a function of torch.nn.functional.
 """
 
+import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from divflow.divergence.layered.operation import Operation, tensors_in
 if TYPE_CHECKING:
     from divflow.divergence.layered.trace import Trace
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "SAME_EVERYWHERE"]
 
 # Elements of the matrix of a linear map that has to be found by applying it to a basis.
 _LARGEST_MATRIX = 2**22
@@ -33,10 +35,8 @@ def _movement(trace: "Trace", op: Operation) -> Any:
     for tensor in op.tensors:
         if trace.depends(tensor):
             operands.append(tensor)
-        elif tensor.is_floating_point():
-            trace.terms(tensor)
-        else:
-            contents.append(tensor.cpu().numpy().tobytes())
+        elif not tensor.is_floating_point():
+            contents.append(hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).digest())
     sources = [trace.terms(operand) for operand in operands]
     key = op.summary, *contents
     if key not in _MOVEMENTS:
@@ -52,7 +52,7 @@ def _movement(trace: "Trace", op: Operation) -> Any:
 
 
 _MOVEMENTS: dict[Hashable, list[list[Movement]]] = {}
-_MOST_MOVEMENTS = 4096
+_MOST_MOVEMENTS = 1024
 
 
 def _find_movements(trace: "Trace", op: Operation) -> list[list[Movement]]:
@@ -88,10 +88,14 @@ def _find_movements(trace: "Trace", op: Operation) -> list[list[Movement]]:
 
 def _same_entries(trace: "Trace", op: Operation) -> Any:
     """Copies and conversions of a value."""
-    result, source = op(), next(filter(trace.depends, op.tensors))
-    if result is source or not isinstance(result, Tensor) or not result.is_floating_point():
+    result, source = op(), op.tensors[0]
+    if result is source or not isinstance(result, Tensor) or not trace.depends(source):
         return result
-    return trace.learn(result, trace.terms(source))
+    return trace.learn(result, trace.terms(source)) if not _is_discrete(result) else result
+
+
+def _is_discrete(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _constant(trace: "Trace", op: Operation) -> Any:
@@ -110,7 +114,7 @@ def _elementwise(trace: "Trace", op: Operation) -> Tensor:
     if "out" in op.kwargs:
         raise NoRule(f"{op.name} with out")
     operands = [tensor for tensor in op.tensors if trace.depends(tensor)]
-    for tensor in op.tensors:
+    for tensor in operands:
         trace.terms(tensor)
     shared = False
     if not op.kwargs and len(op.args) == 1 and op.name in _DERIVATIVES:
@@ -122,7 +126,7 @@ def _elementwise(trace: "Trace", op: Operation) -> Tensor:
         derivatives = [d for d, arg in zip(partials, op.args, strict=True) if trace.depends(arg)]
     else:
         operands = list({id(operand): operand for operand in operands}.values())
-        value, derivatives = _differentiated(op, operands)
+        value, derivatives = _differentiated(trace, op, operands)
     if value.ndim == 0 or value.shape[0] != trace.batch:
         raise NoRule(f"{op.name} that broadcasts the batch")
     parts = []
@@ -132,17 +136,31 @@ def _elementwise(trace: "Trace", op: Operation) -> Tensor:
     return trace.learn(value, parts[0] if len(parts) == 1 else add(*parts))
 
 
-def _differentiated(op: Operation, operands: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The value, and its derivative in each operand, by forward mode: differentiable again."""
-    value, derivatives = None, []
-    for operand in operands:
-
-        def function(point: Tensor, operand: Tensor = operand) -> Tensor:
-            return op.at(lambda tensor: point if tensor is operand else tensor)
-
-        value, derivative = torch.func.jvp(function, (operand,), (torch.ones_like(operand),))
-        derivatives.append(derivative)
-    return value, derivatives
+def _differentiated(trace: "Trace", op: Operation, operands: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The value, and its derivative in each operand, by reverse mode, whose conventions at kinks are autograd's."""
+    shape = operands[0].shape
+    with contextlib.suppress(RuntimeError):
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in op.tensors))
+    points = {}
+    with torch.enable_grad():
+        for operand in operands:
+            # Broadcast beforehand, so that the derivatives at the entries of the value are not added up.
+            point = operand.view_as(operand) if trace.differentiable else operand.detach()
+            point = point if operand.shape == shape or operand.ndim != len(shape) else point.expand(shape)
+            points[id(operand)] = point if point.requires_grad else point.requires_grad_()
+        value = op.at(lambda tensor: points.get(id(tensor), tensor))
+        derivatives = torch.autograd.grad(
+            value,
+            list(points.values()),
+            torch.ones_like(value),
+            create_graph=trace.differentiable,
+            materialize_grads=True,
+        )
+    if not trace.differentiable:
+        value = value.detach()
+    if any(derivative.shape != value.shape for derivative in derivatives):
+        raise NoRule(f"{op.name} that broadcasts in a way of its own")
+    return value, list(derivatives)
 
 
 @functools.cache
@@ -211,12 +229,16 @@ def _diagonal(derivative: Tensor | float, value: Tensor, may_share: bool) -> Ten
     """A derivative as a factor of the value's flattened events: `()` or `(n,)` if the batch shares it, else `(k, n)`."""
     if not isinstance(derivative, Tensor):
         return torch.as_tensor(derivative, dtype=value.dtype)
+    if not derivative.is_floating_point():
+        derivative = derivative.to(value.dtype)
     if not may_share and derivative.ndim == 2 and derivative.shape == value.shape:
         return derivative
     event = value.shape[1:]
     if may_share and derivative.numel() == 1:
         return derivative.reshape(())
-    if may_share and (derivative.ndim < value.ndim or derivative.shape[0] == 1 or derivative.stride(0) == 0):
+    # An expanded tensor has equal rows, but a gradient for each of them.
+    expanded = not derivative.requires_grad and derivative.ndim > 0 and derivative.stride(0) == 0
+    if may_share and (derivative.ndim < value.ndim or derivative.shape[0] == 1 or expanded):
         row = derivative[0] if derivative.ndim == value.ndim else derivative
         return row.expand(event).reshape(event.numel())
     return derivative.expand(value.shape).reshape(value.shape[0], event.numel())
@@ -237,7 +259,7 @@ def _gated(trace: "Trace", op: Operation) -> Tensor:
         a, b = input.chunk(2, dim)
         return a * b.sigmoid()
 
-    with trace:
+    with torch.enable_grad(), trace:
         return glu(*op.args, **op.kwargs)
 
 
@@ -272,24 +294,21 @@ def _by_basis(trace: "Trace", op: Operation) -> Tensor:
     event = x.shape[1:]
     if event.numel() * value.shape[1:].numel() > _LARGEST_MATRIX or value.shape[0] != trace.batch:
         raise NoRule(f"{op.name} of this size")
-    for tensor in tensors:
-        trace.terms(tensor)
+    size = event.numel()
+    # The last points are zero; and there are never as many as samples, so that what is one a sample does not fit.
+    count = size + 1 if size + 1 != trace.batch else size + 2
     with torch.autocast(x.device.type, enabled=False):
-        basis = torch.eye(event.numel(), dtype=x.dtype, device=x.device).view(event.numel(), *event)
-        at_basis, at_zero = (
-            op.at(lambda tensor, point=point: point if tensor is x else tensor)
-            for point in (basis, torch.zeros_like(basis[:1]))
-        )
-        images = at_basis - at_zero
-    if images.shape != (event.numel(), *value.shape[1:]):
+        points = torch.eye(count, size, dtype=x.dtype, device=x.device).view(count, *event)
+        images = op.at(lambda tensor: points if tensor is x else tensor)
+    if images.shape != (count, *value.shape[1:]):
         raise NoRule(f"{op.name} that mixes samples")
-    return _learn_linear(trace, value, x, images.reshape(event.numel(), value.shape[1:].numel()).mT)
+    matrix = (images[:size] - images[size]).reshape(size, value.shape[1:].numel()).mT
+    return _learn_linear(trace, value, x, matrix)
 
 
 def _learn_linear(trace: "Trace", value: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         matrix = matrix.to(torch.get_autocast_dtype(x.device.type))
-    trace.terms(matrix)
     trace.multiplications += trace.batch * matrix.numel()
     terms = trace.terms(x)
     return trace.learn(value, [Term(Linear(matrix, terms))] if terms else [])
@@ -320,30 +339,27 @@ _ELEMENTWISE = """
     dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d feature_dropout
 """
 
+_MOVEMENT = """
+    view reshape flatten unflatten ravel transpose swapaxes swapdims permute movedim moveaxis T mT unsqueeze squeeze
+    getitem narrow select index_select take_along_dim gather split split_with_sizes chunk tensor_split unbind hsplit
+    vsplit dsplit cat concat concatenate stack hstack vstack dstack column_stack expand expand_as view_as reshape_as
+    broadcast_to repeat tile repeat_interleave flip fliplr flipud roll rot90 diagonal unfold atleast_1d atleast_2d
+    atleast_3d
+"""
+_SAME_ENTRIES = "clone contiguous to float double half bfloat16 type type_as positive alias requires_grad_ detach_copy"
+_CONSTANT = """
+    detach data zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones
+    new_full new_empty new_tensor
+"""
+SAME_EVERYWHERE = {*_ELEMENTWISE.split(), *_MOVEMENT.split(), *_SAME_ENTRIES.split(), *_CONSTANT.split()}
+"""Operations that are followed, and do the same at every point."""
+
 RULES: dict[str, Callable[..., Any]] = {
     **_named(_elementwise, _ELEMENTWISE),
     **{f"{name}_": _elementwise for name in _ELEMENTWISE.split()},
-    **_named(
-        _movement,
-        """
-        view reshape flatten unflatten ravel transpose swapaxes swapdims permute movedim moveaxis T mT unsqueeze squeeze
-        getitem narrow select index_select take_along_dim gather split split_with_sizes chunk tensor_split unbind hsplit
-        vsplit dsplit cat concat concatenate stack hstack vstack dstack column_stack expand expand_as view_as reshape_as
-        broadcast_to repeat tile repeat_interleave flip fliplr flipud roll rot90 diagonal unfold atleast_1d atleast_2d
-        atleast_3d
-        """,
-    ),
-    **_named(
-        _same_entries,
-        "clone contiguous to float double half bfloat16 type type_as positive alias requires_grad_ detach_copy",
-    ),
-    **_named(
-        _constant,
-        """
-        detach data zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones
-        new_full new_empty new_tensor
-        """,
-    ),
+    **_named(_movement, _MOVEMENT),
+    **_named(_same_entries, _SAME_ENTRIES),
+    **_named(_constant, _CONSTANT),
     **_named(_linear, "linear matmul mm addmm einsum tensordot"),
     **_named(_reduction, "sum mean cumsum diff"),
     "batch_norm": _batch_norm,

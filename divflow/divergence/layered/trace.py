@@ -7,21 +7,30 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from divflow.divergence.field import graph_of
 from divflow.divergence.layered.jacobian import Base, NoRule, Term
 from divflow.divergence.layered.operation import Operation, described, name_of, tensors_in
-from divflow.divergence.layered.rules import RULES
+from divflow.divergence.layered.rules import RULES, SAME_EVERYWHERE
 
 __all__ = ["Trace"]
 
 
-# Operations that let a NaN vanish, or take numbers out of tensors.
-_CHOOSING = {
-    *("fmax", "fmin", "nan_to_num", "nansum", "nanmean", "nanmedian", "nanquantile", "where", "masked_fill"),
-    *("masked_scatter", "item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "isclose"),
-    *("__bool__", "__float__", "__int__", "__index__"),
-}
-
-
+# Besides elementwise functions and movements, operations through which a NaN shows what is seen, whatever the numbers.
+_LOCAL = set(
+    """
+    linear matmul mm sum mean glu batch_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d pad
+    avg_pool1d avg_pool2d avg_pool3d interpolate pixel_shuffle pixel_unshuffle fold softmax log_softmax layer_norm
+    group_norm instance_norm rms_norm __iter__
+    """.split()  # noqa: SIM905 - a list of these would take a screen
+)
+# Elementwise ones in which it may vanish.
+_HIDING = set(
+    """
+    where masked_fill fmax fmin nan_to_num pow float_power hypot copysign heaviside sign sgn xlogy alpha_dropout
+    feature_alpha_dropout feature_dropout rrelu
+    """.split()  # noqa: SIM905
+)
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 # What depends on shape, type and place of a tensor alone.
 _METADATA = set(
     """
@@ -61,8 +70,8 @@ class Trace(TorchFunctionMode):
             same structure.
         multiplications: of the linear maps, for the whole batch.
         elements: of the values made from x.
-        choices: operations that choose by bool or integer tensors, or by x's numbers, which entries are seen; at
-            another point they may choose others.
+        choices: operations of which it is not certain that a NaN shows what they see at every point: those that
+            choose by bool or integer tensors, or by x's numbers, and those that are not known.
         constants: tensors that entered as constants in x and have a history.
         start: the graph's node that x comes from, None if it has none.
     """
@@ -76,9 +85,13 @@ class Trace(TorchFunctionMode):
         self.choices: list[str] = []
         self._known: dict[int, _Known] = {}
         self.learn(x, [Term(Base(x.shape[1:].numel()))])
+        if not differentiable:
+            x.requires_grad_()
 
     def learn(self, value: Tensor, terms: list[Term]) -> Tensor:
         """Remember a value's Jacobian."""
+        if value.is_complex():
+            raise NoRule("complex numbers")
         if value.ndim == 0 or value.shape[0] != self.batch:
             raise NoRule(f"a value of shape {tuple(value.shape)}, without the batch's dimension,")
         self._known[id(value)] = _Known(value, terms)
@@ -97,8 +110,6 @@ class Trace(TorchFunctionMode):
         """
         known = self._known.get(id(value))
         if known is None:
-            if value.grad_fn is not None:
-                self.constants.append(value)
             return []
         if known.version != _version(value):
             raise NoRule("a change in place through another view")
@@ -117,6 +128,7 @@ class Trace(TorchFunctionMode):
         summary = (name, *described((*args, kwargs) if kwargs else args, self._known, tensors))
         if not any(map(self.depends, tensors)) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        self.constants += [tensor for tensor in tensors if tensor.grad_fn is not None and not self.depends(tensor)]
         op, rule, reason = Operation(func, name, args, kwargs, tensors, summary), RULES.get(name), f"{name} has no rule"
         if rule is not None:
             try:
@@ -125,26 +137,47 @@ class Trace(TorchFunctionMode):
                     result = rule(self, op)
                 finally:
                     torch.set_grad_enabled(True)
-                self._note(op, result)
-                return result
+                return self._shown(op, result)
             except NoRule as error:
                 reason = str(error)
             except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
                 # A rule that does not apply after all. If the field itself is wrong, the evaluation below says so.
                 reason = f"the rule of {name} does not cover its arguments"
         versions = [(tensor, _version(tensor)) for tensor in tensors]
-        result = op()
-        made = [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+        with torch.set_grad_enabled(self.differentiable):
+            result = op()
+        made = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() or tensor.is_complex()]
+        if name in _HOOKS:  # they may change gradients
+            made += tensors
         changed = [tensor for tensor, version in versions if _version(tensor) != version]
         for tensor in made + changed:
             self._known[id(tensor)] = _Known(tensor, None, reason)
             self.elements += tensor.numel()
-        self._note(op, result)
+        return self._shown(op, result)
+
+    def _shown(self, op: Operation, result: object) -> object:
+        """The result as the field sees it, with the operation noted."""
+        outputs = [result] if isinstance(result, Tensor) else tensors_in(result)
+        name = op.name.rstrip("_") if not op.name.startswith("_") else op.name
+        if not (name in _LOCAL or (name in SAME_EVERYWHERE and name not in _HIDING) or _is_power(op)) or not all(
+            tensor.is_floating_point() and tensor.layout == torch.strided for tensor in op.tensors + outputs
+        ):
+            self.choices.append(op.name)
+        if outputs or result is None or op.name in _HOOKS:
+            self.signature.append(op.summary)
+        if not self.differentiable:
+            # What is done to it in ways that can't be followed then leaves a graph, by which it is found out.
+            for tensor in outputs:
+                if self.depends(tensor) and tensor.is_leaf:
+                    tensor.requires_grad_()
         return result
 
-    def _note(self, op: Operation, result: object) -> None:
-        outputs = [result] if isinstance(result, Tensor) else tensors_in(result)
-        if op.name in _CHOOSING or not all(map(Tensor.is_floating_point, op.tensors + outputs)):
-            self.choices.append(op.name)
-        if outputs or result is None:
-            self.signature.append(op.summary)
+    def hides(self, output: Tensor) -> bool:
+        """Whether x entered by a way that torch functions do not show, such as a custom `autograd.Function`."""
+        suspects = self.constants if self.depends(output) else [*self.constants, output]
+        return any(node is self.start or self.depends(getattr(node, "variable", None)) for node in graph_of(*suspects))
+
+
+def _is_power(op: Operation) -> bool:
+    """Of a number other than zero, whose derivative is zero nowhere but at a point."""
+    return op.name == "pow" and len(op.args) == 2 and not isinstance(op.args[1], Tensor) and op.args[1] != 0
