@@ -92,7 +92,7 @@ def steps() -> list[Row]:
                 network.zero_grad()
                 (-WAYS[way](network, x.shape[1])(x).mean()).backward()
 
-            time = medians({way: functools.partial(step, way) for way in WAYS}, 40.0)
+            time = medians({way: functools.partial(step, way) for way in WAYS}, 25.0)
             state = "trained" if trained else "fresh"
             listed = ", ".join(f"{way} {1e3 * seconds:.0f}" for way, seconds in time.items())
             what = f"training step, {state} network, (D, H, batch) = {size}"

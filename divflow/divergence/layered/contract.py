@@ -34,8 +34,9 @@ _KEPT: ContextVar[dict[Hashable, tuple[object, Tensor]] | None] = ContextVar("ke
 def shared_products() -> Iterator[None]:
     """Within it, the products of a layered network's matrices are computed once, for all divergences.
 
-    They depend on parameters alone. It must end before anything is differentiated, since the products' graph is
-    shared by all divergences within.
+    They depend on parameters alone, which are taken not to change but by operations that autograd notices (a change
+    of `parameter.data` it does not). It must end before anything is differentiated, since the products' graph is shared
+    by all divergences within.
     """
     if _KEPT.get() is not None:
         yield
