@@ -34,12 +34,15 @@ PARTS = {
 
 def figure() -> None:
     """Cost of the exact divergence against D, and variance against the number of products."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    others = plt.cycler(color=["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:olive"])
+    plt.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": others}
+    )
     axes = plt.figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
     styles = {"divflow": {"linewidth": 2.5, "color": "C3"}, "forward pass": {"color": "0.5", "linestyle": "--"}}
     for name, seconds in exact.against_dimension(peers=True).items():
         axes[0].loglog(
-            exact.DIMENSIONS[: len(seconds)], [1e3 * s for s in seconds], "o-", label=name, **styles.get(name, {})
+            exact.DIMENSIONS[: len(seconds)], [1e3 * s for s in seconds], marker="o", label=name, **styles.get(name, {})
         )
     axes[0].set(xlabel="dimensions D", ylabel="ms, value and divergence", xticks=exact.DIMENSIONS)
     axes[0].set_xticks(exact.DIMENSIONS, [str(size) for size in exact.DIMENSIONS], minor=False)
@@ -47,11 +50,15 @@ def figure() -> None:
     axes[0].set_title("Exact divergence: two hidden layers of 256, batch 256")
     for name, (products, variances) in variance.against_products(FOLDER).items():
         style = {"linewidth": 2.5, "color": "C3"} if "divflow" in name else {}
-        axes[1].loglog(products, variances, "o-", label=name, **style)
+        axes[1].loglog(products, variances, marker="o", label=name, **style)
     axes[1].set(xlabel="vector-Jacobian products for one log p", ylabel="variance of log p, nats²")
     axes[1].set_title("Estimates: a flow trained on the digits, D = 64")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
+    ticks = (15, 30, 60, 120, 240)
+    axes[1].set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes[1].minorticks_off()
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="lower left")
+    axes[1].set_ylim(bottom=0.02)
     axes[0].figure.savefig(HERE / "figure.png", dpi=150)
 
 
