@@ -39,7 +39,7 @@ def figure() -> None:
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.prop_cycle": others}
     )
     axes = plt.figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
-    styles = {"divflow": {"linewidth": 2.5, "color": "C3"}, "forward pass": {"color": "0.5", "linestyle": "--"}}
+    styles = {"divflow": {"linewidth": 2.5, "color": "tab:red"}, "forward pass": {"color": "0.5", "linestyle": "--"}}
     for name, seconds in exact.against_dimension(peers=True).items():
         axes[0].loglog(
             exact.DIMENSIONS[: len(seconds)], [1e3 * s for s in seconds], marker="o", label=name, **styles.get(name, {})
@@ -49,7 +49,7 @@ def figure() -> None:
     axes[0].minorticks_off()
     axes[0].set_title("Exact divergence: two hidden layers of 256, batch 256")
     for name, (products, variances) in variance.against_products(FOLDER).items():
-        style = {"linewidth": 2.5, "color": "C3"} if "divflow" in name else {}
+        style = {"linewidth": 2.5, "color": "tab:red"} if "divflow" in name else {}
         axes[1].loglog(products, variances, marker="o", label=name, **style)
     axes[1].set(xlabel="vector-Jacobian products for one log p", ylabel="variance of log p, nats²")
     axes[1].set_title("Estimates: a flow trained on the digits, D = 64")
