@@ -66,7 +66,9 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
             try:
                 with torch.inference_mode(False), torch.enable_grad():
                     values = flatten_event(g(t, spoilt.view_as(x)).detach())[: len(entries)]
-            except Exception as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a field does with a NaN, at x itself it has been evaluated
                 raise NotLocal(f"the field refuses a NaN ({type(error).__name__})") from error
             seen[:, entries] |= values.isnan().T.cpu()
             if seen[:, entries].sum(dim=0).max() > size / 2:

@@ -106,7 +106,11 @@ class Exact(Estimator):
             followed = follow(g, t, x, products)
             if followed.signature == kept.signature and not followed.hides():
                 return followed
+        except torch.OutOfMemoryError:
+            raise
         except Exception:
+            # Without products x needs no gradient, which a field may ask of it: `_first` evaluates it as autograd
+            # would, and raises what is wrong with the field itself.
             if products:
                 raise
         set_rng_states(states)

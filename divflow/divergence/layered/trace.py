@@ -140,6 +140,8 @@ class Trace(TorchFunctionMode):
                 return self._shown(op, result)
             except NoRule as error:
                 reason = str(error)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
                 # A rule that does not apply after all. If the field itself is wrong, the evaluation below says so.
                 reason = f"the rule of {name} does not cover its arguments"
