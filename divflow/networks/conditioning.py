@@ -8,26 +8,50 @@ from torch import Tensor, nn
 
 from divflow.errors import DivflowError
 
-__all__ = ["NetworkError", "condition", "zero_initialize"]
+__all__ = ["NetworkError", "condition", "time_features", "zero_initialize"]
 
 
 class NetworkError(DivflowError, ValueError):
     """A network was built or called with arguments that do not fit together."""
 
 
-def condition(t: Tensor, x: Tensor, context: Tensor | None, context_features: int) -> Float[Tensor, "batch features"]:
-    """Time, one column, and the context's columns, a row a sample, in x's dtype.
+def time_features(time_embedding: nn.Module | None) -> int:
+    """How many columns time takes: one by itself, or its embedding's.
+
+    Raises:
+        NetworkError: the embedding does not say.
+    """
+    features = 1 if time_embedding is None else getattr(time_embedding, "features", None)
+    if not isinstance(features, int):
+        raise NetworkError(
+            f"a time embedding must say its number of features, but {type(time_embedding).__name__} has no integer "
+            "attribute `features`; set it, or use SinusoidalEmbedding"
+        )
+    return features
+
+
+def condition(
+    t: Tensor, x: Tensor, context: Tensor | None, context_features: int, time_embedding: nn.Module | None = None
+) -> Float[Tensor, "batch features"]:
+    """Time's columns and the context's, a row a sample, in x's dtype.
 
     Args:
         t: `()` or `(k,)`.
         x: `(k, *event)`.
         context: `(k, ...)`, flattened, or None.
         context_features: how many columns the network was built for.
+        time_embedding: from times `(n,)` to features `(n, time_features(time_embedding))`; None for time itself.
 
     Raises:
         NetworkError: the context has another number of features.
     """
-    columns = [t.to(x.dtype).reshape(-1, 1).expand(x.shape[0], 1)]
+    if time_embedding is None:
+        times = t.to(x.device, x.dtype).reshape(-1, 1)
+    else:
+        # Of one row for a scalar t. Fast waves turn the rounding of times in half precision into noise.
+        precise = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        times = time_embedding(precise.reshape(-1)).to(x.dtype)
+    columns = [times.expand(x.shape[0], -1)]
     if context is not None:
         columns.append(context.to(x.dtype).reshape(x.shape[0], math.prod(context.shape[1:])))
     features = columns[-1].shape[1] if context is not None else 0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from divflow.networks.conditioning import NetworkError, condition, zero_initialize
+from divflow.networks.conditioning import NetworkError, condition, time_features, zero_initialize
 
 __all__ = ["ConvNet"]
 
@@ -29,6 +29,8 @@ class ConvNet(nn.Module):
         activation: class or function that makes an activation module; a smooth one (see `MLP`).
         context_features: number of features of the (flattened) context; 0 for none.
         zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        time_embedding: a module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)` with its number of
+            features as attribute; None for time itself, one feature.
 
     Shape:
         t `()` or `(k,)`, x `(k, channels, *space)`, context `(k, context_features)`; returns x's shape.
@@ -45,6 +47,7 @@ class ConvNet(nn.Module):
         activation: Callable[[], nn.Module] = nn.SiLU,
         context_features: int = 0,
         zero_init: bool = False,
+        time_embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
@@ -56,8 +59,9 @@ class ConvNet(nn.Module):
         if kernel_size % 2 == 0:
             raise NetworkError(f"kernel_size must be odd, to keep the size of the image, but is {kernel_size}")
         convolution = _CONVOLUTIONS[len(shape) - 1]
-        self.context_features = context_features
-        widths = [shape[0] + 1 + context_features, *hidden]
+        self.context_features, self.time_embedding = context_features, time_embedding
+        conditions = time_features(time_embedding) + context_features
+        widths = [shape[0] + conditions, *hidden]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers += [convolution(before, after, kernel_size, padding=kernel_size // 2), activation()]
@@ -68,6 +72,6 @@ class ConvNet(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's value at (t, x); see the class for the shapes."""
-        conditions = condition(t, x, context, self.context_features)
+        conditions = condition(t, x, context, self.context_features, self.time_embedding)
         planes = conditions.view(*conditions.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         return self.layers(torch.cat([x, planes], dim=1))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from divflow.networks.conditioning import condition, zero_initialize
+from divflow.networks.conditioning import condition, time_features, zero_initialize
 
 __all__ = ["MLP"]
 
@@ -15,11 +15,12 @@ __all__ = ["MLP"]
 class MLP(nn.Module):
     """Fully connected layers over the flattened event, time and context concatenated to it.
 
-        h_0 = [x, t, context],   h_(l+1) = activation(W_l h_l + b_l),   net(t, x) = W_L h_L + b_L
+        h_0 = [x, embedding(t), context],   h_(l+1) = activation(W_l h_l + b_l),   net(t, x) = W_L h_L + b_L
 
     Divergence: with up to two hidden layers `Exact` costs about one matrix product more than the value, whatever
-    the event's size; with more, about that of the layers' width, or D products. The activation should be smooth: a ReLU's derivative jumps, so its divergence jumps in time, which costs
-    quadrature and adaptive solvers their order, and is piecewise constant in x, with no useful gradient.
+    the event's size; with more, about that of the layers' width, or D products. The activation should be
+    smooth: a ReLU's derivative jumps, so its divergence jumps in time, which costs quadrature and adaptive solvers
+    their order, and is piecewise constant in x, with no useful gradient.
 
     Args:
         event_shape: shape of one sample, without the batch; an int for vectors.
@@ -27,6 +28,8 @@ class MLP(nn.Module):
         activation: class or function that makes an activation module.
         context_features: number of features of the (flattened) context; 0 for none.
         zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        time_embedding: a module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)` with its number of
+            features as attribute; None for time itself, one feature.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
@@ -39,12 +42,14 @@ class MLP(nn.Module):
         activation: Callable[[], nn.Module] = nn.Tanh,
         context_features: int = 0,
         zero_init: bool = False,
+        time_embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        self.context_features = context_features
+        self.context_features, self.time_embedding = context_features, time_embedding
+        conditions = time_features(time_embedding) + context_features
         size = math.prod(self.event_shape)
-        widths = [size + 1 + context_features, *hidden]
+        widths = [size + conditions, *hidden]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), activation()]
@@ -56,5 +61,5 @@ class MLP(nn.Module):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's value at (t, x); see the class for the shapes."""
         features = x.reshape(x.shape[0], math.prod(self.event_shape))
-        conditions = condition(t, x, context, self.context_features)
+        conditions = condition(t, x, context, self.context_features, self.time_embedding)
         return self.layers(torch.cat([features, conditions], dim=1)).view_as(x)

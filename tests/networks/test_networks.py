@@ -1,10 +1,27 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from divflow.divergence import check_field, divergence
-from divflow.networks import MLP, ConcatSquash, ConvNet
-from divflow.networks.conditioning import NetworkError
+from divflow.divergence import Autograd, Exact, check_field, divergence
+from divflow.networks import (
+    MLP,
+    ConcatSquash,
+    ConvNet,
+    DiffusersUNet,
+    GaussianFourierEmbedding,
+    NetworkError,
+    SinusoidalEmbedding,
+    UNet,
+)
+
+
+def diffusers_unet(event_shape=(1, 2, 4), **arguments):
+    pytest.importorskip("diffusers")
+    return DiffusersUNet(event_shape, block_out_channels=(8, 8), norm_num_groups=2, **arguments)
+
 
 NETWORKS = {
     "MLP": lambda **k: MLP((2, 3), hidden=(8, 8), **k),
@@ -13,14 +30,25 @@ NETWORKS = {
     "ConvNet 1d": lambda **k: ConvNet((2, 3), hidden=(4,), **k),
     "ConvNet 2d": lambda **k: ConvNet((1, 3, 2), hidden=(4,), **k),
     "ConvNet 3d": lambda **k: ConvNet((1, 3, 2, 1), hidden=(4,), **k),
+    "MLP of waves": lambda **k: MLP((2, 3), hidden=(8,), time_embedding=SinusoidalEmbedding(6), **k),
+    "ConcatSquash of waves": lambda **k: ConcatSquash((2, 3), (8,), time_embedding=GaussianFourierEmbedding(6), **k),
+    "ConvNet of waves": lambda **k: ConvNet((2, 3), hidden=(4,), time_embedding=SinusoidalEmbedding(2), **k),
+    "UNet": lambda **k: UNet((1, 2, 4), channels=(4, 8), **k),
+    "UNet with attention": lambda **k: UNet((1, 2, 4), channels=(4, 8), blocks=2, attention=True, **k),
+    "UNet of one level": lambda **k: UNet((1, 2, 4), channels=(4,), time_embedding=None, **k),
+    "DiffusersUNet": diffusers_unet,
 }
 EVENTS = {"MLP of vectors": (6,), "ConvNet 2d": (1, 3, 2), "ConvNet 3d": (1, 3, 2, 1)}
+EVENTS |= dict.fromkeys(["UNet", "UNet with attention", "UNet of one level", "DiffusersUNet"], (1, 2, 4))
+CONTEXTS = [(name, features) for name in NETWORKS for features in (0, 5) if name != "DiffusersUNet" or not features]
 
 
-@pytest.mark.parametrize("context_features", [0, 5])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "context_features"), CONTEXTS)
 def test_is_a_field_of_scalar_and_sample_times(name, context_features):
-    event, network = EVENTS.get(name, (2, 3)), NETWORKS[name](context_features=context_features)
+    event, network = (
+        EVENTS.get(name, (2, 3)),
+        NETWORKS[name](**{"context_features": context_features} if context_features else {}),
+    )
     x = torch.randn(4, *event)
     context = (torch.randn(4, context_features),) if context_features else ()
     scalar = network(torch.tensor(0.3), x, *context)
@@ -62,9 +90,92 @@ def test_float64():
     assert network(torch.tensor(0.3), torch.randn(3, 2, dtype=torch.float64)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", ["UNet", "UNet with attention", "DiffusersUNet"])
+@pytest.mark.parametrize("t", [0.3, [0.1, 0.9]])
+def test_divergence_of_unets_and_its_gradient(name, t):
+    network, t = NETWORKS[name]().double(), torch.tensor(t, dtype=torch.float64)
+    x = torch.randn(2, 1, 2, 4, dtype=torch.float64, requires_grad=True)
+    exact, reference = divergence(network, t, x), Autograd()(network, t, x).divergence
+    torch.testing.assert_close(exact, reference)
+    (gradient,) = torch.autograd.grad(exact.sum(), x)
+    # gradcheck would do the same at several times the price
+    step = 1e-5 * torch.randn_like(x)
+    with torch.no_grad():
+        slope = (divergence(network, t, x + step) - divergence(network, t, x - step)).sum() / 2
+    torch.testing.assert_close((gradient * step).sum(), slope, rtol=1e-4, atol=1e-11)
+
+
+@pytest.mark.parametrize("waves", [SinusoidalEmbedding, GaussianFourierEmbedding])
+@pytest.mark.parametrize("t", [0.3, [0.1, 0.5, 0.9]])
+def test_waves_of_time_leave_the_divergence_its_method(waves, t):
+    t = torch.tensor(t)
+    for network in (MLP(3, time_embedding=waves(8)), ConcatSquash(3, time_embedding=waves(8))):
+        assert Exact().explain(network, t, torch.randn(3, 3)).method == "layered"
+    network = ConvNet((1, 16, 16), hidden=(4,), time_embedding=waves(4))
+    assert Exact().explain(network, t, torch.randn(3, 1, 16, 16)).method == "colored"
+
+
+def test_time_embedding_changes_no_name_that_is_saved():
+    names = ["layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"]
+    assert list(MLP(2, hidden=(8,)).state_dict()) == names
+    assert list(MLP(2, hidden=(8,), time_embedding=SinusoidalEmbedding(6)).state_dict()) == names
+
+
+def test_times_are_embedded_in_single_precision_at_least():
+    # in bfloat16 the phase of the fastest wave would be off by 0.05
+    embedding, t = SinusoidalEmbedding(6), torch.tensor(0.3)
+    network = MLP(2, hidden=(), time_embedding=embedding).bfloat16()
+    x = torch.zeros(1, 2, dtype=torch.bfloat16)
+    expected = network.layers(torch.cat([x, embedding(t[None]).bfloat16()], dim=1))
+    torch.testing.assert_close(network(t, x), expected, rtol=0, atol=0)
+
+
+def test_attention_is_attention():
+    attention, h = UNet((1, 4, 4), channels=(8,), attention=True).attention, torch.randn(2, 8, 4, 4)
+    queries, keys, values = attention.project(h).flatten(2).transpose(1, 2).chunk(3, dim=2)
+    expected = nn.functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).reshape(h.shape)
+    torch.testing.assert_close(attention(h), h + attention.out(expected))
+
+
+def test_unet_of_an_image_of_one_pixel_sees_it():
+    network = UNet((1, 1, 1), channels=(16,))
+    assert not torch.allclose(
+        network(torch.tensor(0.3), torch.ones(1, 1, 1, 1)), network(torch.tensor(0.3), torch.zeros(1, 1, 1, 1))
+    )
+
+
+def test_diffusers_unet_is_its_model_at_scaled_times():
+    network, x = diffusers_unet(time_scale=10.0, options={"freq_shift": 1}), torch.randn(2, 1, 2, 4)
+    assert network.model.config.freq_shift == 1
+    torch.testing.assert_close(network(torch.tensor([0.1, 0.5]), x), network.model(x, torch.tensor([1.0, 5.0])).sample)
+
+
+def test_diffusers_is_loaded_when_it_is_needed_only(monkeypatch):
+    code = "import sys, divflow.networks; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(NetworkError, match=r'pip install "divflow\[diffusers\]"'):
+        DiffusersUNet((1, 2, 4))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: MLP(2, time_embedding=nn.Tanh()), "Tanh has no integer attribute `features`"),
+        (lambda: UNet((3,)), r"UNet.*\(3,\).*MLP"),
+        (lambda: UNet((1, 4, 6), channels=(8, 8, 8)), r"3 levels.*divisible by 4.*\(1, 4, 6\).*fewer levels"),
+        (lambda: UNet((1, 4, 4), channels=()), "at least one level"),
+        (lambda: diffusers_unet((1, 3, 4)), r"DiffusersUNet of 2 levels.*divisible by 2.*\(1, 3, 4\)"),
+        (lambda: diffusers_unet(options={"dropuot": 0.1}), r"\['dropuot'\].*'dropout'"),
+        (lambda: diffusers_unet(options={"layers_per_block": 2}), "layers_per_block.*arguments of DiffusersUNet"),
+        (
+            lambda: diffusers_unet(layers_per_block=1, down_block_types=("DownBlock2D",)),
+            "UNet2DModel refused.*same number",
+        ),
+        (
+            lambda: diffusers_unet()(torch.tensor(0.0), torch.ones(3, 1, 2, 4), torch.ones(3, 4)),
+            r"no context.*\(3, 4\)",
+        ),
         (lambda: ConvNet((3,)), r"\(3,\).*MLP"),
         (lambda: ConvNet((1, 4, 4), kernel_size=2), "odd.*2"),
         (lambda: MLP(2)(torch.tensor(0.0), torch.ones(3, 2), torch.ones(3, 4)), "0 context features, but got 4"),

@@ -1,0 +1,114 @@
+"""Times as several features: waves of different frequencies, from which a network tells close times apart."""
+
+import math
+
+import torch
+from jaxtyping import Float, Real
+from torch import Tensor, nn
+
+from divflow.networks.conditioning import NetworkError
+
+__all__ = ["GaussianFourierEmbedding", "SinusoidalEmbedding"]
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Time and waves of fixed frequencies in geometric progression (as the positions of Vaswani et al. 2017).
+
+        [t, sin(w_2 t), ..., sin(w_m t), cos(w_1 t), ..., cos(w_m t)],   w_i = max_frequency^((i - 1) / (m - 1))
+
+    m is half the number of features. Time itself stands in place of sin(w_1 t), w_1 = 1, from which it hardly differs
+    on [0, 1]; it is one to one where the flow's times go further. It has no parameters, and nothing to save.
+
+    Discrete diffusion models use frequencies up to 1000 in these units. A field that is integrated in continuous time
+    pays for them: steps of an adaptive solver and nodes of a quadrature must resolve the fastest wave that the network
+    takes up. On untrained MLPs (two hidden layers, 32 features) dopri5 at a tolerance of 1e-5 took 1.5 times the
+    evaluations of time alone with a maximum of 10, 4 times with 50, 10 times with 200, 30 times with 1000.
+
+    Args:
+        features: how many columns; even.
+        max_frequency: of the fastest wave, in radians per unit of time.
+
+    Shape:
+        t `(n,)`, returns `(n, features)`, in t's dtype but not below float32.
+
+    Raises:
+        NetworkError: features that are not even and positive, or a frequency that is not positive.
+
+    Example:
+        >>> SinusoidalEmbedding(4, max_frequency=10.0)(torch.tensor([0.0, 0.5]))
+        tensor([[ 0.0000,  0.0000,  1.0000,  1.0000],
+                [ 0.5000, -0.9589,  0.8776,  0.2837]])
+    """
+
+    def __init__(self, features: int, max_frequency: float = 50.0) -> None:
+        super().__init__()
+        self.features, self.max_frequency = _even(features), _positive(max_frequency, "max_frequency")
+
+    def forward(self, t: Real[Tensor, " n"]) -> Float[Tensor, "n features"]:
+        """The features of each time; see the class."""
+        # Made anew at each call, frequencies are exact in every dtype, whatever the module was converted to.
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        exponents = torch.linspace(0, 1, self.features // 2, dtype=t.dtype, device=t.device)
+        return _waves(t, self.max_frequency**exponents)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.features}, max_frequency={self.max_frequency:g}"
+
+
+class GaussianFourierEmbedding(nn.Module):
+    """Time and waves of random frequencies, drawn once when it is built (Tancik et al. 2020; Song et al. 2021).
+
+        [t, sin(2 pi w_2 t), ..., sin(2 pi w_m t), cos(2 pi w_1 t), ..., cos(2 pi w_m t)],   w_i ~ N(0, scale^2)
+
+    m is half the number of features. The frequencies come from torch's generator, as parameters do; they are saved
+    with the network, and not learned.
+
+    Song et al. take a scale of 16, for the logarithm of the noise level. The default is lower, since high frequencies
+    cost evaluations in continuous time (see `SinusoidalEmbedding`): with 4 as many as there with a maximum of 50.
+
+    Args:
+        features: how many columns; even.
+        scale: standard deviation of the frequencies, in cycles per unit of time.
+
+    Shape:
+        t `(n,)`, returns `(n, features)`, in t's dtype but not below float32.
+
+    Raises:
+        NetworkError: features that are not even and positive, or a scale that is not positive.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, features: int, scale: float = 4.0) -> None:
+        super().__init__()
+        self.features, self.scale = _even(features), _positive(scale, "scale")
+        self.register_buffer("frequencies", self.scale * torch.randn(self.features // 2))
+
+    def forward(self, t: Real[Tensor, " n"]) -> Float[Tensor, "n features"]:
+        """The features of each time; see the class."""
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        return _waves(t, 2 * math.pi * self.frequencies.to(t.dtype))
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"{self.features}, scale={self.scale:g}"
+
+
+def _waves(t: Float[Tensor, " n"], frequencies: Float[Tensor, " m"]) -> Float[Tensor, "n features"]:
+    angles = t[:, None] * frequencies
+    return torch.cat([t[:, None], angles[:, 1:].sin(), angles.cos()], dim=1)
+
+
+def _even(features: int) -> int:
+    if features < 2 or features % 2:
+        raise NetworkError(
+            f"features must be even and at least 2, for a sine and a cosine of each frequency, but is {features}"
+        )
+    return features
+
+
+def _positive(number: float, name: str) -> float:
+    if not 0 < number < math.inf:
+        raise NetworkError(f"{name} must be positive and finite, but is {number}")
+    return float(number)

@@ -1,0 +1,27 @@
+"""Score matching: SDEs, objectives, samplers, and the probability-flow ODE that joins them to likelihoods.
+
+A score is a field s(t, x) that approximates grad_x log p_t(x), t = 0 being the data and t = T the noise.
+"""
+
+from divflow.score.probability_flow import ProbabilityFlow, probability_flow
+from divflow.score.scaling import ScaledScore
+from divflow.score.sde import (
+    SDE,
+    Marginal,
+    SDEError,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
+
+__all__ = [
+    "SDE",
+    "Marginal",
+    "ProbabilityFlow",
+    "SDEError",
+    "ScaledScore",
+    "SubVariancePreserving",
+    "VarianceExploding",
+    "VariancePreserving",
+    "probability_flow",
+]

@@ -1,0 +1,29 @@
+"""Random tensors like a given one, drawn on the generator's device, so that a seed gives the same on every device."""
+
+import torch
+from torch import Generator, Tensor
+
+__all__ = ["integers_like", "normal_like", "uniform_like"]
+
+
+def normal_like(x: Tensor, generator: Generator | None = None) -> Tensor:
+    """Standard normal draws of x's shape, dtype and device."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=_drawn(x), device=device).to(x)
+
+
+def uniform_like(x: Tensor, generator: Generator | None = None) -> Tensor:
+    """Uniform draws in [0, 1) of x's shape, dtype and device."""
+    device = x.device if generator is None else generator.device
+    return torch.rand(x.shape, generator=generator, dtype=_drawn(x), device=device).to(x)
+
+
+def integers_like(x: Tensor, high: int, generator: Generator | None = None) -> Tensor:
+    """One of 0, ..., high - 1 for each row of x, `(k,)`, on x's device."""
+    device = x.device if generator is None else generator.device
+    return torch.randint(high, x.shape[:1], generator=generator, device=device).to(x.device)
+
+
+def _drawn(x: Tensor) -> torch.dtype:
+    """Half precisions are rounded from float32: some devices can't draw them, and 1 would be among their uniforms."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,88 @@
+"""Denoising score matching: the score of noisy data, from the noise that was added."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.divergence import Field
+from divflow.divergence.field import as_time, checked_state
+from divflow.score.field import Score, as_field
+from divflow.score.noise import integers_like, normal_like
+from divflow.score.objectives.objective import Objective, evaluate, half_squared_norm
+from divflow.score.sde import broadcast
+
+__all__ = ["DenoisingScoreMatching"]
+
+
+@dataclass(frozen=True)
+class DenoisingScoreMatching(Objective):
+    """|s(t, x + sigma n) + n / sigma|^2 / 2, n standard normal (Vincent 2011, equation 9).
+
+    Its minimiser is the score of the data with noise of standard deviation sigma, not that of the data; in
+    expectation it is the implicit objective at x + sigma n plus D / (2 sigma^2). It needs no derivative of s, and its
+    variance grows as 1 / sigma^2.
+
+    With several levels each sample draws one, uniformly, and s is given it as its time (Song & Ermon 2019, equation 5).
+    Over an SDE (`TimeConditionalScoreMatching`) the level is sigma(t), so that it takes none of its own.
+
+    Args:
+        sigma: standard deviation of the noise, or several; None for use over an SDE.
+        weighting: "uniform", or "sigma2": each loss times sigma^2, which balances several levels.
+
+    Raises:
+        ValueError: a level that is not positive and finite, none at all, or an unknown weighting.
+    """
+
+    sigma: float | Sequence[float] | None = None
+    weighting: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and not isinstance(self.sigma, int | float):
+            object.__setattr__(self, "sigma", tuple(self.sigma))
+        levels = self.sigma if isinstance(self.sigma, tuple) else (self.sigma,)
+        if not levels:
+            raise ValueError("sigma must have at least one noise level, but is empty")
+        for level in levels:
+            if level is not None and not 0 < level < math.inf:
+                raise ValueError(f"a noise level must be positive and finite, but sigma is {self.sigma!r}")
+        if self.weighting not in ("uniform", "sigma2"):
+            raise ValueError(f"weighting must be 'uniform' or 'sigma2', but is {self.weighting!r}")
+
+    def __call__(
+        self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
+    ) -> Tensor:
+        """See `Objective`; with several levels the time is the level, and must be left out.
+
+        Raises:
+            FieldError: the score's value, x or t has a wrong type, shape, dtype or device.
+            ValueError: no level, or a time beside several.
+        """
+        if self.sigma is None:
+            raise ValueError(
+                "DenoisingScoreMatching has no noise level: build it with sigma=0.1, or over an SDE by "
+                "TimeConditionalScoreMatching(sde)"
+            )
+        x, several = checked_state(x), isinstance(self.sigma, tuple)
+        if several and t is not None:
+            raise ValueError(f"with several noise levels, {self.sigma}, the score's time is the level; leave t out")
+        level = torch.as_tensor(self.sigma, dtype=x.dtype, device=x.device)
+        if several:
+            level = level[integers_like(x, len(level), generator)]
+        time = level if several else as_time(0.0 if t is None else t, x)
+        scale, noise = broadcast(level, x), normal_like(x, generator)
+        losses = self.loss(as_field(score), time, x + scale * noise, generator, -noise / scale)
+        return losses * level**2 if self.weighting == "sigma2" else losses
+
+    def loss(
+        self,
+        score: Field,
+        t: Tensor,
+        x: Tensor,
+        generator: Generator | None = None,
+        conditional_score: Tensor | None = None,
+    ) -> Tensor:
+        """|s(t, x) - conditional_score|^2 / 2; see `Objective.loss`."""
+        return half_squared_norm(evaluate(score, t, x) - conditional_score)

@@ -1,0 +1,70 @@
+"""The protocol of score-matching objectives: a loss for each sample, on one scale."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.divergence import Field
+from divflow.divergence.estimator import accumulation_dtype
+from divflow.divergence.field import as_time, checked_state, checked_value, flatten_event
+from divflow.score.field import Score, as_field
+
+__all__ = ["Objective", "evaluate", "half_squared_norm"]
+
+
+class Objective(ABC):
+    """A loss whose mean over data is, up to a constant that does not depend on the score, half its Fisher divergence:
+
+        E[loss] = E[|s(t, x) - grad_x log p(x)|^2] / 2 + constant
+
+    so that all objectives agree in expectation, and in their gradients. Losses have the units of 1 / x^2.
+
+    One of your own implements `loss`; `TimeConditionalScoreMatching` then takes it, too.
+    """
+
+    def __call__(
+        self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
+    ) -> Tensor:
+        """The losses of a batch, `(k,)`, differentiable in the score's parameters.
+
+        Args:
+            score: `score(t, x)`, or `score(x)`; returns a tensor of x's shape, and treats samples independently.
+            x: data `(k, *event)`, of a floating dtype.
+            t: what the score is given as time, a scalar or one a sample; 0 if None.
+            generator: of everything that is drawn; torch's default one if None.
+
+        Raises:
+            FieldError: the score's value, x or t has a wrong type, shape, dtype or device.
+        """
+        x = checked_state(x)
+        return self.loss(as_field(score), as_time(0.0 if t is None else t, x), x, generator)
+
+    @abstractmethod
+    def loss(
+        self,
+        score: Field,
+        t: Tensor,
+        x: Tensor,
+        generator: Generator | None = None,
+        conditional_score: Tensor | None = None,
+    ) -> Tensor:
+        """The losses `(k,)` at states x `(k, *event)` of time t.
+
+        Args:
+            score: `score(t, x)`.
+            t: `()` or `(k,)`.
+            x: states.
+            generator: of everything that is drawn.
+            conditional_score: where x is a datum with noise, the score of x given that datum, `(k, *event)`.
+        """
+
+
+def evaluate(score: Field, t: Tensor, x: Tensor) -> Tensor:
+    """The score's value, refused unless it is of x's shape and device."""
+    return checked_value(score(t, x), x)
+
+
+def half_squared_norm(values: Tensor) -> Tensor:
+    """|v|^2 / 2 over the event, `(k,)`, in float32 at least."""
+    return flatten_event(values).to(accumulation_dtype(values)).square().sum(dim=1) / 2

@@ -1,0 +1,138 @@
+"""Score matching at all times of an SDE at once, as diffusion models are trained."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.divergence import Field
+from divflow.divergence.field import as_time, checked_state
+from divflow.score.field import Score, as_field
+from divflow.score.noise import normal_like, uniform_like
+from divflow.score.objectives.denoising import DenoisingScoreMatching
+from divflow.score.objectives.objective import Objective
+from divflow.score.sde import SDE, broadcast
+
+__all__ = ["WEIGHTINGS", "TimeConditionalScoreMatching"]
+
+WEIGHTINGS = ("uniform", "sigma2", "likelihood")
+_KNOTS = 1_025
+
+
+@dataclass(frozen=True)
+class TimeConditionalScoreMatching(Objective):
+    """The integral over the times of an SDE of a weighted objective at x_t (Song et al. 2021, arXiv:2101.09258, eq. 7):
+
+        E over t of lambda(t) / p(t) * loss(s, t, x_t),   x_t = alpha(t) x + sigma(t) n,   t ~ p on [epsilon, T]
+
+    whose expectation is the integral of lambda(t) times the expected loss at t, whatever p is. With the likelihood's
+    weighting, lambda = g^2, it bounds the Kullback-Leibler divergence of the SDE's samples from the data, up to
+    a constant, in nats (theorem 1 there). The inner objective is denoising, analytic in the noise, or implicit or
+    sliced at the perturbed data; the latter vary less at small t, where denoising's target is as 1 / sigma.
+
+    Args:
+        sde: which perturbs the data.
+        objective: at each time.
+        weighting: lambda: "uniform", 1; "sigma2", sigma(t)^2, by which all times weigh alike for the noise's
+            prediction; "likelihood", g(t)^2.
+        stratified: draw the times of a batch one from each of k equal parts (Kingma et al. 2021, appendix I.1); each
+            is still distributed as p, but their mean varies far less.
+        importance: draw t from p proportional to lambda / sigma^2, which is where a denoising loss of an
+            accurate score varies most; else p is uniform. With the "sigma2" weighting that is the same.
+
+    Raises:
+        ValueError: an unknown weighting.
+    """
+
+    sde: SDE
+    objective: Objective = DenoisingScoreMatching()
+    weighting: str = "sigma2"
+    stratified: bool = True
+    importance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}, but is {self.weighting!r}")
+
+    def __call__(
+        self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
+    ) -> Tensor:
+        """The losses of a batch of data, `(k,)`, differentiable in the score's parameters.
+
+        Args:
+            score: `score(t, x)`.
+            x: data `(k, *event)`, without noise.
+            t: times in (0, T], a scalar or one a sample, for lambda(t) loss(s, t, x_t) at these; drawn from p if None.
+            generator: of times, noise and slices; torch's default one if None.
+
+        Raises:
+            FieldError: the score's value, x or t has a wrong type, shape, dtype or device.
+            SDEError: t outside (0, T].
+        """
+        x = checked_state(x)
+        if t is None:
+            drawn = self.draw_times(x, generator)
+            return self.loss(as_field(score), drawn.t, x, generator) / drawn.density
+        t = as_time(t, x)
+        self.sde.check_score_time(t)
+        return self.loss(as_field(score), t, x, generator)
+
+    def loss(
+        self,
+        score: Field,
+        t: Tensor,
+        x: Tensor,
+        generator: Generator | None = None,
+        conditional_score: Tensor | None = None,
+    ) -> Tensor:
+        """lambda(t) loss(s, t, x_t) for data x; see `Objective.loss`."""
+        noise, std = normal_like(x, generator), self.sde.std(t)
+        noisy = self.sde.perturb(x, t, noise)
+        losses = self.objective.loss(score, t, noisy, generator, -noise / broadcast(std, x))
+        return losses * _weights(self.sde, self.weighting, t).to(losses)
+
+    def draw_times(self, x: Tensor, generator: Generator | None = None) -> "DrawnTimes":
+        """A time for each row of x, and the density that it was drawn from."""
+        u = uniform_like(torch.empty(len(x), device=x.device, dtype=torch.float64), generator)
+        if self.stratified and len(x):
+            u = (torch.arange(len(x), device=x.device) + u) / len(x)
+        low, high = self.sde.epsilon, self.sde.T
+        if self.importance:
+            knots, cumulative = (table.to(x.device) for table in _importance_table(self.sde, self.weighting))
+            cell = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, len(knots) - 2)
+            mass, width = cumulative[cell + 1] - cumulative[cell], knots[cell + 1] - knots[cell]
+            t, density = knots[cell] + (u - cumulative[cell]) / mass * width, mass / width
+        else:
+            t, density = low + (high - low) * u, torch.full_like(u, 1 / (high - low))
+        return DrawnTimes(t.to(x.dtype).clamp(low, high), density.to(x.dtype))
+
+
+class DrawnTimes(NamedTuple):
+    """Times `(k,)` and the density of each, `(k,)`, on [epsilon, T]."""
+
+    t: Tensor
+    density: Tensor
+
+
+def _weights(sde: SDE, weighting: str, t: Tensor) -> Tensor:
+    if weighting == "uniform":
+        return torch.ones_like(t)
+    return sde.std(t).square() if weighting == "sigma2" else sde.coefficients(t).squared_diffusion
+
+
+@functools.lru_cache(maxsize=32)
+def _importance_table(sde: SDE, weighting: str) -> tuple[Tensor, Tensor]:
+    """Knots from epsilon to T, and the distribution function there of a density that is constant in between.
+
+    The density follows lambda / sigma^2 at the middle of each cell. Losses are divided by this density itself, so
+    they are unbiased however coarse the table is. The knots are geometric, since 1 / sigma^2 rises as 1 / t or faster.
+    """
+    knots = torch.logspace(math.log10(sde.epsilon), math.log10(sde.T), _KNOTS, dtype=torch.float64)
+    knots[0], knots[-1] = sde.epsilon, sde.T
+    middle = (knots[1:] * knots[:-1]).sqrt()
+    mass = _weights(sde, weighting, middle) / sde.std(middle).square() * knots.diff()
+    cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(dim=0)])
+    return knots, cumulative / cumulative[-1]

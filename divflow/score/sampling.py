@@ -1,0 +1,296 @@
+"""Samples of a score model: the probability-flow ODE, the reverse-time SDE, predictor-corrector and Langevin dynamics."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from divflow.divergence import Field
+from divflow.errors import DivflowError
+from divflow.score.field import Score, as_field
+from divflow.score.noise import normal_like
+from divflow.score.objectives.objective import evaluate
+from divflow.score.probability_flow import probability_flow
+from divflow.score.sde import SDE, broadcast
+from divflow.solver import Solver
+
+__all__ = [
+    "AnnealedLangevin",
+    "PredictorCorrector",
+    "ProbabilityFlowODE",
+    "ReverseSDE",
+    "Sampler",
+    "Samples",
+    "SamplingError",
+    "denoise",
+]
+
+
+class SamplingError(DivflowError, RuntimeError):
+    """A sampler left the finite numbers, or was set up to."""
+
+
+class Samples(NamedTuple):
+    """Samples `(n, *event)`, and how often the score was evaluated (a batch counts once) to make them."""
+
+    samples: Tensor
+    evaluations: int
+
+
+class Sampler(ABC):
+    """A way from a score to samples of its density."""
+
+    @torch.no_grad()
+    def __call__(self, score: Score, num_samples: int, generator: Generator | None = None) -> Samples:
+        """Draw samples, without gradient.
+
+        Args:
+            score: `score(t, x)`, or `score(x)`. Where it is a module, samples have its parameters' dtype and device.
+            num_samples: how many.
+            generator: of everything that is drawn, so that a seed gives the samples again; torch's default one if None.
+
+        Raises:
+            FieldError: the score's value is not of x's shape, dtype and device.
+            SamplingError: samples that are not finite.
+            SDEError: the SDE was given no event shape.
+            SolverError: the ODE could not be solved.
+        """
+        like = next(score.parameters(), None) if isinstance(score, nn.Module) else None
+        settings = {} if like is None else {"dtype": like.dtype, "device": like.device}
+        counted = _Counted(as_field(score))
+        start = self._start(torch.empty(num_samples, *self._event_shape(), **settings), generator)
+        samples = self._run(counted, start, generator)
+        if not torch.isfinite(samples).all():
+            raise SamplingError(
+                f"{int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())} of {num_samples} samples of {self} are not "
+                "finite; take more or smaller steps, or train the score further"
+            )
+        return Samples(samples, counted.count)
+
+    @abstractmethod
+    def _event_shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _start(self, like: Tensor, generator: Generator | None) -> Tensor:
+        """Where to begin: noise of the shape, dtype and device of `like`."""
+
+    @abstractmethod
+    def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _SDESampler(Sampler):
+    """What begins at the prior of an SDE, at T, and ends at epsilon."""
+
+    sde: SDE
+
+    def _event_shape(self) -> tuple[int, ...]:
+        return tuple(self.sde.prior.event_shape)
+
+    def _start(self, like: Tensor, generator: Generator | None) -> Tensor:
+        return self.sde.prior.draw(like, generator)
+
+
+@dataclass(frozen=True)
+class ProbabilityFlowODE(_SDESampler):
+    """The ODE dx/dt = f x - g^2 s / 2 from T to epsilon: a deterministic map of the prior's noise.
+
+    Args:
+        sde: with an event shape.
+        solver: of the ODE, adaptive by default.
+        denoise: end with the mean of the data given x_epsilon (`denoise`), one evaluation more. Off by default, so that
+            the samples are those whose `log_prob` the probability flow gives.
+    """
+
+    solver: Solver = Solver()
+    denoise: bool = False
+
+    def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
+        x = probability_flow(score, self.sde, solver=self.solver).decode(x)
+        return denoise(score, self.sde, x) if self.denoise else x
+
+
+@dataclass(frozen=True)
+class ReverseSDE(_SDESampler):
+    """The reverse-time SDE dx = (f x - g^2 s) dt + g dw from T to epsilon (Anderson 1982) by Euler-Maruyama.
+
+    The equal steps end at epsilon. Noise corrects errors of the score that the ODE would keep, at more evaluations.
+
+    Args:
+        sde: with an event shape.
+        num_steps: evaluations, but for the one of `denoise`.
+        denoise: end with the mean of the data given x_epsilon, one evaluation more.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+
+    num_steps: int = 500
+    denoise: bool = True
+
+    def __post_init__(self) -> None:
+        _check_count("num_steps", self.num_steps)
+
+    def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
+        for t, step in _time_steps(self.sde, self.num_steps, x):
+            x = _reverse_step(score, self.sde, x, t, step, generator)
+        return denoise(score, self.sde, x) if self.denoise else x
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(_SDESampler):
+    """Each step of `ReverseSDE` followed by Langevin steps at its new time (Song et al. 2021, algorithm 1):
+
+        x <- x + a s(t, x) + sqrt(2 a) n,   a = (snr sigma(t))^2
+
+    The step's size is a function of time alone; the original one is set by norms that are averaged over the batch,
+    which lets samples depend on each other.
+
+    Args:
+        sde: with an event shape.
+        num_steps: of the predictor.
+        corrector_steps: Langevin steps after each; the evaluations are num_steps (1 + corrector_steps), and one to denoise.
+        snr: the step's length relative to the noise's standard deviation.
+        denoise: end with the mean of the data given x_epsilon, one evaluation more.
+
+    Raises:
+        ValueError: fewer than one step, or an snr that is not positive.
+    """
+
+    num_steps: int = 250
+    corrector_steps: int = 1
+    snr: float = 0.16
+    denoise: bool = True
+
+    def __post_init__(self) -> None:
+        _check_count("num_steps", self.num_steps)
+        _check_count("corrector_steps", self.corrector_steps)
+        _check_positive("snr", self.snr)
+
+    def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
+        for t, step in _time_steps(self.sde, self.num_steps, x):
+            x = _reverse_step(score, self.sde, x, t, step, generator)
+            t = t - step
+            for _ in range(self.corrector_steps):
+                x = _langevin_step(score, x, t, (self.snr * self.sde.std(t)).square(), generator)
+        return denoise(score, self.sde, x) if self.denoise else x
+
+
+@dataclass(frozen=True)
+class AnnealedLangevin(Sampler):
+    """Langevin dynamics at a falling sequence of noise levels (Song & Ermon 2019, algorithm 1), no SDE:
+
+        x <- x + a s(sigma, x) + sqrt(2 a) n,   a = (snr sigma)^2
+
+    The score gets the level as its time, as `DenoisingScoreMatching` of several levels trains it; a score without time
+    takes the levels for step sizes only, and one level is plain, unadjusted Langevin dynamics, whose bias falls with
+    `snr`. Without noise levels in training modes of the density far from each other mix slowly, if ever.
+
+    Args:
+        event_shape: shape of one sample; an int for vectors.
+        sigmas: the levels, in the order they are taken.
+        steps_per_level: evaluations at each.
+        snr: the step's length relative to the level; the drift is stable where (snr sigma)^2 is below twice the smallest
+            variance of the density at that level.
+        initial_std: samples begin normal with this standard deviation; the first level if None.
+        denoise: end with x + sigma^2 s(sigma, x) at the last level, one evaluation more; for levels that
+            were trained with noise.
+
+    Raises:
+        ValueError: no or non-positive levels, snr or initial_std, or fewer than one step.
+    """
+
+    event_shape: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    steps_per_level: int = 100
+    snr: float = 0.16
+    initial_std: float | None = None
+    denoise: bool = False
+
+    def __post_init__(self) -> None:
+        shape, sigmas = self.event_shape, self.sigmas
+        object.__setattr__(self, "event_shape", (shape,) if isinstance(shape, int) else tuple(shape))
+        object.__setattr__(self, "sigmas", tuple(sigmas) if isinstance(sigmas, Sequence) else (sigmas,))
+        if not self.sigmas:
+            raise ValueError("sigmas must have at least one noise level, but is empty")
+        for level in self.sigmas:
+            _check_positive("a noise level", level)
+        _check_count("steps_per_level", self.steps_per_level)
+        _check_positive("snr", self.snr)
+        if self.initial_std is not None:
+            _check_positive("initial_std", self.initial_std)
+
+    def _event_shape(self) -> tuple[int, ...]:
+        return self.event_shape
+
+    def _start(self, like: Tensor, generator: Generator | None) -> Tensor:
+        std = self.sigmas[0] if self.initial_std is None else self.initial_std
+        return std * normal_like(like, generator)
+
+    def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
+        for sigma in self.sigmas:
+            level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+            for _ in range(self.steps_per_level):
+                x = _langevin_step(score, x, level, (self.snr * level).square(), generator)
+        return x + level.square() * evaluate(score, level, x) if self.denoise else x
+
+
+def denoise(score: Score, sde: SDE, x: Tensor, t: Tensor | float | None = None) -> Tensor:
+    """The mean of the data given x_t, E[x_0 | x_t] = (x_t + sigma(t)^2 s(t, x_t)) / alpha(t) (Tweedie's formula).
+
+    Args:
+        score: `score(t, x)`.
+        sde: alpha and sigma.
+        x: states `(k, *event)` at time t.
+        t: a scalar or one time a sample; sde.epsilon if None.
+
+    Raises:
+        FieldError: the score's value is not of x's shape, dtype and device.
+        SDEError: t outside (0, T].
+    """
+    t = torch.as_tensor(sde.epsilon if t is None else t, dtype=x.dtype, device=x.device)
+    sde.check_score_time(t)
+    alpha, sigma = (broadcast(values, x) for values in (sde.mean_scale(t), sde.std(t)))
+    return (x + sigma.square() * evaluate(as_field(score), t, x)) / alpha
+
+
+class _Counted(nn.Module):
+    """A score that counts its evaluations."""
+
+    def __init__(self, score: Field) -> None:
+        super().__init__()
+        self.score, self.count = score, 0
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.score(t, x)
+
+
+def _time_steps(sde: SDE, count: int, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(t, length) of `count` equal steps from T down to epsilon."""
+    times = torch.linspace(sde.T, sde.epsilon, count + 1, dtype=torch.float64).to(x)
+    return list(zip(times[:-1], times[:-1] - times[1:], strict=True))
+
+
+def _reverse_step(score: Field, sde: SDE, x: Tensor, t: Tensor, step: Tensor, generator: Generator | None) -> Tensor:
+    drift, squared_diffusion = sde.coefficients(t)
+    mean = x - step * (drift * x - squared_diffusion * evaluate(score, t, x))
+    return mean + (squared_diffusion * step).sqrt() * normal_like(x, generator)
+
+
+def _langevin_step(score: Field, x: Tensor, t: Tensor, size: Tensor, generator: Generator | None) -> Tensor:
+    return x + size * evaluate(score, t, x) + (2 * size).sqrt() * normal_like(x, generator)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1 or int(value) != value:
+        raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, but is {value!r}")

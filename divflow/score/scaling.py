@@ -1,0 +1,50 @@
+"""From the output of a network of order one to a score, whose size changes over orders of magnitude in time."""
+
+import math
+
+from torch import Tensor, nn
+
+from divflow.divergence.field import checked_value
+from divflow.score.sde import SDE, SDEError, broadcast
+
+__all__ = ["ScaledScore"]
+
+
+class ScaledScore(nn.Module):
+    """A network as the score of data of known scale (Karras et al. 2022, arXiv:2206.00364, table 1, for any linear SDE):
+
+        s(t, x) = -x / v + alpha c / (sigma sqrt(v)) net(log(sigma / alpha) / 4, x / sqrt(v)),   v = alpha^2 c^2 + sigma^2
+
+    The first term is the score of normal data of standard deviation c; the network learns what is left. It sees inputs
+    and gives outputs of order one at all times, and the logarithm of the noise as its time, in which scores change evenly.
+    A network that starts at zero (`zero_init`) starts as that normal density.
+
+    Without a scale, s(t, x) = net(t, x) / sigma(t), the scaling of Song et al. (2021, appendix G and their code).
+
+    Args:
+        network: `net(t, x)`, of x's shape; its divergence is as cheap or dear as before, and the scaling adds nothing.
+        sde: alpha and sigma.
+        data_std: c, the standard deviation of the data, 1 if they are standardized; None for the plain scaling.
+
+    Raises:
+        SDEError: a standard deviation that is not positive.
+
+    Shape:
+        t `()` or `(k,)` in (0, T], x `(k, *event)`; returns x's shape.
+    """
+
+    def __init__(self, network: nn.Module, sde: SDE, data_std: float | None = 1.0) -> None:
+        super().__init__()
+        if data_std is not None and not 0 < data_std < math.inf:
+            raise SDEError(f"data_std must be None or positive and finite, but is {data_std!r}")
+        self.network, self.sde, self.data_std = network, sde, data_std
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The score at time t and state x."""
+        alpha, sigma = self.sde.mean_scale(t), self.sde.std(t)
+        if self.data_std is None:
+            return checked_value(self.network(t, x), x) / broadcast(sigma, x)
+        variance = (alpha * self.data_std).square() + sigma.square()
+        root = variance.sqrt()
+        value = checked_value(self.network((sigma / alpha).log() / 4, x / broadcast(root, x)), x)
+        return broadcast(alpha * self.data_std / (sigma * root), x) * value - x / broadcast(variance, x)

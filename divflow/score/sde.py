@@ -1,0 +1,316 @@
+"""Linear stochastic differential equations that carry data to noise, and the Gaussian kernels that solve them."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.distributions import Independent, Normal
+
+from divflow.divergence.field import as_time, checked_state
+from divflow.errors import DivflowError
+from divflow.score.noise import normal_like
+
+__all__ = [
+    "SDE",
+    "Marginal",
+    "Prior",
+    "SDEError",
+    "SubVariancePreserving",
+    "VarianceExploding",
+    "VariancePreserving",
+    "broadcast",
+]
+
+
+class SDEError(DivflowError, ValueError):
+    """A time, shape or setting that an SDE is not defined for."""
+
+
+class Marginal(NamedTuple):
+    """x_t given x_0 is normal with mean `mean_scale * x_0` and standard deviation `std`; both of t's shape."""
+
+    mean_scale: Tensor
+    std: Tensor
+
+
+class Coefficients(NamedTuple):
+    """f(t) and g(t)^2 of dx = f x dt + g dw; both of t's shape."""
+
+    drift: Tensor
+    squared_diffusion: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDE(ABC):
+    """dx = f(t) x dt + g(t) dw from the data at t = 0 to noise at t = T (Song et al. 2021, arXiv:2011.13456).
+
+        x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I)
+
+    One of your own takes two methods, `mean_scale(t)`, which is alpha, and `std(t)`, which is sigma, both functions of
+    a tensor of times that torch can differentiate, with alpha(0) = 1 and sigma(0) = 0. The rest follows from them:
+
+        f = d log alpha / dt,   g^2 = d sigma^2 / dt - 2 f sigma^2
+
+    Everything is elementwise in x, so an event may have any shape; only the prior needs to know it.
+
+    Args:
+        event_shape: shape of one sample, for the prior; an int for vectors, None if no prior will be asked for.
+        T: the time of the noise.
+        epsilon: the earliest time at which scores are learnt, and at which samplers and likelihoods stop, since
+            the kernel's own score, -noise / sigma(t), has no limit at t = 0. What they give is the density at
+            epsilon, that of alpha(epsilon) x_0 + sigma(epsilon) noise.
+
+    Raises:
+        SDEError: epsilon outside (0, T).
+
+    Example:
+        >>> class Linear(SDE):  # Brownian motion
+        ...     def mean_scale(self, t):
+        ...         return torch.ones_like(t)
+        ...     def std(self, t):
+        ...         return t.sqrt()
+        >>> Linear(epsilon=1e-3).diffusion(torch.tensor([0.3, 0.6]))
+        tensor([1., 1.])
+    """
+
+    event_shape: tuple[int, ...] | None = None
+    T: float = 1.0
+    epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.event_shape, int | Sequence):
+            shape = (self.event_shape,) if isinstance(self.event_shape, int) else tuple(self.event_shape)
+            object.__setattr__(self, "event_shape", shape)
+        if not 0 < self.epsilon < self.T < math.inf:
+            raise SDEError(f"epsilon must lie in (0, T), T = {self.T!r}, but is {self.epsilon!r}")
+
+    @abstractmethod
+    def mean_scale(self, t: Tensor) -> Tensor:
+        """alpha(t), of t's shape."""
+
+    @abstractmethod
+    def std(self, t: Tensor) -> Tensor:
+        """sigma(t), of t's shape."""
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """f(t) and g(t)^2, of t's shape, without a look at whether t is in [0, T]: what solvers call at every step."""
+        ones = torch.ones_like(t)
+        alpha, alpha_slope = torch.func.jvp(self.mean_scale, (t,), (ones,))
+        variance, variance_slope = torch.func.jvp(lambda s: self.std(s).square(), (t,), (ones,))
+        drift = alpha_slope / alpha
+        return Coefficients(drift, variance_slope - 2 * drift * variance)
+
+    def marginal(self, t: Tensor | float) -> Marginal:
+        """alpha(t) and sigma(t), of t's shape.
+
+        Raises:
+            SDEError: t outside [0, T].
+        """
+        t = self._checked_time(t)
+        return Marginal(self.mean_scale(t), self.std(t))
+
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """f(t) x, `(k, *event)`; t is a scalar or one time a sample.
+
+        Raises:
+            FieldError: x is not a floating-point tensor with a batch dimension, or t is of another shape.
+            SDEError: t outside [0, T].
+        """
+        t = self._checked_time(as_time(t, checked_state(x)))
+        return broadcast(self.coefficients(t).drift, x) * x
+
+    def diffusion(self, t: Tensor | float) -> Tensor:
+        """g(t), of t's shape.
+
+        Raises:
+            SDEError: t outside [0, T].
+        """
+        return self.coefficients(self._checked_time(t)).squared_diffusion.sqrt()
+
+    def check_score_time(self, t: Tensor) -> None:
+        """Refuse a time at which there is no score to be learnt.
+
+        Raises:
+            SDEError: t outside (0, T].
+        """
+        if t.numel() and not bool(((t > 0) & (t <= self.T)).all()):
+            raise SDEError(
+                f"t must lie in (0, T], T = {self.T}, but reaches from {t.min().item():g} to {t.max().item():g}; "
+                f"begin at epsilon = {self.epsilon}: at t = 0 the noise has no score"
+            )
+
+    def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = alpha(t) x + sigma(t) noise; t is a scalar or one time a sample."""
+        return broadcast(self.mean_scale(t), x) * x + broadcast(self.std(t), x) * noise
+
+    @property
+    def prior(self) -> "Prior":
+        """The noise at T that data are replaced by: N(0, sigma(T)^2 I) over events of `event_shape`.
+
+        Raises:
+            SDEError: the SDE was given no event shape.
+        """
+        if self.event_shape is None:
+            raise SDEError(
+                f"{type(self).__name__} was given no event shape, so it has no prior; "
+                f"build it as {type(self).__name__}(event_shape=(3, 32, 32)), with the shape of one sample"
+            )
+        return Prior(self.event_shape, self.std(torch.tensor(self.T, dtype=torch.float64)).item())
+
+    def _checked_time(self, t: Tensor | float) -> Tensor:
+        t = torch.as_tensor(t)
+        t = t if t.is_floating_point() else t.to(torch.get_default_dtype())
+        if t.numel() and not bool(((t >= 0) & (t <= self.T)).all()):
+            raise SDEError(
+                f"t must lie in [0, T], T = {self.T}, but reaches from {t.min().item():g} to {t.max().item():g}"
+            )
+        return t
+
+
+class Prior(Independent):
+    """N(0, std^2 I) over events of one shape, and no other.
+
+    Args:
+        event_shape: shape of one sample.
+        std: standard deviation.
+    """
+
+    def __init__(self, event_shape: tuple[int, ...], std: float) -> None:
+        loc, scale = torch.zeros(event_shape), torch.full(event_shape, std)
+        super().__init__(Normal(loc, scale, validate_args=False), len(event_shape), validate_args=False)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log-density of x `(k, *event)` in nats, `(k,)`.
+
+        Raises:
+            FieldError: x is not a floating-point tensor with a batch dimension.
+            SDEError: x has another event shape.
+        """
+        if checked_state(x).shape[1:] != self.event_shape:
+            raise SDEError(
+                f"the prior is over events of shape {tuple(self.event_shape)}, but x has shape {tuple(x.shape)}, whose "
+                f"events are of shape {tuple(x.shape[1:])}; give the SDE the event_shape of your data"
+            )
+        return super().log_prob(x) if len(x) else x.new_zeros(0)
+
+    def draw(self, like: Tensor, generator: Generator | None = None) -> Tensor:
+        """Samples of the shape, dtype and device of `like`, `(k, *event)`, from a generator."""
+        return self.base_dist.scale.to(like) * normal_like(like, generator)
+
+
+def broadcast(values: Tensor, x: Tensor) -> Tensor:
+    """Values of t's shape, () or (k,), as a tensor that multiplies x `(k, *event)`, in x's dtype."""
+    return values.to(x.dtype).reshape(values.shape + (1,) * ((x.ndim - 1) * values.ndim))
+
+
+@dataclass(frozen=True)
+class VarianceExploding(SDE):
+    """Noise is added without end: alpha = 1, sigma(t)^2 = sigma_min^2 (r^(2 t / T) - 1), r = sigma_max / sigma_min.
+
+    This is the equation's own variance: the commonly quoted sigma_min r^(t / T) counts sigma_min^2 of noise that is
+    there before t = 0 (Song et al. 2021, equations 30 and 31).
+
+    Args:
+        sigma_min: at about this standard deviation noise begins to matter; below the data's finest detail.
+        sigma_max: standard deviation of the prior; as large as the largest distance between two data.
+        event_shape, T, epsilon: see `SDE`; sigma(epsilon) is 0.13 sigma_min at the defaults.
+
+    Raises:
+        SDEError: not 0 < sigma_min < sigma_max, or epsilon outside (0, T).
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    epsilon: float = field(default=1e-3, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise SDEError(f"need 0 < sigma_min < sigma_max, but got {self.sigma_min!r} and {self.sigma_max!r}")
+
+    def mean_scale(self, t: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(t)
+
+    def std(self, t: Tensor) -> Tensor:
+        """sigma_min sqrt(r^(2 t / T) - 1)."""
+        return self.sigma_min * torch.expm1(self._rate * t).sqrt()
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """0 and 2 log(r) / T sigma_min^2 r^(2 t / T)."""
+        return Coefficients(torch.zeros_like(t), self._rate * self.sigma_min**2 * torch.exp(self._rate * t))
+
+    @property
+    def _rate(self) -> float:
+        return 2 * math.log(self.sigma_max / self.sigma_min) / self.T
+
+
+@dataclass(frozen=True)
+class VariancePreserving(SDE):
+    """Data shrink as noise grows: alpha^2 + sigma^2 = 1 (DDPM's limit; Song et al. 2021, equation 32).
+
+        beta(t) = beta_min + (beta_max - beta_min) t / T,   B(t) = integral of beta
+        alpha = exp(-B / 2),   f = -beta / 2,   g^2 = beta
+
+    Data should have a standard deviation of about 1. Some remain at T: alpha(T) = 0.0066 at the defaults.
+
+    Args:
+        beta_min: at t = 0.
+        beta_max: at t = T.
+        event_shape, T, epsilon: see `SDE`; sigma(epsilon) is 0.001 at the defaults.
+
+    Raises:
+        SDEError: not 0 < beta_min < beta_max, or epsilon outside (0, T).
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta_min < self.beta_max < math.inf:
+            raise SDEError(f"need 0 < beta_min < beta_max, but got {self.beta_min!r} and {self.beta_max!r}")
+
+    def mean_scale(self, t: Tensor) -> Tensor:
+        """exp(-B / 2)."""
+        return torch.exp(-self._integral(t) / 2)
+
+    def std(self, t: Tensor) -> Tensor:
+        """sqrt(1 - exp(-B))."""
+        return (-torch.expm1(-self._integral(t))).sqrt()
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """-beta / 2 and beta."""
+        beta = self._beta(t)
+        return Coefficients(-beta / 2, beta)
+
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) / self.T * t
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return self.beta_min * t + (self.beta_max - self.beta_min) / (2 * self.T) * t**2
+
+
+@dataclass(frozen=True)
+class SubVariancePreserving(VariancePreserving):
+    """As `VariancePreserving`, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, equation 33).
+
+        f = -beta / 2,   g^2 = beta (1 - exp(-2 B))
+
+    sigma begins linearly in t, not as its root, so epsilon is later: sigma(epsilon) is 0.00011 at the defaults.
+    """
+
+    epsilon: float = field(default=1e-3, kw_only=True)
+
+    def std(self, t: Tensor) -> Tensor:
+        """1 - exp(-B)."""
+        return -torch.expm1(-self._integral(t))
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """-beta / 2 and beta (1 - exp(-2 B))."""
+        beta = self._beta(t)
+        return Coefficients(-beta / 2, -beta * torch.expm1(-2 * self._integral(t)))
