@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.utils import instantiate
@@ -10,9 +10,14 @@ from torch import nn
 
 from divflow.errors import DivflowError
 from divflow.flow import ContinuousFlow
-from divflow.tasks.density import FlowDensity
+from divflow.score.objectives import Objective, TimeConditionalScoreMatching
+from divflow.score.probability_flow import probability_flow
+from divflow.score.sampling import Sampler
+from divflow.score.scaling import ScaledScore
+from divflow.score.sde import SDE
+from divflow.tasks.density import FlowDensity, ScoreDensity, UnnormalizedDensity
 
-__all__ = ["ConfigError", "build_density", "build_network", "build_ways"]
+__all__ = ["ConfigError", "build_density", "build_network", "build_objective", "build_ways"]
 
 _WAYS = ("estimator", "likelihood", "solver")
 
@@ -21,17 +26,36 @@ class ConfigError(DivflowError, ValueError):
     """A setting is not what the program needs."""
 
 
-def build_density(config: Mapping[str, Any]) -> FlowDensity:
+def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensity:
     """The untrained density that a config describes.
 
     Args:
         config: plain values. `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
-            `event_shape`, `t_base` and `t_data` are the flow's.
+            `event_shape` is that of the data. A flow has `t_base` and `t_data`; a score has `sde`
+            (None for none), `data_std`, `noise_levels` and `sampler` (None for the SDE's probability flow).
     """
     shape = tuple(config["event_shape"])
-    velocity = build_network(config["network"], shape)
-    flow = ContinuousFlow(velocity, shape, **build_ways(config), t_base=config["t_base"], t_data=config["t_data"])
-    return FlowDensity(flow, instantiate(config["transform"], _convert_="all"))
+    network = build_network(config["network"], shape)
+    transform = instantiate(config["transform"], _convert_="all")
+    if "sde" not in config:
+        flow = ContinuousFlow(network, shape, **build_ways(config), t_base=config["t_base"], t_data=config["t_data"])
+        return FlowDensity(flow, transform)
+    sde = _build_sde(config["sde"], shape)
+    sampler = _build_sampler(config["sampler"], sde, shape)
+    if sde is None:
+        levels = config["noise_levels"]
+        several = isinstance(levels, Sequence)
+        return UnnormalizedDensity(network, transform, sampler, t=min(levels) if several else 0.0)
+    score = ScaledScore(network, sde, config["data_std"])
+    return ScoreDensity(probability_flow(score, sde, **build_ways(config)), transform, sampler)
+
+
+def build_objective(config: Mapping[str, Any], density: nn.Module) -> Objective:
+    """The score-matching objective of a config: `objective`, over the density's SDE, if it has one, by `times`."""
+    objective = instantiate(config["objective"], _convert_="all")
+    if isinstance(density, UnnormalizedDensity):
+        return objective
+    return TimeConditionalScoreMatching(density.flow.velocity.sde, objective, **config["times"])
 
 
 def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +79,30 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> nn
             "net(t, x)"
         )
     return network
+
+
+def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:
+    return None if config is None else instantiate({**config, "event_shape": list(event_shape)}, _convert_="all")
+
+
+def _build_sampler(config: Mapping[str, Any] | None, sde: SDE | None, event_shape: tuple[int, ...]) -> Sampler | None:
+    """A sampler, told the SDE or the event shape, whichever its class asks for.
+
+    Raises:
+        ConfigError: it samples SDEs and there is none, or the other way round.
+    """
+    if config is None:
+        if sde is None:
+            raise ConfigError("a score without SDE has no probability flow; use sampler=annealed_langevin")
+        return None
+    make = instantiate({**config, "_partial_": True}, _convert_="all")
+    if "sde" in _free_arguments(make):
+        if sde is None:
+            raise ConfigError(f"{config['_target_']} needs an SDE; use sampler=annealed_langevin, or sde=vp")
+        return make(sde=sde)
+    if sde is not None:
+        raise ConfigError(f"{config['_target_']} is for scores without SDE; use sampler=reverse_sde, or sde=none")
+    return make(event_shape=event_shape)
 
 
 def _free_arguments(make: functools.partial) -> set[str]:

@@ -1,4 +1,4 @@
-"""Bringing a trained flow back: rebuilt from the plain values in its checkpoint, without running code from it."""
+"""Bringing a trained density back: rebuilt from the plain values in its checkpoint, without running code from it."""
 
 import importlib
 import pickle
@@ -12,7 +12,7 @@ from torch import nn
 
 from divflow.build import build_density
 from divflow.errors import DivflowError
-from divflow.tasks.density import FlowDensity
+from divflow.tasks.density import FlowDensity, UnnormalizedDensity
 
 __all__ = ["CheckpointError", "check_state", "check_targets", "load", "load_state", "read_checkpoint"]
 
@@ -21,16 +21,20 @@ class CheckpointError(DivflowError, RuntimeError):
     """A checkpoint can't be read, asks for classes that are not allowed, or is of another architecture."""
 
 
-def load(path: str | Path, *, allow: Iterable[type] = (), map_location: str | torch.device = "cpu") -> FlowDensity:
-    """A trained density, in eval mode: `log_prob` and `sample` in the units of its data.
+def load(
+    path: str | Path, *, allow: Iterable[type] = (), map_location: str | torch.device = "cpu"
+) -> FlowDensity | UnnormalizedDensity:
+    """A trained density, in eval mode: `log_prob` and `sample`, and `score` if it was trained by score matching.
 
-    The file is read with `weights_only=True`, so no code in it runs, and the flow is rebuilt from the names of
+    Everything is in the units of its data; a score that was trained without an SDE has no `log_prob`.
+
+    The file is read with `weights_only=True`, so no code in it runs, and the density is rebuilt from the names of
     classes in it only where these belong to divflow or torch.nn, or are given in `allow`.
 
     Args:
         path: a checkpoint that `train.py` wrote, such as `checkpoints/best.ckpt`. Its weights are the averaged ones
             where training averaged them.
-        allow: further classes that may be built, such as a velocity network of one's own.
+        allow: further classes that may be built, such as a network of one's own.
         map_location: device to put it on.
 
     Raises:
@@ -44,8 +48,8 @@ def load(path: str | Path, *, allow: Iterable[type] = (), map_location: str | to
     checkpoint = read_checkpoint(path, map_location)
     if "divflow" not in checkpoint:
         raise CheckpointError(
-            f"{path} has no description of a flow: it was not written by train.py (or a FlowTask without config); "
-            "build the FlowDensity yourself and use load_state_dict"
+            f"{path} has no description of a density: it was not written by train.py (but by a task without config); "
+            "build the density yourself and use load_state_dict"
         )
     config = checkpoint["divflow"]
     allowed = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in allow}

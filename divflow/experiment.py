@@ -1,5 +1,6 @@
-"""A run: from a composed config to a trained flow, its figures and its results."""
+"""A run: from a composed config to a trained density, its figures and its results."""
 
+import functools
 import logging
 import sys
 import time
@@ -14,13 +15,18 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from divflow.build import ConfigError, build_density, build_ways
+from divflow.build import ConfigError, build_density, build_objective, build_ways
 from divflow.checkpoint import check_state, load_state, read_checkpoint
 from divflow.data.module import TensorDataModule
 from divflow.report import print_results
-from divflow.tasks import FlowTask
+from divflow.tasks.density import UnnormalizedDensity
+from divflow.tasks.task import Task
 
 __all__ = ["train"]
+
+# What describes a density, beside its network and the ways to evaluate it.
+_FLOW = ("t_base", "t_data")
+_SCORE = ("sde", "data_std", "noise_levels", "sampler")
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -71,17 +77,24 @@ def train(config: DictConfig) -> dict[str, float]:
     return results
 
 
-def _build_task(config: DictConfig, data: TensorDataModule) -> FlowTask:
+def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
     plain = OmegaConf.to_container(config, resolve=True)
-    flow_config = {name: plain[name] for name in ("network", "estimator", "likelihood", "solver", "t_base", "t_data")}
-    flow_config |= {"event_shape": list(data.event_shape), "transform": data.transform.config()}
-    density = build_density(flow_config)
+    scored = "objective" in plain
+    names = ("network", "estimator", "likelihood", "solver", *(_SCORE if scored else _FLOW))
+    density_config = {name: plain[name] for name in names}
+    density_config |= {"event_shape": list(data.event_shape), "transform": data.transform.config()}
+    density = build_density(density_config)
+    make = instantiate(config.task, _partial_=True, _convert_="all")
+    # What is loaded back evaluates as the test did, and not as loosely as training.
+    make = functools.partial(make, density, config=density_config | plain["evaluation"])
+    if isinstance(density, UnnormalizedDensity):
+        return make(objective=build_objective(plain, density))
     if config.compile:
         density.flow.velocity.compile()
     evaluation = density.flow.replace(**build_ways(plain["evaluation"]))
-    make = instantiate(config.task, _partial_=True, _convert_="all")
-    # What is loaded back evaluates as the test did, and not as loosely as training.
-    return make(flow=density, evaluation=evaluation, config=flow_config | plain["evaluation"])
+    if scored:
+        return make(objective=build_objective(plain, density), evaluation=evaluation)
+    return make(evaluation=evaluation)
 
 
 def _build_trainer(config: DictConfig) -> L.Trainer:

@@ -13,7 +13,7 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
     """Print the test metrics with their standard errors, the evaluations and the time.
 
     Args:
-        results: test metrics by the names that `FlowTask` logs.
+        results: test metrics by the names that the tasks log.
         seconds: of training.
         steps: of the optimizer.
         output: the run's folder.
@@ -25,20 +25,22 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
     rows = {
         "negative log-likelihood": ("nll", "nats"),
         "gap to the truth": ("gap", "nats"),
-        "": ("bits_per_dim", "bits/dim"),
+        "discrete data": ("bits_per_dim", "bits/dim"),
+        "objective": ("loss", "units of 1/x²"),
+        "Fisher divergence": ("fisher_divergence", "units of 1/x²"),
     }
     for title, (name, unit) in rows.items():
         if f"test/{name}" in results:
             error = results[f"test/{name}_standard_error"]
-            table.add_row(title or "discrete data", f"{results[f'test/{name}']:.4f} ± {error:.4f}", unit)
+            table.add_row(title, f"{results[f'test/{name}']:.4f} ± {error:.4f}", unit)
             if results.get(f"test/{name}_estimator_error"):
                 table.add_row("  of that ±, by its probes", f"{results[f'test/{name}_estimator_error']:.1e}", unit)
     for title, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
         if results.get(f"test/{name}"):
             table.add_row(title, f"{results[f'test/{name}']:.1e}", "nats per sample")
-    table.add_row(
-        "field evaluations", f"{results['test/nfe']:.0f} + {results['test/nfe_divergence']:.0f}", "solve + divergence"
-    )
+    if "test/nfe" in results:
+        counts = f"{results['test/nfe']:.0f} + {results['test/nfe_divergence']:.0f}"
+        table.add_row("field evaluations", counts, "solve + divergence")
     table.add_row("training", f"{seconds:.0f}", f"seconds, {steps} steps")
     console = Console()
     console.print(table)

@@ -1,4 +1,4 @@
-"""Figures of the flow while it trains, and at the end."""
+"""Figures of the density while it trains, and at the end."""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from divflow.callbacks.averaging import WeightAverage
 from divflow.figures import plot_images, plot_marginals, plot_plane
-from divflow.tasks import FlowTask
+from divflow.tasks.density import FlowDensity
+from divflow.tasks.task import Task
 
 __all__ = ["Figures"]
 
@@ -18,7 +19,7 @@ __all__ = ["Figures"]
 class Figures(L.Callback):
     """Write `figures/epoch_0010.png`, ... every N epochs, and `figures/final.png` after the test.
 
-    In the plane: data, samples, log-density and trajectories. For images a grid of samples, for other data the
+    In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for other data the
     histograms of the columns. Always of the averaged weights, where there are such.
 
     Args:
@@ -43,7 +44,7 @@ class Figures(L.Callback):
         if trainer.is_global_zero:
             self._save(trainer, pl_module, "final")
 
-    def _save(self, trainer: L.Trainer, task: FlowTask, name: str) -> None:
+    def _save(self, trainer: L.Trainer, task: Task, name: str) -> None:
         if task.data is None or trainer.fast_dev_run:
             return
         training = task.training
@@ -55,7 +56,7 @@ class Figures(L.Callback):
         figure.savefig(path, dpi=self.dpi)
 
     @torch.no_grad()
-    def _draw(self, task: FlowTask) -> Figure:
+    def _draw(self, task: Task) -> Figure:
         data, density = task.data, task.judged
         count = 64 if data.images else self.num_samples
         samples = density.sample(count, generator=Generator(task.device).manual_seed(0))
@@ -63,7 +64,18 @@ class Figures(L.Callback):
         if data.images:
             return plot_images(rows, samples)
         if data.event_shape == (2,):
-            return plot_plane(density, rows, samples)
+            # A score without SDE has no density; where the truth is known, its score is drawn over that.
+            log_prob = getattr(density, "log_prob", data.log_prob if data.log_prob(rows[:1]) is not None else None)
+            paths = _paths(density) if isinstance(density, FlowDensity) else None
+            return plot_plane(rows, samples, log_prob, getattr(density, "score", None), paths)
         return plot_marginals(
             rows, samples, getattr(data, "columns", [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])])
         )
+
+
+def _paths(density: FlowDensity, count: int = 60) -> Tensor:
+    """Trajectories of the density's flow from base to data, `(times, count, 2)`, in the data's units."""
+    flow = density.flow
+    z = flow.base.sample(count, Generator(next(density.parameters()).device).manual_seed(0))
+    states = flow.trajectory(z, torch.linspace(*flow.times(), 40).tolist())
+    return torch.stack([density.transform.inverse(state) for state in states])

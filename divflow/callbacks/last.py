@@ -24,6 +24,11 @@ class LastCheckpoint(Checkpoint):
         self.path, self.every_n_steps = Path(dirpath) / "last.ckpt", every_n_steps
         self._saved_step = -1
 
+    @property
+    def last_good(self) -> Path:
+        """Where the last weights are that were finite: an error is not saved."""
+        return self.path
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

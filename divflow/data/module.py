@@ -69,6 +69,10 @@ class TensorDataModule(L.LightningDataModule):
         """The true log-density of x in nats, `(k,)`, where it is known."""
         return None
 
+    def score(self, x: Tensor) -> Tensor | None:
+        """The true score of x, grad log p(x), `(k, *event)`, where it is known."""
+        return None
+
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; an incomplete last one is left out unless it is the only one."""
         world, rank = self._processes()

@@ -29,6 +29,8 @@ __all__ = [
     "denoise",
 ]
 
+_SOLVER = Solver()
+
 
 class SamplingError(DivflowError, RuntimeError):
     """A sampler left the finite numbers, or was set up to."""
@@ -106,7 +108,7 @@ class ProbabilityFlowODE(_SDESampler):
             the samples are those whose `log_prob` the probability flow gives.
     """
 
-    solver: Solver = Solver()
+    solver: Solver = _SOLVER
     denoise: bool = False
 
     def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
@@ -143,7 +145,7 @@ class ReverseSDE(_SDESampler):
 
 @dataclass(frozen=True)
 class PredictorCorrector(_SDESampler):
-    """Each step of `ReverseSDE` followed by Langevin steps at its new time (Song et al. 2021, algorithm 1):
+    """Each step of `ReverseSDE` followed by Langevin steps at its new time (Song et al. 2021, algorithm 1).
 
         x <- x + a s(t, x) + sqrt(2 a) n,   a = (snr sigma(t))^2
 
@@ -182,7 +184,7 @@ class PredictorCorrector(_SDESampler):
 
 @dataclass(frozen=True)
 class AnnealedLangevin(Sampler):
-    """Langevin dynamics at a falling sequence of noise levels (Song & Ermon 2019, algorithm 1), no SDE:
+    """Langevin dynamics at a falling sequence of noise levels (Song & Ermon 2019, algorithm 1), no SDE.
 
         x <- x + a s(sigma, x) + sqrt(2 a) n,   a = (snr sigma)^2
 

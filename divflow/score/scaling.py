@@ -11,7 +11,7 @@ __all__ = ["ScaledScore"]
 
 
 class ScaledScore(nn.Module):
-    """A network as the score of data of known scale (Karras et al. 2022, arXiv:2206.00364, table 1, for any linear SDE):
+    """A network as the score of data of known scale (Karras et al. 2022, arXiv:2206.00364, table 1, for any linear SDE).
 
         s(t, x) = -x / v + alpha c / (sigma sqrt(v)) net(log(sigma / alpha) / 4, x / sqrt(v)),   v = alpha^2 c^2 + sigma^2
 

@@ -1,4 +1,4 @@
-"""A flow together with the preprocessing of its data: a density of the data themselves."""
+"""What tasks train and `divflow.load` returns: densities of data, through the preprocessing of the data."""
 
 from collections.abc import Collection
 
@@ -7,8 +7,10 @@ from torch import Generator, Tensor, nn
 
 from divflow.data.transforms import Transform
 from divflow.flow import ContinuousFlow, FlowEvaluation
+from divflow.score.field import Score, as_field
+from divflow.score.sampling import Sampler
 
-__all__ = ["FlowDensity"]
+__all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
 
 
 class FlowDensity(nn.Module):
@@ -28,8 +30,7 @@ class FlowDensity(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the flow computes in."""
-        tensors = (*self.flow.parameters(), *self.flow.buffers())
-        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+        return _dtype(self.flow)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """The log-density of data x `(k, *event)` in nats, `(k,)`."""
@@ -62,3 +63,89 @@ class FlowDensity(nn.Module):
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples of the data `(num_samples, *event)`, without gradient."""
         return self.transform.inverse(self.flow.sample(num_samples, context, generator))
+
+    def with_flow(self, flow: ContinuousFlow) -> "FlowDensity":
+        """The same density, evaluated by another flow, such as one of another estimator."""
+        return FlowDensity(flow, self.transform)
+
+
+class ScoreDensity(FlowDensity):
+    """The density of data x whose transform y = T(x) a score model over an SDE has: that of its probability flow.
+
+    Args:
+        flow: `probability_flow(score, sde)`.
+        transform: from the data, with its log-determinant.
+        sampler: over the same SDE; the probability flow itself, by the flow's solver, if None.
+    """
+
+    def __init__(self, flow: ContinuousFlow, transform: Transform, sampler: Sampler | None = None) -> None:
+        super().__init__(flow, transform)
+        self.sampler = sampler
+
+    @property
+    def score_field(self) -> nn.Module:
+        """The trained score s(t, y) of the transformed data."""
+        return self.flow.velocity.score
+
+    def score(self, x: Tensor) -> Tensor:
+        """The score of the data, grad log p(x), `(k, *event)`: the model's at its earliest time, sde.epsilon."""
+        return _score_of_data(self.score_field, self.flow.velocity.sde.epsilon, x, self.transform, self.dtype)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+        """Samples of the data `(num_samples, *event)` by the sampler, without gradient; scores take no context."""
+        if self.sampler is None:
+            return super().sample(num_samples, context, generator)
+        return self.transform.inverse(self.sampler(self.score_field, num_samples, generator).samples)
+
+    def with_flow(self, flow: ContinuousFlow) -> "ScoreDensity":
+        """The same density, evaluated by another flow, such as one of another estimator."""
+        return ScoreDensity(flow, self.transform, self.sampler)
+
+
+class UnnormalizedDensity(nn.Module):
+    """The density of data x whose transform y = T(x) has a known score, and no known normalization: no SDE, no log_prob.
+
+    Args:
+        score: `score(t, y)`, or `score(y)`, of the transformed data.
+        transform: from the data.
+        sampler: `AnnealedLangevin`; without one `sample` is refused.
+        t: the time that stands for the data: the smallest noise level of a score of several, else 0.
+    """
+
+    def __init__(self, score: Score, transform: Transform, sampler: Sampler | None = None, t: float = 0.0) -> None:
+        super().__init__()
+        self.score_field, self.transform, self.sampler, self.t = as_field(score), transform, sampler, t
+
+    def score(self, x: Tensor) -> Tensor:
+        """The score of the data, grad log p(x), `(k, *event)`."""
+        return _score_of_data(self.score_field, self.t, x, self.transform, _dtype(self))
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+        """Samples of the data `(num_samples, *event)` by the sampler, without gradient; scores take no context.
+
+        Raises:
+            ValueError: there is no sampler.
+        """
+        if self.sampler is None:
+            raise ValueError(
+                "this score has no sampler: build the UnnormalizedDensity with one, such as AnnealedLangevin(2, [0.5, 0.1])"
+            )
+        return self.transform.inverse(self.sampler(self.score_field, num_samples, generator).samples)
+
+
+def _score_of_data(score: nn.Module, t: float, x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
+    """grad_x log p(x) = (dT/dx)^T s(t, T(x)) + grad_x log |det dT/dx|."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        y, log_det = transform(x)
+        with torch.no_grad():
+            y_score = score(torch.tensor(t, dtype=dtype, device=y.device), y.detach().to(dtype))
+        (gradient,) = torch.autograd.grad((y * y_score.to(y)).sum() + log_det.sum(), x)
+    return gradient
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())

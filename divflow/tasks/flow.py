@@ -4,24 +4,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from divflow.data.module import TensorDataModule
 from divflow.data.transforms import Affine
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.likelihood import PENALTIES
 from divflow.tasks.density import FlowDensity
-from divflow.tasks.metrics import MeanWithStandardError
+from divflow.tasks.task import Task
 
 __all__ = ["FlowTask"]
 
 
-class FlowTask(L.LightningModule):
+class FlowTask(Task):
     """Maximum likelihood: the loss is the mean of -log p(x) over the batch, in nats.
 
     Log-densities are those of the data, not of what the data module's transform T makes of them:
@@ -52,6 +50,7 @@ class FlowTask(L.LightningModule):
 
     Raises:
         ValueError: an unknown or negative regularization.
+        TrainingError: while training, a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -63,38 +62,28 @@ class FlowTask(L.LightningModule):
         evaluation: ContinuousFlow | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.density = flow if isinstance(flow, FlowDensity) else FlowDensity(flow, Affine())
+        super().__init__(
+            flow if isinstance(flow, FlowDensity) else FlowDensity(flow, Affine()), optimizer, scheduler, config
+        )
         # In a tuple, so that it is no submodule: it shares the trained flow's parameters.
         self._evaluation = (self.density.flow if evaluation is None else evaluation,)
-        self._optimizer, self._scheduler, self._config = optimizer, scheduler, config
         self._regularization = _checked_regularization(regularization or {})
-        self._checked = False
         self._last: FlowEvaluation | None = None
-        self._metrics: dict[str, MeanWithStandardError] = {}
-
-    @property
-    def data(self) -> TensorDataModule | None:
-        """The data module, where it is one of divflow's."""
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, TensorDataModule) else None
 
     @property
     def judged(self) -> FlowDensity:
         """The density as validation and test evaluate it."""
-        return FlowDensity(self._evaluation[0], self.density.transform)
+        return self.density.with_flow(self._evaluation[0])
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """The optimizer, and the schedule by steps."""
-        optimizer = self._optimizer(self.parameters())
-        if self._scheduler is None:
-            return {"optimizer": optimizer}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}
+    def check(self, batch: Tensor) -> None:
+        """Before the first step: the velocity must be a field, and treat the samples independently."""
+        with torch.no_grad():
+            x, _ = self.density.transform(batch)
+        flow = self.density.flow
+        check_field(flow.field(), flow.times()[0], x.to(self.density.dtype))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def loss(self, batch: Tensor) -> Tensor:
         """The loss of a batch `(k, *event)`, in nats: the mean of -log p(x), and the regularization."""
-        if not self._checked:
-            self._check(batch)
         result = self.density.evaluate(batch, diagnostics=False, penalties=tuple(self._regularization))
         self._last = result
         nll = -result.log_prob.mean()
@@ -107,97 +96,17 @@ class FlowTask(L.LightningModule):
         self.log("train/nfe_divergence", float(result.evaluations.divergence))
         if result.quadrature_error is not None:
             self.log("train/quadrature_error", result.quadrature_error.mean())
-        if self._bits is not None:
-            self.log("train/bits_per_dim", self._bits(nll.detach()))
+        if (bits := self.bits_per_dim(nll.detach())) is not None:
+            self.log("train/bits_per_dim", bits)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the backward pass evaluated: something under an adjoint gradient, else nothing."""
         self.log("train/nfe_backward", float(self._last.evaluations.backward))
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add a batch to the validation averages."""
-        self._judge(batch, "val")
-
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add a batch to the test averages."""
-        self._judge(batch, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation averages."""
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test averages and their standard errors."""
-        self._report("test")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what `divflow.load` needs to rebuild the density."""
-        if self._config is not None:
-            checkpoint["divflow"] = self._config
-
-    def _judge(self, batch: Tensor, stage: str) -> None:
-        result = self.judged.evaluate(batch)
-        nll = -result.log_prob
-        values = {
-            "nll": nll,
-            "nfe": torch.full_like(nll, result.evaluations.forward),
-            "nfe_divergence": torch.full_like(nll, result.evaluations.divergence),
-            "quadrature_error": result.quadrature_error,
-        }
-        if result.standard_error is not None:
-            values["estimator_variance"] = result.standard_error.square()
-        data = self.data
-        truth = None if data is None else data.log_prob(batch)
-        if truth is not None:
-            values["gap"] = truth - result.log_prob
-        for name, value in values.items():
-            if value is not None:
-                key = f"{stage}/{name}"
-                if key not in self._metrics:
-                    self._metrics[key] = MeanWithStandardError().to(self.device)
-                self._metrics[key].update(value)
-
-    def _report(self, stage: str) -> None:
-        for key, metric in self._metrics.items():
-            if not key.startswith(stage):
-                continue
-            mean, error = metric.compute()
-            if key.endswith("estimator_variance"):
-                self.log(f"{stage}/estimator_error", mean.sqrt())
-                if stage == "test":
-                    self._log_nll_error("estimator_error", (mean / metric.count).sqrt().to(mean))
-            else:
-                self.log(key, mean, prog_bar=key == "val/nll")
-                if key.endswith("nll") and self._bits is not None:
-                    self.log(f"{stage}/bits_per_dim", self._bits(mean))
-                if key == "test/nll":
-                    self._log_nll_error("standard_error", error)
-                elif key == "test/gap":
-                    self.log("test/gap_standard_error", error)
-            metric.reset()
-
-    def _log_nll_error(self, name: str, error: Tensor) -> None:
-        self.log(f"test/nll_{name}", error)
-        if self._bits is not None:
-            self.log(f"test/bits_per_dim_{name}", self._bits(error) - self._bits(torch.zeros_like(error)))
-
-    @property
-    def _bits(self) -> Callable[[Tensor], Tensor] | None:
-        """From nats of the dequantized data to bits per dimension of the discrete ones."""
-        data = self.data
-        if data is None or data.levels is None:
-            return None
-        size = math.prod(self.density.flow.event_shape)
-        return lambda nll: nll / (size * math.log(2)) + math.log2(data.levels)
-
-    def _check(self, batch: Tensor) -> None:
-        """Before the first step: the velocity must be a field, and treat the samples independently."""
-        with torch.no_grad():
-            x, _ = self.density.transform(batch)
-        flow = self.density.flow
-        check_field(flow.field(), flow.times()[0], x.to(self.density.dtype))
-        self._checked = True
+    def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
+        """The log-density of a batch, and what is known of it."""
+        return self.judge_likelihood(self.judged, batch)
 
 
 def _checked_regularization(weights: Mapping[str, float]) -> dict[str, float]:

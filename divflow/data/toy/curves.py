@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from divflow.data.toy.smooth import SmoothDensity
+
 __all__ = ["CurveDensity", "circles", "swiss_roll", "two_moons", "two_spirals"]
 
 Curve = Callable[[Tensor], Tensor]
 
 
-class CurveDensity:
+class CurveDensity(SmoothDensity):
     """The density of c(u) + noise * n, u uniform on [0, 1], n standard normal, c one of several curves at random.
 
         p(x) = mean over curves of integral from 0 to 1 of N(x; c(u), noise^2 I) du

@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from divflow.data.module import DataError, Rows, TensorDataModule
 
-__all__ = ["Density", "Toy"]
+__all__ = ["Density", "HasScore", "Toy"]
 
 
 @runtime_checkable
@@ -23,8 +23,17 @@ class Density(Protocol):
         ...
 
 
+@runtime_checkable
+class HasScore(Protocol):
+    """A density with a score: `ToyDensity` takes it from the log-density."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """The score of x, grad log p(x), of x's shape."""
+        ...
+
+
 class Toy(TensorDataModule):
-    """Points drawn from a density that is known, so that a run reports its gap to the truth.
+    """Points drawn from a density that is known, so that a run reports its gap to the truth, and its score's.
 
     The gap, the mean of log p(x) - log q(x) over the test points, estimates the Kullback-Leibler divergence
     from the model q to the truth p, in nats.
@@ -67,3 +76,7 @@ class Toy(TensorDataModule):
     def log_prob(self, x: Tensor) -> Tensor:
         """The true log-density of x `(k, 2)` in nats, `(k,)`."""
         return self.density.log_prob(x)
+
+    def score(self, x: Tensor) -> Tensor | None:
+        """The true score of x `(k, 2)`, `(k, 2)`; None for a density that has none, such as one with edges."""
+        return self.density.score(x) if isinstance(self.density, HasScore) else None

@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from divflow.data.toy.smooth import SmoothDensity
+
 __all__ = ["Checkerboard", "Pinwheel", "RingOfGaussians", "checkerboard", "eight_gaussians", "pinwheel"]
 
 
-class RingOfGaussians:
+class RingOfGaussians(SmoothDensity):
     """An equal mixture of Gaussians whose means lie on a circle.
 
     Args:
@@ -37,7 +39,7 @@ class RingOfGaussians:
 
 
 class Checkerboard:
-    """Uniform on every second square of a checkerboard of 4 x 4 unit squares, centred; -inf outside."""
+    """Uniform on every second square of a checkerboard of 4 x 4 unit squares, centred; -inf outside. It has edges, and so no score."""
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         """Points `(count, 2)`."""
@@ -53,7 +55,7 @@ class Checkerboard:
         return torch.where(inside, -math.log(8.0), -math.inf).to(x.dtype)
 
 
-class Pinwheel:
+class Pinwheel(SmoothDensity):
     """Five Gaussian blades, sheared into a pinwheel by a rotation whose angle grows with the distance.
 
     In a blade's own frame a point is normal with mean (1, 0) and standard deviations (radial, tangential); it is

@@ -9,6 +9,8 @@ from divflow.score.objectives.objective import Objective, half_squared_norm
 
 __all__ = ["ImplicitScoreMatching"]
 
+_EXACT = Exact()
+
 
 @dataclass(frozen=True)
 class ImplicitScoreMatching(Objective):
@@ -22,7 +24,7 @@ class ImplicitScoreMatching(Objective):
         estimator: of the divergence; any of `divflow.divergence`.
     """
 
-    estimator: Estimator = Exact()
+    estimator: Estimator = _EXACT
 
     def loss(
         self,

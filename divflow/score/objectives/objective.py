@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Generator, Tensor
 
 from divflow.divergence import Field
@@ -14,7 +13,7 @@ __all__ = ["Objective", "evaluate", "half_squared_norm"]
 
 
 class Objective(ABC):
-    """A loss whose mean over data is, up to a constant that does not depend on the score, half its Fisher divergence:
+    """A loss whose mean over data is half the score's Fisher divergence, up to a constant without parameters.
 
         E[loss] = E[|s(t, x) - grad_x log p(x)|^2] / 2 + constant
 

@@ -53,7 +53,9 @@ class SlicedScoreMatching(Objective):
 
 @dataclass(frozen=True)
 class FiniteDifferenceScoreMatching(Objective):
-    """Sliced score matching without derivatives of s (Pang et al. 2020): with s+- = s(t, x +- step v),
+    """Sliced score matching without derivatives of s (Pang et al. 2020).
+
+    With s+- = s(t, x +- step v),
 
         the mean over slices v of v^T (s+ - s-) / (2 step) + (v^T (s+ + s-) / 2)^2 / 2
 

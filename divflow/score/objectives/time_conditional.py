@@ -20,11 +20,12 @@ __all__ = ["WEIGHTINGS", "TimeConditionalScoreMatching"]
 
 WEIGHTINGS = ("uniform", "sigma2", "likelihood")
 _KNOTS = 1_025
+_DENOISING = DenoisingScoreMatching()
 
 
 @dataclass(frozen=True)
 class TimeConditionalScoreMatching(Objective):
-    """The integral over the times of an SDE of a weighted objective at x_t (Song et al. 2021, arXiv:2101.09258, eq. 7):
+    """The integral over the times of an SDE of a weighted objective at x_t (Song et al. 2021, arXiv:2101.09258, eq. 7).
 
         E over t of lambda(t) / p(t) * loss(s, t, x_t),   x_t = alpha(t) x + sigma(t) n,   t ~ p on [epsilon, T]
 
@@ -48,7 +49,7 @@ class TimeConditionalScoreMatching(Objective):
     """
 
     sde: SDE
-    objective: Objective = DenoisingScoreMatching()
+    objective: Objective = _DENOISING
     weighting: str = "sigma2"
     stratified: bool = True
     importance: bool = False
@@ -88,7 +89,7 @@ class TimeConditionalScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """lambda(t) loss(s, t, x_t) for data x; see `Objective.loss`."""
+        """The losses lambda(t) loss(s, t, x_t) for data x; see `Objective.loss`."""
         noise, std = normal_like(x, generator), self.sde.std(t)
         noisy = self.sde.perturb(x, t, noise)
         losses = self.objective.loss(score, t, noisy, generator, -noise / broadcast(std, x))

@@ -1,0 +1,116 @@
+"""Training a score by score matching."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from divflow.data.transforms import Affine
+from divflow.divergence import check_field
+from divflow.flow import ContinuousFlow
+from divflow.score.objectives import Objective, TimeConditionalScoreMatching
+from divflow.score.probability_flow import probability_flow
+from divflow.tasks.density import ScoreDensity, UnnormalizedDensity
+from divflow.tasks.task import Task
+
+__all__ = ["ScoreTask"]
+
+
+class ScoreTask(Task):
+    """Score matching: the loss is the mean of an objective over the batch, in the units of the transformed data.
+
+    Over an SDE the score defines a density, that of its probability flow, by which it is judged; without one it is
+    judged by the objective, and where the truth is known by its Fisher divergence from it.
+
+    Logged: `train/loss`, `{val,test}/loss` (of the evaluation's fixed seed), `/fisher_divergence`, E |s - grad log p|^2 / 2
+    (1 / the data's units squared; at the earliest time of an SDE), where the truth is known; over an SDE what `FlowTask`
+    logs in validation and test: `/nll` (nats), `/bits_per_dim`, `/gap`, `/nfe`, `/nfe_divergence`, `/quadrature_error`,
+    `/estimator_error`; in the test also the standard errors.
+
+    Args:
+        score: what is trained and saved: a module `score(t, x)` or `score(x)`, or one with the data's transform and a
+            sampler, a `ScoreDensity` (over an SDE) or an `UnnormalizedDensity` (without).
+        objective: of `divflow.score.objectives`.
+        optimizer: function of the parameters that makes the optimizer.
+        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every
+            training step; None for none.
+        evaluation: the flow that judges in validation and test, such as one of another estimator or solver that
+            shares the trained score; the density's own if None.
+        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density.
+
+    Raises:
+        ValueError: an objective over an SDE for a score without one, or the other way round.
+        SDEError: a module is to be trained over an SDE that was given no event shape.
+        TrainingError: while training, a loss or gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        score: nn.Module,
+        objective: Objective,
+        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] = torch.optim.Adam,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        evaluation: ContinuousFlow | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(_as_density(score, objective), optimizer, scheduler, config)
+        self.objective = objective
+        # In a tuple, so that it is no submodule: it shares the trained score's parameters.
+        self._evaluation = (evaluation,)
+
+    @property
+    def judged(self) -> ScoreDensity | UnnormalizedDensity:
+        """The density as validation and test evaluate it."""
+        (flow,) = self._evaluation
+        return self.density if flow is None else self.density.with_flow(flow)
+
+    def check(self, batch: Tensor) -> None:
+        """Before the first step: the score must be a field, and treat the samples independently."""
+        y = self._transformed(batch)
+        time = self.objective.draw_times(y).t if self._over_sde else 0.5
+        check_field(self.density.score_field, time, y)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The mean of the objective over a batch `(k, *event)`."""
+        loss = self.objective(self.density.score_field, self._transformed(batch)).mean()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
+        """The objective with noise that is the same at every validation, the Fisher divergence and the log-density."""
+        judged = self.judged
+        noise = Generator(self.device).manual_seed(batch_idx)
+        values: dict[str, Tensor | None] = {
+            "loss": self.objective(judged.score_field, self._transformed(batch), generator=noise)
+        }
+        truth = None if self.data is None else self.data.score(batch)
+        if truth is not None:
+            values["fisher_divergence"] = (judged.score(batch) - truth).flatten(1).square().sum(dim=1) / 2
+        return values | (self.judge_likelihood(judged, batch) if self._over_sde else {})
+
+    @property
+    def _over_sde(self) -> bool:
+        return isinstance(self.density, ScoreDensity)
+
+    @torch.no_grad()
+    def _transformed(self, batch: Tensor) -> Tensor:
+        y, _ = self.density.transform(batch)
+        parameter = next(self.parameters(), None)
+        return y if parameter is None else y.to(parameter.dtype)
+
+
+def _as_density(score: nn.Module, objective: Objective) -> ScoreDensity | UnnormalizedDensity:
+    over_sde = isinstance(objective, TimeConditionalScoreMatching)
+    if not isinstance(score, ScoreDensity | UnnormalizedDensity):
+        if over_sde:
+            return ScoreDensity(probability_flow(score, objective.sde), Affine())
+        return UnnormalizedDensity(score, Affine())
+    if isinstance(score, ScoreDensity) != over_sde:
+        raise ValueError(
+            f"{type(objective).__name__} can't train a {type(score).__name__}: a ScoreDensity takes "
+            "TimeConditionalScoreMatching over its SDE, an UnnormalizedDensity any other objective"
+        )
+    return score
