@@ -89,7 +89,7 @@ class TimeConditionalScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """The losses lambda(t) loss(s, t, x_t) for data x; see `Objective.loss`."""
+        """The weighted losses of data x, perturbed to time t; see `Objective.loss`."""
         noise, std = normal_like(x, generator), self.sde.std(t)
         noisy = self.sde.perturb(x, t, noise)
         losses = self.objective.loss(score, t, noisy, generator, -noise / broadcast(std, x))
