@@ -98,6 +98,7 @@ class SDE(ABC):
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """f(t) and g(t)^2, of t's shape, without a look at whether t is in [0, T]: what solvers call at every step."""
+        t = t.contiguous()  # forward mode takes no expanded tensors
         ones = torch.ones_like(t)
         alpha, alpha_slope = torch.func.jvp(self.mean_scale, (t,), (ones,))
         variance, variance_slope = torch.func.jvp(lambda s: self.std(s).square(), (t,), (ones,))

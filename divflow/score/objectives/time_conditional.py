@@ -45,7 +45,7 @@ class TimeConditionalScoreMatching(Objective):
             accurate score varies most; else p is uniform. With the "sigma2" weighting that is the same.
 
     Raises:
-        ValueError: an unknown weighting.
+        ValueError: an unknown weighting, or a denoising objective with noise levels of its own.
     """
 
     sde: SDE
@@ -57,6 +57,11 @@ class TimeConditionalScoreMatching(Objective):
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, but is {self.weighting!r}")
+        if isinstance(self.objective, DenoisingScoreMatching) and self.objective.sigma is not None:
+            raise ValueError(
+                f"the noise is the SDE's, so sigma must be None, but is {self.objective.sigma!r}; "
+                "over an SDE use DenoisingScoreMatching(), without levels"
+            )
 
     def __call__(
         self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
