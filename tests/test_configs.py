@@ -7,10 +7,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from run import ROOT, config
 
-from divflow.build import ConfigError, build_network
+from divflow.build import ConfigError, build_density, build_network, build_objective
 from divflow.divergence import Estimator
 from divflow.likelihood import Likelihood
+from divflow.score.objectives import TimeConditionalScoreMatching
+from divflow.score.sampling import Sampler
 from divflow.solver import METHODS, Solver
+from divflow.tasks.density import UnnormalizedDensity
 
 
 def options(group: str) -> list[str]:
@@ -30,7 +33,9 @@ def test_every_solver_of_torchdiffeq_with_gradients_has_a_config():
 
 @pytest.mark.parametrize("option", [name for name in options("network") if name != "custom"])
 def test_every_network_is_a_field(option):
-    shape = (1, 8, 8) if option == "conv" else (3,)
+    if option == "diffusers_unet":
+        pytest.importorskip("diffusers")
+    shape = (1, 8, 8) if option in ("conv", "unet", "diffusers_unet") else (3,)
     node = OmegaConf.to_container(config(f"network={option}").network, resolve=True)
     network = build_network(node, shape)
     x = torch.randn(2, *shape)
@@ -48,6 +53,51 @@ def test_every_data_set_loads(option):
 @pytest.mark.parametrize("option", options("device"))
 def test_every_device_says_what_lightning_needs(option):
     assert set(config(f"device={option}").device) == {"accelerator", "devices", "strategy", "num_nodes", "precision"}
+
+
+@pytest.mark.parametrize("sde", options("sde"))
+@pytest.mark.parametrize("objective", options("objective"))
+def test_every_objective_over_every_sde(objective, sde):
+    plain = OmegaConf.to_container(
+        config("task=score", f"objective={objective}", f"sde={sde}", "output_dir=x"), resolve=True
+    )
+    affine = {"_target_": "divflow.data.transforms.Affine"}
+    density = build_density(plain | {"event_shape": [2], "transform": affine})
+    built = build_objective(plain, density)
+    assert (sde == "none") == isinstance(density, UnnormalizedDensity) == (plain["sde"] is None)
+    assert isinstance(built, TimeConditionalScoreMatching) == (sde != "none")
+    assert built(density.score_field, torch.randn(3, 2)).shape == (3,)
+    assert density.sample(2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("option", options("sampler"))
+def test_every_sampler_samples(option):
+    sde = "none" if option == "annealed_langevin" else "vp"
+    plain = OmegaConf.to_container(
+        config("task=score", f"sampler={option}", f"sde={sde}", "output_dir=x"), resolve=True
+    )
+    density = build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.data.transforms.Affine"}})
+    assert isinstance(density.sampler, Sampler)
+    assert density.sample(2).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sde=none", "sampler=reverse_sde"], "ReverseSDE needs an SDE.*annealed_langevin"),
+        (["sde=vp", "sampler=annealed_langevin"], "AnnealedLangevin is for scores without SDE.*reverse_sde"),
+    ],
+)
+def test_samplers_that_do_not_fit_are_refused(overrides, message):
+    plain = OmegaConf.to_container(config("task=score", *overrides, "output_dir=x"), resolve=True)
+    with pytest.raises(ConfigError, match=message):
+        build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.data.transforms.Affine"}})
+
+
+def test_score_matching_of_digits_has_settings_of_its_own():
+    cfg = config("task=score", "data=digits")
+    assert cfg.trainer.max_steps > config("data=digits").trainer.max_steps
+    assert config("task=score", "data=digits", "trainer.max_steps=7").trainer.max_steps == 7
 
 
 def test_experiments_override_what_they_name():
@@ -73,7 +123,14 @@ def test_what_the_user_says_beats_what_the_data_suggest():
 
 @pytest.mark.parametrize(
     "override",
-    ["estimater=exact", "estimator=exakt", "estimator.num_probes=4", "solver.tolerance=1", "trainer.steps=1"],
+    [
+        "estimater=exact",
+        "estimator=exakt",
+        "estimator.num_probes=4",
+        "solver.tolerance=1",
+        "trainer.steps=1",
+        "objective=implicit",
+    ],
 )
 def test_typos_are_refused(override):
     with pytest.raises(ConfigCompositionException):

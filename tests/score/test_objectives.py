@@ -1,5 +1,7 @@
 """Score-matching objectives: one scale, one expectation, one minimiser."""
 
+import itertools
+
 import pytest
 import torch
 from gaussian_scores import Gaussian, LinearScore, SmoothScore
@@ -119,7 +121,7 @@ def test_finite_difference_converges_to_sliced_at_second_order(event, variance_r
         (losses(FiniteDifferenceScoreMatching(2, "rademacher", variance_reduction, step)) - limit).abs().max()
         for step in steps
     ]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert 3.8 < coarse / fine < 4.2
 
 
