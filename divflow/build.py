@@ -42,18 +42,28 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         return FlowDensity(flow, transform)
     sde = _build_sde(config["sde"], shape)
     sampler = _build_sampler(config["sampler"], sde, shape)
+    levels = config["noise_levels"]
     if sde is None:
-        levels = config["noise_levels"]
-        several = isinstance(levels, Sequence)
-        return UnnormalizedDensity(network, transform, sampler, t=min(levels) if several else 0.0)
+        return UnnormalizedDensity(network, transform, sampler, levels if isinstance(levels, Sequence) else None)
+    if levels is not None:
+        raise ConfigError(f"noise_levels={levels} are for sde=none; over an SDE the noise is the SDE's")
     score = ScaledScore(network, sde, config["data_std"])
     return ScoreDensity(probability_flow(score, sde, **build_ways(config)), transform, sampler)
 
 
 def build_objective(config: Mapping[str, Any], density: nn.Module) -> Objective:
-    """The score-matching objective of a config: `objective`, over the density's SDE, if it has one, by `times`."""
+    """The score-matching objective of a config: `objective`, over the density's SDE, if it has one, by `times`.
+
+    Raises:
+        ConfigError: several noise levels for an objective that has none, or others than it has.
+    """
     objective = instantiate(config["objective"], _convert_="all")
     if isinstance(density, UnnormalizedDensity):
+        levels = config["noise_levels"]
+        if getattr(objective, "sigma", levels if density.levels is None else None) not in (levels, density.levels):
+            raise ConfigError(
+                f"noise_levels={levels} are for objective=denoising, which takes them as its sigma; one for others"
+            )
         return objective
     return TimeConditionalScoreMatching(density.flow.velocity.sde, objective, **config["times"])
 

@@ -87,10 +87,11 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
     make = instantiate(config.task, _partial_=True, _convert_="all")
     # What is loaded back evaluates as the test did, and not as loosely as training.
     make = functools.partial(make, density, config=density_config | plain["evaluation"])
+    if config.compile:
+        network = density.score_field if isinstance(density, UnnormalizedDensity) else density.flow.velocity
+        network.compile()
     if isinstance(density, UnnormalizedDensity):
         return make(objective=build_objective(plain, density))
-    if config.compile:
-        density.flow.velocity.compile()
     evaluation = density.flow.replace(**build_ways(plain["evaluation"]))
     if scored:
         return make(objective=build_objective(plain, density), evaluation=evaluation)

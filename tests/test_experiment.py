@@ -47,6 +47,86 @@ def test_variants_run(tmp_path, variant):
     )
 
 
+SCORED = {
+    "implicit": ["objective=implicit", "estimator=exact"],
+    "implicit hutchinson": ["objective=implicit", "estimator=hutchinson"],
+    "sliced": ["objective=sliced", "objective.num_slices=2"],
+    "sliced vr": ["objective=sliced_vr", "sde=ve"],
+    "finite difference": ["objective=finite_difference", "sde=subvp"],
+    "denoising": ["objective=denoising", "sde=vp", "times.weighting=sigma2"],
+    "reverse sde": ["sampler=reverse_sde", "sampler.num_steps=5"],
+    "plain scaling": ["data_std=null"],
+    "embedded time": ["+network.time_embedding={_target_: divflow.networks.SinusoidalEmbedding, features: 8}"],
+    "bf16-mixed": ["device.precision=bf16-mixed", "objective=implicit"],
+}
+
+
+@pytest.mark.parametrize("variant", SCORED)
+def test_score_matching_over_an_sde(tmp_path, variant):
+    results = run(tmp_path, "task=score", *SCORED[variant])
+    assert all(math.isfinite(value) for value in results.values())
+    assert results["test/gap"] > 0
+    assert results["test/fisher_divergence"] > 0
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["train/loss"].notna().sum() == 4
+    for name in ("val/loss", "val/nll", "val/fisher_divergence", "val/quadrature_error"):
+        assert table[name].notna().sum() == 2
+    density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
+    points = torch.randn(3, 2)
+    assert density.sample(3).shape == density.score(points).shape == (3, 2)
+    assert density.log_prob(points).shape == (3,)
+
+
+@pytest.mark.parametrize("objective", ["implicit", "sliced_vr", "finite_difference", "denoising"])
+def test_score_matching_of_the_data(tmp_path, objective):
+    results = run(tmp_path, "task=score", f"objective={objective}", "sde=none", "sampler.steps_per_level=5")
+    assert set(results) == {
+        f"test/{name}{error}" for name in ("loss", "fisher_divergence") for error in ("", "_standard_error")
+    }
+    density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
+    assert density.sample(3).shape == density.score(torch.randn(3, 2)).shape == (3, 2)
+    assert (tmp_path / "figures" / "final.png").is_file()
+
+
+def test_score_matching_of_several_levels(tmp_path):
+    levels = ["noise_levels=[1.0,0.3,0.1]", "sampler.sigmas=[1.0,0.3,0.1]", "sampler.steps_per_level=5"]
+    results = run(tmp_path, "task=score", "sde=none", *levels)
+    assert math.isfinite(results["test/loss"])
+    assert divflow.load(tmp_path / "checkpoints" / "best.ckpt").levels == (1.0, 0.3, 0.1)
+
+
+def test_the_fisher_divergence_is_that_of_what_is_loaded_back(tmp_path):
+    cfg = config(*FAST, *SMALL_TOY, f"output_dir={tmp_path}", "task=score")
+    results = train(cfg)
+    from hydra.utils import instantiate
+
+    x = instantiate(cfg.data, _convert_="all").test.rows
+    density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
+    truth = instantiate(cfg.data.density).score(x)
+    expected = (density.score(x) - truth).square().sum(dim=1).mean() / 2
+    np.testing.assert_allclose(results["test/fisher_divergence"], expected.item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv", "unet"])
+def test_scores_of_digits_report_bits_per_dimension(tmp_path, network):
+    settings = [] if network == "mlp" else ["data.event_shape=[1,8,8]", "estimator@evaluation.estimator=hutchinson"]
+    settings += ["network.channels=[8,8]", "solver@evaluation.solver=euler"] if network == "unet" else []
+    fast = [override for override in FAST if not override.startswith("network")]
+    cfg = config(*fast, f"output_dir={tmp_path}", "task=score", "data=digits", f"network={network}", *settings)
+    results = train(cfg)
+    bits = results["test/nll"] / (64 * math.log(2)) + math.log2(17)
+    np.testing.assert_allclose(results["test/bits_per_dim"], bits, rtol=1e-5)
+    assert 2 < bits < 4.5
+    assert divflow.load(tmp_path / "checkpoints" / "last.ckpt").sample(2).shape[1:] == cfg.data.event_shape
+
+
+def test_resuming_score_matching(tmp_path):
+    run(tmp_path, "task=score", "trainer.max_steps=2", "task.scheduler=null")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    run(tmp_path, "task=score", f"ckpt_path={last}", "task.scheduler=null")
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
 def test_what_a_run_leaves_and_logs(tmp_path):
     results = run(
         tmp_path, "callbacks.figures.every_n_epochs=1", "callbacks.figures.num_samples=50", "data.num_train=32"

@@ -124,7 +124,10 @@ class Quadrature(Likelihood):
             for i, interval in enumerate(fresh):
                 states = nodes[i * self.nodes : (i + 1) * self.nodes]
                 errors[interval] = along.smooth_error(rule.part(i, self.nodes), states, estimator, generator)
-            missed = torch.stack(list(errors.values())).sum(dim=0) > self.tolerance
+            total = torch.stack(list(errors.values())).sum(dim=0)
+            if not torch.isfinite(total).all():
+                raise SolverError("the divergence along the trajectory is not finite, so it can't be integrated")
+            missed = total > self.tolerance
             # Where the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
             share = self.tolerance / len(errors)
             coarse = [interval for interval, error in errors.items() if (error[missed] > share).any()]

@@ -2,12 +2,15 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from divflow.divergence import Field
+from divflow.divergence import Field, FieldError
+from divflow.divergence.field import checked_value
 
-__all__ = ["Score", "TimeFree", "as_field"]
+__all__ = ["AtTime", "Score", "TimeFree", "as_field", "evaluate", "tensor_settings"]
 
 Score = Callable[..., Tensor]
 """`score(t, x)`, or `score(x)` where the time does not matter; returns a tensor of x's shape."""
@@ -30,19 +33,57 @@ class TimeFree(nn.Module):
         return self.score(x)
 
 
+class AtTime(nn.Module):
+    """The field g(t, x) = score(time, x): a score that was trained at one time, whatever time it is given."""
+
+    def __init__(self, score: Field, time: float) -> None:
+        super().__init__()
+        self.score, self.time = score, time
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The score at x."""
+        return self.score(torch.full_like(t, self.time), x)
+
+
 def as_field(score: Score) -> Field:
-    """The score as a function of time and state: itself, or `TimeFree` where it takes the state alone."""
-    call = score.forward if isinstance(score, nn.Module) else score
+    """The score as a function of time and state: itself, or `TimeFree` where it takes the state alone.
+
+    It takes the state alone if one positional argument is required and that is not named t or time.
+
+    Raises:
+        FieldError: its signature does not tell.
+    """
+    inner = score
+    while isinstance(inner, nn.Module) and isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+        inner = inner._orig_mod  # what torch.compile made of a module hides its signature
+    call = inner.forward if isinstance(inner, nn.Module) else inner
     try:
-        signature = inspect.signature(call)
-    except ValueError:  # some built-in functions have none
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):  # no function, or a built-in one
+        parameters = ()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    several = len(required) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if several or (len(positional) >= 2 and positional[0].name in ("t", "time")):
         return score
-    return TimeFree(score) if not _takes(signature, 2) and _takes(signature, 1) else score
+    if len(required) == 1:
+        return TimeFree(score)
+    raise FieldError(
+        f"can't tell whether {score!r} is score(t, x) or score(x); wrap it, for instance as lambda t, x: score(x)"
+    )
 
 
-def _takes(signature: inspect.Signature, count: int) -> bool:
-    try:
-        signature.bind(*[None] * count)
-    except TypeError:
-        return False
-    return True
+def evaluate(score: Field, t: Tensor, x: Tensor) -> Tensor:
+    """The score's value, refused unless it is of x's shape, dtype and device; x is safe from scores that work in place.
+
+    Raises:
+        FieldError: naming both shapes, dtypes or devices.
+    """
+    return checked_value(score(t, x.clone()), x)
+
+
+def tensor_settings(score: Score) -> dict[str, Any]:
+    """The dtype and device of a module's first floating parameter or buffer; nothing for what has none."""
+    tensors = (*score.parameters(), *score.buffers()) if isinstance(score, nn.Module) else ()
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    return {} if first is None else {"dtype": first.dtype, "device": first.device}

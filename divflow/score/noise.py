@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["integers_like", "normal_like", "uniform_like"]
+__all__ = ["integers_like", "normal_like", "permutation_like", "uniform_like"]
 
 
 def normal_like(x: Tensor, generator: Generator | None = None) -> Tensor:
@@ -22,6 +22,12 @@ def integers_like(x: Tensor, high: int, generator: Generator | None = None) -> T
     """One of 0, ..., high - 1 for each row of x, `(k,)`, on x's device."""
     device = x.device if generator is None else generator.device
     return torch.randint(high, x.shape[:1], generator=generator, device=device).to(x.device)
+
+
+def permutation_like(x: Tensor, generator: Generator | None = None) -> Tensor:
+    """The numbers of x's rows in random order, `(k,)`, on x's device."""
+    device = x.device if generator is None else generator.device
+    return torch.randperm(len(x), generator=generator, device=device).to(x.device)
 
 
 def _drawn(x: Tensor) -> torch.dtype:

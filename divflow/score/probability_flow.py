@@ -64,7 +64,7 @@ def probability_flow(
         solver: of the trajectory; `Solver()` if None.
 
     Raises:
-        SDEError: the SDE was given no event shape.
+        SDEError: the SDE was given no event shape, or is one of your own that is none.
 
     Example:
         >>> import torch
@@ -74,6 +74,7 @@ def probability_flow(
         >>> flow.log_prob(torch.zeros(1, 2))
         tensor([-1.8378])
     """
+    sde.check()
     return ContinuousFlow(
         ProbabilityFlow(score, sde),
         sde.prior.event_shape,

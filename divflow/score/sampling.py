@@ -1,5 +1,6 @@
 """Samples of a score model: the probability-flow ODE, the reverse-time SDE, predictor-corrector and Langevin dynamics."""
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from divflow.divergence import Field
+from divflow.divergence.field import as_time, checked_state, flatten_event
 from divflow.errors import DivflowError
-from divflow.score.field import Score, as_field
+from divflow.score.arguments import check_count, check_positive, checked_event_shape
+from divflow.score.field import Score, as_field, evaluate, tensor_settings
 from divflow.score.noise import normal_like
-from divflow.score.objectives.objective import evaluate
 from divflow.score.probability_flow import probability_flow
 from divflow.score.sde import SDE, broadcast
 from divflow.solver import Solver
@@ -61,14 +63,14 @@ class Sampler(ABC):
             SDEError: the SDE was given no event shape.
             SolverError: the ODE could not be solved.
         """
-        like = next(score.parameters(), None) if isinstance(score, nn.Module) else None
-        settings = {} if like is None else {"dtype": like.dtype, "device": like.device}
+        check_count("num_samples", num_samples, least=0)
         counted = _Counted(as_field(score))
-        start = self._start(torch.empty(num_samples, *self._event_shape(), **settings), generator)
+        start = self._start(torch.empty(num_samples, *self._event_shape(), **tensor_settings(score)), generator)
         samples = self._run(counted, start, generator)
-        if not torch.isfinite(samples).all():
+        bad = ~torch.isfinite(flatten_event(samples)).all(dim=1)
+        if bad.any():
             raise SamplingError(
-                f"{int((~torch.isfinite(samples)).flatten(1).any(dim=1).sum())} of {num_samples} samples of {self} are not "
+                f"{int(bad.sum())} of {num_samples} samples of {self} are not "
                 "finite; take more or smaller steps, or train the score further"
             )
         return Samples(samples, counted.count)
@@ -89,6 +91,10 @@ class _SDESampler(Sampler):
     """What begins at the prior of an SDE, at T, and ends at epsilon."""
 
     sde: SDE
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sde, SDE):
+            raise ValueError(f"sde must be an SDE, such as VariancePreserving(event_shape=2), but is {self.sde!r}")
 
     def _event_shape(self) -> tuple[int, ...]:
         return tuple(self.sde.prior.event_shape)
@@ -112,7 +118,12 @@ class ProbabilityFlowODE(_SDESampler):
     denoise: bool = False
 
     def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
-        x = probability_flow(score, self.sde, solver=self.solver).decode(x)
+        flow = probability_flow(score, self.sde, solver=self.solver)
+        # A decade at a time: an adaptive step from T down to epsilon could leap over what changes near epsilon.
+        decades = math.ceil(math.log10(self.sde.T / self.sde.epsilon))
+        times = torch.logspace(math.log10(self.sde.T), math.log10(self.sde.epsilon), decades + 1).tolist()
+        for start, stop in itertools.pairwise([self.sde.T, *times[1:-1], self.sde.epsilon]):
+            x = flow.trajectory(x, [start, stop])[-1]
         return denoise(score, self.sde, x) if self.denoise else x
 
 
@@ -120,7 +131,8 @@ class ProbabilityFlowODE(_SDESampler):
 class ReverseSDE(_SDESampler):
     """The reverse-time SDE dx = (f x - g^2 s) dt + g dw from T to epsilon (Anderson 1982) by Euler-Maruyama.
 
-    The equal steps end at epsilon. Noise corrects errors of the score that the ODE would keep, at more evaluations.
+    The steps shrink towards epsilon, their times being the squares of equidistant numbers: the noise of the last ones would
+    stay in the samples. Noise corrects errors of the score that the ODE would keep, at more evaluations.
 
     Args:
         sde: with an event shape.
@@ -135,7 +147,8 @@ class ReverseSDE(_SDESampler):
     denoise: bool = True
 
     def __post_init__(self) -> None:
-        _check_count("num_steps", self.num_steps)
+        super().__post_init__()
+        check_count("num_steps", self.num_steps)
 
     def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
         for t, step in _time_steps(self.sde, self.num_steps, x):
@@ -147,10 +160,10 @@ class ReverseSDE(_SDESampler):
 class PredictorCorrector(_SDESampler):
     """Each step of `ReverseSDE` followed by Langevin steps at its new time (Song et al. 2021, algorithm 1).
 
-        x <- x + a s(t, x) + sqrt(2 a) n,   a = (snr sigma(t))^2
+        x <- x + a s(t, x) + sqrt(2 a) n,   a = 2 (snr sigma(t))^2
 
-    The step's size is a function of time alone; the original one is set by norms that are averaged over the batch,
-    which lets samples depend on each other.
+    The step's size is a function of time alone, the original's for a score of norm |n| / sigma(t); that one is set by
+    norms that are averaged over the batch, which lets samples depend on each other.
 
     Args:
         sde: with an event shape.
@@ -169,16 +182,17 @@ class PredictorCorrector(_SDESampler):
     denoise: bool = True
 
     def __post_init__(self) -> None:
-        _check_count("num_steps", self.num_steps)
-        _check_count("corrector_steps", self.corrector_steps)
-        _check_positive("snr", self.snr)
+        super().__post_init__()
+        check_count("num_steps", self.num_steps)
+        check_count("corrector_steps", self.corrector_steps)
+        check_positive("snr", self.snr)
 
     def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
         for t, step in _time_steps(self.sde, self.num_steps, x):
             x = _reverse_step(score, self.sde, x, t, step, generator)
             t = t - step
             for _ in range(self.corrector_steps):
-                x = _langevin_step(score, x, t, (self.snr * self.sde.std(t)).square(), generator)
+                x = _langevin_step(score, x, t, 2 * (self.snr * self.sde.std(t)).square(), generator)
         return denoise(score, self.sde, x) if self.denoise else x
 
 
@@ -186,7 +200,7 @@ class PredictorCorrector(_SDESampler):
 class AnnealedLangevin(Sampler):
     """Langevin dynamics at a falling sequence of noise levels (Song & Ermon 2019, algorithm 1), no SDE.
 
-        x <- x + a s(sigma, x) + sqrt(2 a) n,   a = (snr sigma)^2
+        x <- x + a s(sigma, x) + sqrt(2 a) n,   a = 2 (snr sigma)^2
 
     The score gets the level as its time, as `DenoisingScoreMatching` of several levels trains it; a score without time
     takes the levels for step sizes only, and one level is plain, unadjusted Langevin dynamics, whose bias falls with
@@ -196,7 +210,7 @@ class AnnealedLangevin(Sampler):
         event_shape: shape of one sample; an int for vectors.
         sigmas: the levels, in the order they are taken.
         steps_per_level: evaluations at each.
-        snr: the step's length relative to the level; the drift is stable where (snr sigma)^2 is below twice the smallest
+        snr: the step's length relative to the level; the drift is stable where 2 (snr sigma)^2 is below twice the smallest
             variance of the density at that level.
         initial_std: samples begin normal with this standard deviation; the first level if None.
         denoise: end with x + sigma^2 s(sigma, x) at the last level, one evaluation more; for levels that
@@ -214,17 +228,16 @@ class AnnealedLangevin(Sampler):
     denoise: bool = False
 
     def __post_init__(self) -> None:
-        shape, sigmas = self.event_shape, self.sigmas
-        object.__setattr__(self, "event_shape", (shape,) if isinstance(shape, int) else tuple(shape))
-        object.__setattr__(self, "sigmas", tuple(sigmas) if isinstance(sigmas, Sequence) else (sigmas,))
+        object.__setattr__(self, "event_shape", checked_event_shape(self.event_shape))
+        object.__setattr__(self, "sigmas", tuple(self.sigmas) if isinstance(self.sigmas, Sequence) else (self.sigmas,))
         if not self.sigmas:
             raise ValueError("sigmas must have at least one noise level, but is empty")
         for level in self.sigmas:
-            _check_positive("a noise level", level)
-        _check_count("steps_per_level", self.steps_per_level)
-        _check_positive("snr", self.snr)
+            check_positive("a noise level", level)
+        check_count("steps_per_level", self.steps_per_level)
+        check_positive("snr", self.snr)
         if self.initial_std is not None:
-            _check_positive("initial_std", self.initial_std)
+            check_positive("initial_std", self.initial_std)
 
     def _event_shape(self) -> tuple[int, ...]:
         return self.event_shape
@@ -237,7 +250,7 @@ class AnnealedLangevin(Sampler):
         for sigma in self.sigmas:
             level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
             for _ in range(self.steps_per_level):
-                x = _langevin_step(score, x, level, (self.snr * level).square(), generator)
+                x = _langevin_step(score, x, level, 2 * (self.snr * level).square(), generator)
         return x + level.square() * evaluate(score, level, x) if self.denoise else x
 
 
@@ -251,10 +264,10 @@ def denoise(score: Score, sde: SDE, x: Tensor, t: Tensor | float | None = None) 
         t: a scalar or one time a sample; sde.epsilon if None.
 
     Raises:
-        FieldError: the score's value is not of x's shape, dtype and device.
+        FieldError: the score's value, x or t has a wrong type, shape, dtype or device.
         SDEError: t outside (0, T].
     """
-    t = torch.as_tensor(sde.epsilon if t is None else t, dtype=x.dtype, device=x.device)
+    t = as_time(sde.epsilon if t is None else t, checked_state(x))
     sde.check_score_time(t)
     alpha, sigma = (broadcast(values, x) for values in (sde.mean_scale(t), sde.std(t)))
     return (x + sigma.square() * evaluate(as_field(score), t, x)) / alpha
@@ -273,8 +286,10 @@ class _Counted(nn.Module):
 
 
 def _time_steps(sde: SDE, count: int, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(t, length) of `count` equal steps from T down to epsilon."""
-    times = torch.linspace(sde.T, sde.epsilon, count + 1, dtype=torch.float64).to(x)
+    """(t, length) of `count` steps from T down to epsilon, shorter and shorter."""
+    times = torch.linspace(sde.T**0.5, sde.epsilon**0.5, count + 1, dtype=torch.float64).square()
+    times[0], times[-1] = sde.T, sde.epsilon
+    times = times.to(x)
     return list(zip(times[:-1], times[:-1] - times[1:], strict=True))
 
 
@@ -286,13 +301,3 @@ def _reverse_step(score: Field, sde: SDE, x: Tensor, t: Tensor, step: Tensor, ge
 
 def _langevin_step(score: Field, x: Tensor, t: Tensor, size: Tensor, generator: Generator | None) -> Tensor:
     return x + size * evaluate(score, t, x) + (2 * size).sqrt() * normal_like(x, generator)
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1 or int(value) != value:
-        raise ValueError(f"{name} must be a whole number of at least 1, but is {value!r}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, but is {value!r}")

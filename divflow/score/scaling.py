@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 
 from divflow.divergence.field import checked_value
+from divflow.score.field import as_field
 from divflow.score.sde import SDE, SDEError, broadcast
 
 __all__ = ["ScaledScore"]
@@ -22,7 +23,7 @@ class ScaledScore(nn.Module):
     Without a scale, s(t, x) = net(t, x) / sigma(t), the scaling of Song et al. (2021, appendix G and their code).
 
     Args:
-        network: `net(t, x)`, of x's shape; its divergence is as cheap or dear as before, and the scaling adds nothing.
+        network: `net(t, x)`, or `net(x)`, of x's shape; its divergence is as cheap or dear as before, and the scaling adds nothing.
         sde: alpha and sigma.
         data_std: c, the standard deviation of the data, 1 if they are standardized; None for the plain scaling.
 
@@ -37,7 +38,7 @@ class ScaledScore(nn.Module):
         super().__init__()
         if data_std is not None and not 0 < data_std < math.inf:
             raise SDEError(f"data_std must be None or positive and finite, but is {data_std!r}")
-        self.network, self.sde, self.data_std = network, sde, data_std
+        self.network, self.sde, self.data_std = as_field(network), sde, data_std
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The score at time t and state x."""

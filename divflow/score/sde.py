@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,8 +9,9 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Independent, Normal
 
-from divflow.divergence.field import as_time, checked_state
+from divflow.divergence.field import as_time, checked_state, flatten_event
 from divflow.errors import DivflowError
+from divflow.score.arguments import checked_event_shape
 from divflow.score.noise import normal_like
 
 __all__ = [
@@ -44,13 +44,13 @@ class Coefficients(NamedTuple):
     squared_diffusion: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SDE(ABC):
     """dx = f(t) x dt + g(t) dw from the data at t = 0 to noise at t = T (Song et al. 2021, arXiv:2011.13456).
 
         x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I)
 
-    One of your own takes two methods, `mean_scale(t)`, which is alpha, and `std(t)`, which is sigma, both functions of
+    One of your own (a frozen dataclass, if it has settings) takes two methods, `mean_scale(t)`, which is alpha, and `std(t)`, which is sigma, both functions of
     a tensor of times that torch can differentiate, with alpha(0) = 1 and sigma(0) = 0. The rest follows from them:
 
         f = d log alpha / dt,   g^2 = d sigma^2 / dt - 2 f sigma^2
@@ -66,6 +66,7 @@ class SDE(ABC):
 
     Raises:
         SDEError: epsilon outside (0, T).
+        ValueError: an event shape that is none.
 
     Example:
         >>> class Linear(SDE):  # Brownian motion
@@ -82,9 +83,8 @@ class SDE(ABC):
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        if isinstance(self.event_shape, int | Sequence):
-            shape = (self.event_shape,) if isinstance(self.event_shape, int) else tuple(self.event_shape)
-            object.__setattr__(self, "event_shape", shape)
+        if self.event_shape is not None:
+            object.__setattr__(self, "event_shape", checked_event_shape(self.event_shape))
         if not 0 < self.epsilon < self.T < math.inf:
             raise SDEError(f"epsilon must lie in (0, T), T = {self.T!r}, but is {self.epsilon!r}")
 
@@ -98,12 +98,13 @@ class SDE(ABC):
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """f(t) and g(t)^2, of t's shape, without a look at whether t is in [0, T]: what solvers call at every step."""
-        t = t.contiguous()  # forward mode takes no expanded tensors
+        # Forward mode takes no expanded tensors; at 0 itself a standard deviation such as sqrt(t) has no slope.
+        t = t.contiguous().clamp_min(1e-30)
         ones = torch.ones_like(t)
         alpha, alpha_slope = torch.func.jvp(self.mean_scale, (t,), (ones,))
         variance, variance_slope = torch.func.jvp(lambda s: self.std(s).square(), (t,), (ones,))
         drift = alpha_slope / alpha
-        return Coefficients(drift, variance_slope - 2 * drift * variance)
+        return Coefficients(drift.to(t.dtype), (variance_slope - 2 * drift * variance).to(t.dtype))
 
     def marginal(self, t: Tensor | float) -> Marginal:
         """alpha(t) and sigma(t), of t's shape.
@@ -144,6 +145,30 @@ class SDE(ABC):
                 f"begin at epsilon = {self.epsilon}: at t = 0 the noise has no score"
             )
 
+    def check(self) -> None:
+        """Refuse functions that are no SDE's, as one's own might be: looked at on a grid of times.
+
+        Raises:
+            SDEError: alpha or sigma is not of t's shape, not positive or not finite, or g^2 is negative.
+        """
+        t = torch.linspace(self.epsilon, self.T, 33, dtype=torch.float64)
+        for name, values in {"mean_scale": self.mean_scale(t), "std": self.std(t)}.items():
+            if not isinstance(values, Tensor) or values.shape != t.shape:
+                raise SDEError(
+                    f"{type(self).__name__}.{name}(t) must return a tensor of t's shape, but returned {values!r}"
+                )
+            if not bool(((values > 0) & values.isfinite()).all()):
+                raise SDEError(
+                    f"{type(self).__name__}.{name}(t) must be positive and finite on [epsilon, T], but is "
+                    f"{values.min().item():g} at least and {values.max().item():g} at most; end at an earlier T if it reaches 0"
+                )
+        squared = self.coefficients(t).squared_diffusion
+        if not bool((squared >= -1e-9 * squared.abs().max()).all()):
+            raise SDEError(
+                f"the squared diffusion of {type(self).__name__} is {squared.min().item():g} at t = "
+                f"{t[squared.argmin()].item():g}: sigma(t) / alpha(t) must not fall"
+            )
+
     def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = alpha(t) x + sigma(t) noise; t is a scalar or one time a sample."""
         return broadcast(self.mean_scale(t), x) * x + broadcast(self.std(t), x) * noise
@@ -181,6 +206,7 @@ class Prior(Independent):
     """
 
     def __init__(self, event_shape: tuple[int, ...], std: float) -> None:
+        self.std = std
         loc, scale = torch.zeros(event_shape), torch.full(event_shape, std)
         super().__init__(Normal(loc, scale, validate_args=False), len(event_shape), validate_args=False)
 
@@ -196,11 +222,13 @@ class Prior(Independent):
                 f"the prior is over events of shape {tuple(self.event_shape)}, but x has shape {tuple(x.shape)}, whose "
                 f"events are of shape {tuple(x.shape[1:])}; give the SDE the event_shape of your data"
             )
-        return super().log_prob(x) if len(x) else x.new_zeros(0)
+        size = math.prod(self.event_shape)
+        log_normalizer = size * (math.log(self.std) + math.log(2 * math.pi) / 2)
+        return -flatten_event(x / self.std).square().sum(dim=1) / 2 - log_normalizer
 
     def draw(self, like: Tensor, generator: Generator | None = None) -> Tensor:
         """Samples of the shape, dtype and device of `like`, `(k, *event)`, from a generator."""
-        return self.base_dist.scale.to(like) * normal_like(like, generator)
+        return self.std * normal_like(like, generator)
 
 
 def broadcast(values: Tensor, x: Tensor) -> Tensor:
@@ -213,7 +241,7 @@ class VarianceExploding(SDE):
     """Noise is added without end: alpha = 1, sigma(t)^2 = sigma_min^2 (r^(2 t / T) - 1), r = sigma_max / sigma_min.
 
     This is the equation's own variance: the commonly quoted sigma_min r^(t / T) counts sigma_min^2 of noise that is
-    there before t = 0 (Song et al. 2021, equations 30 and 31).
+    there before t = 0 (Song et al. 2021, equation 9).
 
     Args:
         sigma_min: at about this standard deviation noise begins to matter; below the data's finest detail.
@@ -252,7 +280,7 @@ class VarianceExploding(SDE):
 
 @dataclass(frozen=True)
 class VariancePreserving(SDE):
-    """Data shrink as noise grows: alpha^2 + sigma^2 = 1 (DDPM's limit; Song et al. 2021, equation 32).
+    """Data shrink as noise grows: alpha^2 + sigma^2 = 1 (DDPM's limit; Song et al. 2021, equation 11).
 
         beta(t) = beta_min + (beta_max - beta_min) t / T,   B(t) = integral of beta
         alpha = exp(-B / 2),   f = -beta / 2,   g^2 = beta
@@ -298,7 +326,7 @@ class VariancePreserving(SDE):
 
 @dataclass(frozen=True)
 class SubVariancePreserving(VariancePreserving):
-    """As `VariancePreserving`, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, equation 33).
+    """As `VariancePreserving`, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, equation 12).
 
         f = -beta / 2,   g^2 = beta (1 - exp(-2 B))
 

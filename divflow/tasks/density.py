@@ -1,13 +1,14 @@
 """What tasks train and `divflow.load` returns: densities of data, through the preprocessing of the data."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
 
 from divflow.data.transforms import Transform
+from divflow.divergence.field import checked_state
 from divflow.flow import ContinuousFlow, FlowEvaluation
-from divflow.score.field import Score, as_field
+from divflow.score.field import AtTime, Score, as_field, tensor_settings
 from divflow.score.sampling import Sampler
 
 __all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
@@ -76,11 +77,16 @@ class ScoreDensity(FlowDensity):
         flow: `probability_flow(score, sde)`.
         transform: from the data, with its log-determinant.
         sampler: over the same SDE; the probability flow itself, by the flow's solver, if None.
+
+    Raises:
+        ValueError: a sampler over another SDE.
     """
 
     def __init__(self, flow: ContinuousFlow, transform: Transform, sampler: Sampler | None = None) -> None:
         super().__init__(flow, transform)
         self.sampler = sampler
+        if sampler is not None and sampler.sde != flow.velocity.sde:
+            raise ValueError(f"the score is over {flow.velocity.sde}, but the sampler over {sampler.sde}")
 
     @property
     def score_field(self) -> nn.Module:
@@ -109,17 +115,32 @@ class UnnormalizedDensity(nn.Module):
     Args:
         score: `score(t, y)`, or `score(y)`, of the transformed data.
         transform: from the data.
-        sampler: `AnnealedLangevin`; without one `sample` is refused.
-        t: the time that stands for the data: the smallest noise level of a score of several, else 0.
+        sampler: `AnnealedLangevin`, of the same levels if there are such; without one `sample` is refused.
+        levels: the noise levels that the score was trained at and takes for its time, the least of which stands for
+            the data; None for a score of one time, t = 0, whatever step sizes the sampler takes.
+
+    Raises:
+        ValueError: a sampler of other levels.
     """
 
-    def __init__(self, score: Score, transform: Transform, sampler: Sampler | None = None, t: float = 0.0) -> None:
+    def __init__(
+        self,
+        score: Score,
+        transform: Transform,
+        sampler: Sampler | None = None,
+        levels: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
-        self.score_field, self.transform, self.sampler, self.t = as_field(score), transform, sampler, t
+        self.score_field, self.transform, self.sampler = as_field(score), transform, sampler
+        self.levels = None if levels is None else tuple(levels)
+        if levels is not None and sampler is not None and set(sampler.sigmas) - set(levels):
+            raise ValueError(
+                f"the score was trained at the levels {self.levels}, but the sampler takes {sampler.sigmas}"
+            )
 
     def score(self, x: Tensor) -> Tensor:
         """The score of the data, grad log p(x), `(k, *event)`."""
-        return _score_of_data(self.score_field, self.t, x, self.transform, _dtype(self))
+        return _score_of_data(self.score_field, min(self.levels or [0.0]), x, self.transform, _dtype(self))
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
@@ -132,13 +153,14 @@ class UnnormalizedDensity(nn.Module):
             raise ValueError(
                 "this score has no sampler: build the UnnormalizedDensity with one, such as AnnealedLangevin(2, [0.5, 0.1])"
             )
-        return self.transform.inverse(self.sampler(self.score_field, num_samples, generator).samples)
+        score = AtTime(self.score_field, 0.0) if self.levels is None else self.score_field
+        return self.transform.inverse(self.sampler(score, num_samples, generator).samples)
 
 
 def _score_of_data(score: nn.Module, t: float, x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
     """grad_x log p(x) = (dT/dx)^T s(t, T(x)) + grad_x log |det dT/dx|."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
+        x = checked_state(x).detach().clone().requires_grad_()
         y, log_det = transform(x)
         with torch.no_grad():
             y_score = score(torch.tensor(t, dtype=dtype, device=y.device), y.detach().to(dtype))
@@ -147,5 +169,4 @@ def _score_of_data(score: nn.Module, t: float, x: Tensor, transform: Transform, 
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    tensors = (*module.parameters(), *module.buffers())
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
+    return tensor_settings(module).get("dtype", torch.get_default_dtype())

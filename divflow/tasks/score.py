@@ -42,7 +42,7 @@ class ScoreTask(Task):
         config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density.
 
     Raises:
-        ValueError: an objective over an SDE for a score without one, or the other way round.
+        ValueError: an objective over an SDE for a score without one, or the other way round, or over another.
         SDEError: a module is to be trained over an SDE that was given no event shape.
         TrainingError: while training, a loss or gradient that is not finite.
     """
@@ -107,10 +107,13 @@ def _as_density(score: nn.Module, objective: Objective) -> ScoreDensity | Unnorm
     if not isinstance(score, ScoreDensity | UnnormalizedDensity):
         if over_sde:
             return ScoreDensity(probability_flow(score, objective.sde), Affine())
-        return UnnormalizedDensity(score, Affine())
+        several = getattr(objective, "sigma", None)
+        return UnnormalizedDensity(score, Affine(), levels=several if isinstance(several, tuple) else None)
     if isinstance(score, ScoreDensity) != over_sde:
         raise ValueError(
             f"{type(objective).__name__} can't train a {type(score).__name__}: a ScoreDensity takes "
             "TimeConditionalScoreMatching over its SDE, an UnnormalizedDensity any other objective"
         )
+    if over_sde and score.flow.velocity.sde != objective.sde:
+        raise ValueError(f"the score is over {score.flow.velocity.sde}, but the objective over {objective.sde}")
     return score

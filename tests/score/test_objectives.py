@@ -1,5 +1,6 @@
 """Score-matching objectives: one scale, one expectation, one minimiser."""
 
+import functools
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from gaussian_scores import Gaussian, LinearScore, SmoothScore
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, FieldError, Hutchinson, HutchPlusPlus
+from divflow.score.field import as_field
 from divflow.score.objectives import (
     DenoisingScoreMatching,
     FiniteDifferenceScoreMatching,
@@ -44,7 +46,7 @@ def within(values, expected, errors=5.0):
     return ((values.mean(dim=0) - expected).abs() <= errors * error + 1e-9).all()
 
 
-def gradients(objective, score, x, generator, batches=200, offset=None):
+def gradients(objective, score, x, generator, batches=100, offset=None):
     """The gradients of batches of x, `(batches, n)`; `offset` is subtracted from the losses."""
     rows = []
     for part in x.chunk(batches):
@@ -58,13 +60,13 @@ def gradients(objective, score, x, generator, batches=200, offset=None):
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=str)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "implicit autograd"])
 def test_the_minimiser_is_the_true_score(name, event):
     """The losses are convex in a linear score: the gradient vanishes at the true one, and not beside it."""
     data, noise = Gaussian(event), 0.25 if name in OF_NOISY_DATA else 0.0
     size = len(data.mean)
     covariance = data.covariance + noise * torch.eye(size, dtype=torch.float64)
-    x, generator = data.sample(20_000), torch.Generator().manual_seed(3)
+    x, generator = data.sample(8_000), torch.Generator().manual_seed(3)
     truth = LinearScore(torch.linalg.inv(covariance), data.mean)
     assert within(gradients(OBJECTIVES[name], truth, x, generator), 0.0)
     wrong = LinearScore(1.2 * torch.linalg.inv(covariance), data.mean + 0.1)
@@ -74,7 +76,7 @@ def test_the_minimiser_is_the_true_score(name, event):
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 @pytest.mark.parametrize("name", [name for name in OF_THE_DATA if name != "implicit"])
 def test_agrees_with_implicit_in_expectation_and_gradient(name, event):
-    x, score = Gaussian(event).sample(20_000), SmoothScore(event)
+    x, score = Gaussian(event).sample(8_000), SmoothScore(event)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         difference = OBJECTIVES[name](score, x, generator=generator) - OBJECTIVES["implicit"](score, x)
@@ -241,6 +243,44 @@ def test_a_sequential_network_is_a_score():
     assert all(parameter.grad is not None for parameter in net[0].parameters())
 
 
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda x, scale=1.0: -x / scale,
+        lambda x, context=None: -x,
+        lambda t, x: -x,
+        lambda *arguments: -arguments[1],
+        lambda t, x, context=None: -x,
+        lambda t=0.0, x=None: -x,
+        functools.partial(lambda scale, x: -x / scale, 1.0),
+        torch.compile(nn.Sequential(nn.Identity()), backend="eager"),
+    ],
+)
+def test_which_arguments_a_score_takes(score):
+    x = torch.randn(3, 2)
+    expected = -x if not isinstance(score, nn.Module) else x
+    torch.testing.assert_close(as_field(score)(torch.tensor(7.0), x), expected)
+
+
+def test_scores_that_work_in_place_leave_the_data_alone():
+    for objective in (DenoisingScoreMatching(0.1), FiniteDifferenceScoreMatching()):
+        x = torch.ones(3, 2)
+        losses = [
+            objective(score, x, generator=torch.Generator().manual_seed(0))
+            for score in (lambda t, x: x.mul_(-1.0), lambda t, x: -x)
+        ]
+        assert torch.equal(*losses)
+        assert torch.equal(x, torch.ones(3, 2))
+
+
+def test_finite_differences_turn_autocast_off():
+    net, x = nn.Linear(3, 3), torch.randn(4, 3)
+    objective = FiniteDifferenceScoreMatching()
+    plain = objective(net, x, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(objective(net, x, generator=torch.Generator().manual_seed(0)), plain)
+
+
 def test_an_objective_of_ones_own():
     class Doubled(Objective):
         def loss(self, score, t, x, generator=None, conditional_score=None):
@@ -262,7 +302,7 @@ def good(t, x):
         (lambda: FiniteDifferenceScoreMatching(0), ValueError, "num_slices.*0"),
         (lambda: FiniteDifferenceScoreMatching(step=-0.1), ValueError, r"step.*-0\.1"),
         (lambda: DenoisingScoreMatching(-0.5), ValueError, r"noise level.*positive.*-0\.5"),
-        (lambda: DenoisingScoreMatching([0.5, 0.0]), ValueError, r"noise level.*\(0\.5, 0\.0\)"),
+        (lambda: DenoisingScoreMatching([0.5, 0.0]), ValueError, r"noise level.*positive.*0\.0"),
         (lambda: DenoisingScoreMatching([]), ValueError, "at least one"),
         (lambda: DenoisingScoreMatching(float("nan")), ValueError, "nan"),
         (lambda: DenoisingScoreMatching(0.5, weighting="sigma"), ValueError, "'sigma'"),
@@ -283,6 +323,11 @@ def good(t, x):
             )
         ],
         (lambda: ImplicitScoreMatching()(good, torch.ones(2, 2), torch.ones(3)), FieldError, r"\(2,\).*\(3,\)"),
+        (lambda: SlicedScoreMatching(2.0), ValueError, r"num_slices.*2\.0"),
+        (lambda: DenoisingScoreMatching("0.1"), ValueError, "'0.1'"),
+        (lambda: FiniteDifferenceScoreMatching()(good, torch.ones(2, 2).bfloat16()), FieldError, "bfloat16.*noise"),
+        (lambda: ImplicitScoreMatching()(torch.sin, torch.ones(2, 2)), FieldError, "can't tell.*lambda t, x"),
+        (lambda: ImplicitScoreMatching()(3, torch.ones(2, 2)), FieldError, "can't tell.*3"),
         (lambda: ImplicitScoreMatching()(good, [1.0]), FieldError, "list"),
     ],
 )

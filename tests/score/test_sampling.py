@@ -66,6 +66,21 @@ def test_euler_maruyama_converges():
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
+@pytest.mark.parametrize("std", [0.01, 0.05])
+@pytest.mark.parametrize("name", SDES)
+def test_sharp_data_keep_their_width(name, std):
+    """No noise of the last steps is left in the samples, and no adaptive step leaps over the end."""
+    sde = type(SDES[name]((1,)))(event_shape=1)
+
+    def score(t, x):
+        alpha, sigma = sde.marginal(t)
+        return -x / (alpha**2 * std**2 + sigma**2)
+
+    for sampler in SAMPLERS.values():
+        samples = sampler(sde)(lambda t, x: score(t, x), COUNT, seeded()).samples
+        assert samples.std().item() == pytest.approx(std, rel=0.08)
+
+
 def test_langevin_of_a_time_free_score():
     data = Gaussian((2,))
     precision = torch.linalg.inv(data.covariance)
@@ -76,9 +91,9 @@ def test_langevin_of_a_time_free_score():
     sampler = AnnealedLangevin(2, [1.0, 0.5], steps_per_level=400, snr=0.2)
     result = sampler(lambda x: score(x.double()).to(x.dtype), COUNT, seeded())
     assert result.evaluations == 800
-    # Unadjusted: each eigenvalue v of the covariance is v / (1 - a / (2 v)) in the limit, a being the step.
+    # Unadjusted: each eigenvalue v of the covariance is v / (1 - a / (2 v)) in the limit, a = 0.02 being the step.
     values, basis = torch.linalg.eigh(data.covariance)
-    biased = basis @ torch.diag(values / (1 - 0.01 / (2 * values))) @ basis.T
+    biased = basis @ torch.diag(values / (1 - 0.02 / (2 * values))) @ basis.T
     assert_moments(result.samples.double(), data.mean, biased, bias=0.01)
 
 
@@ -102,8 +117,8 @@ def test_annealed_langevin_gives_the_level_as_time_and_denoises():
         (lambda sde: ReverseSDE(sde, 7, denoise=False), 7),
         (lambda sde: PredictorCorrector(sde, 5, corrector_steps=3), 5 * 4 + 1),
         (lambda sde: PredictorCorrector(sde, 5, denoise=False), 10),
-        (lambda sde: ProbabilityFlowODE(sde, Solver("rk4", options={"step_size": 0.1})), 4 * 10),
-        (lambda sde: ProbabilityFlowODE(sde, Solver("rk4", options={"step_size": 0.1}), denoise=True), 41),
+        (lambda sde: ProbabilityFlowODE(sde, Solver("rk4", options={"step_size": 0.1})), 57),
+        (lambda sde: ProbabilityFlowODE(sde, Solver("rk4", options={"step_size": 0.1}), denoise=True), 58),
     ],
 )
 def test_evaluations_are_what_the_score_sees(make, expected):
@@ -116,7 +131,7 @@ def test_evaluations_are_what_the_score_sees(make, expected):
     sde = VariancePreserving(event_shape=2)
     result = make(sde)(score, 3, seeded())
     assert result.evaluations == len(calls)
-    assert abs(result.evaluations - expected) <= (4 if expected in (40, 41) else 0)
+    assert result.evaluations == expected
     assert max(calls) == sde.T
     assert min(calls) > 0
 

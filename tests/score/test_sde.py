@@ -107,6 +107,44 @@ def test_prior(kind, event):
     assert sde.prior.sample((7,)).shape == (7, *event)
 
 
+class Own(SDE):
+    """alpha = exp(-rate t), sigma = sqrt(t), with an attribute of its own."""
+
+    def __init__(self, rate):
+        super().__init__(epsilon=1e-3)
+        object.__setattr__(self, "rate", rate)
+
+    def mean_scale(self, t):
+        return torch.exp(-self.rate * t)
+
+    def std(self, t):
+        return t.sqrt()
+
+
+def test_an_sde_of_ones_own():
+    assert Own(1.0) != Own(2.0)
+    assert Own(1.0).diffusion(0.0) == 1  # where sqrt(t) has no slope
+    t = torch.tensor(0.3).expand(4)
+    torch.testing.assert_close(Own(2.0).drift(t, torch.ones(4, 1)), torch.full((4, 1), -2.0))
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"mean_scale": lambda self, t: 1.0}, r"mean_scale\(t\).*t's shape.*1\.0"),
+        ({"mean_scale": lambda self, t: 1 - t}, r"mean_scale\(t\).*positive.*0 at least"),
+        (
+            {"std": lambda self, t: t * (1.2 - t), "mean_scale": lambda self, t: 1 + 0 * t},
+            "squared diffusion.*must not fall",
+        ),
+        ({"std": lambda self, t: -t}, r"std\(t\) must be positive"),
+    ],
+)
+def test_functions_that_are_no_sdes_are_refused(functions, message):
+    with pytest.raises(SDEError, match=message):
+        type("Wrong", (Own,), functions)(1.0).check()
+
+
 def test_event_shapes_are_tuples():
     assert VariancePreserving(event_shape=3).event_shape == (3,)
     assert VariancePreserving(event_shape=[3, 4]) == VariancePreserving(event_shape=(3, 4))
@@ -128,6 +166,8 @@ def test_event_shapes_are_tuples():
         (lambda: VariancePreserving().drift(float("nan"), torch.zeros(2, 2)), SDEError, "nan"),
         (lambda: VariancePreserving().drift(0.5, torch.zeros(2, 2).long()), FieldError, "int64"),
         (lambda: VariancePreserving().drift(torch.ones(3), torch.zeros(2, 2)), FieldError, r"\(2,\).*\(3,\)"),
+        (lambda: VariancePreserving(event_shape=[2, -1]), ValueError, "event_shape.*-1"),
+        (lambda: VariancePreserving(event_shape="ab"), ValueError, "event_shape.*'ab'"),
         (lambda: VariancePreserving(20.0, 0.1), SDEError, "beta_min < beta_max.*20"),
         (lambda: VarianceExploding(-1.0, 2.0), SDEError, "sigma_min < sigma_max.*-1"),
         (lambda: VariancePreserving(epsilon=1.0), SDEError, r"epsilon.*\(0, T\).*1\.0"),

@@ -100,6 +100,21 @@ def test_stratified_times_fill_the_interval_evenly(importance):
     assert spread.exp().max() <= sde.T
 
 
+@pytest.mark.parametrize("importance", [False, True])
+def test_every_row_of_a_batch_sees_all_times(importance):
+    """Rows of a fixed order get no fixed share of the times: each one's mean loss is that of independent times."""
+    x = torch.tensor([[0.0, 0.0], [3.0, 3.0], [0.0, 0.0], [3.0, 3.0]], dtype=torch.float64)
+
+    def rows(stratified):
+        objective = TimeConditionalScoreMatching(
+            VariancePreserving(epsilon=0.05), stratified=stratified, importance=importance
+        )
+        return torch.stack([losses(objective, lambda t, x: -x, x, seed) for seed in range(2_000)])
+
+    spread, loose = rows(True), rows(False)
+    assert within(spread - loose, 0.0)
+
+
 def test_importance_follows_lambda_over_sigma_squared():
     """For the likelihood's weighting of VP that is d/dt log(e^B - 1): the distribution function in closed form."""
     sde = VariancePreserving()
@@ -141,7 +156,7 @@ def test_loss_of_the_true_score_is_least():
 
 def test_half_precision_and_empty_batches():
     objective = TimeConditionalScoreMatching(VariancePreserving(), importance=True)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         result = objective(lambda t, x: -x, torch.randn(300, 3, dtype=dtype))
         assert result.dtype == torch.promote_types(dtype, torch.float32)
         assert torch.isfinite(result).all()
@@ -158,11 +173,13 @@ def test_half_precision_and_empty_batches():
         (lambda o, x: o(lambda t, x: -x, x, float("nan")), SDEError, "nan"),
         (lambda o, x: o(lambda t, x: -x, x.long()), FieldError, "int64"),
         (lambda o, x: o(lambda t, x: x[:1], x), FieldError, r"\(1, 2\).*\(3, 2\)"),
+        (lambda o, x: TimeConditionalScoreMatching(o.sde, o), ValueError, "single time.*TimeConditional"),
+        (lambda o, x: TimeConditionalScoreMatching(VariancePreserving), ValueError, "sde must be an SDE"),
         (lambda o, x: TimeConditionalScoreMatching(o.sde, weighting="g2"), ValueError, "likelihood.*'g2'"),
         (
             lambda o, x: TimeConditionalScoreMatching(o.sde, DenoisingScoreMatching(0.1)),
             ValueError,
-            r"sigma.*0\.1.*SDE",
+            r"sigma must be None.*0\.1",
         ),
     ],
 )

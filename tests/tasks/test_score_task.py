@@ -14,7 +14,7 @@ from divflow.callbacks import LastCheckpoint
 from divflow.data.transforms import Affine, Compose, Logit
 from divflow.divergence import FieldError
 from divflow.networks import MLP
-from divflow.score import ScaledScore, SDEError, VariancePreserving, probability_flow
+from divflow.score import ScaledScore, SDEError, VarianceExploding, VariancePreserving, probability_flow
 from divflow.score.objectives import DenoisingScoreMatching, ImplicitScoreMatching, TimeConditionalScoreMatching
 from divflow.score.sampling import AnnealedLangevin, ReverseSDE
 from divflow.tasks import ScoreTask, TrainingError
@@ -109,6 +109,25 @@ def test_samplers_of_densities():
         UnnormalizedDensity(lambda x: -x, transform).sample(3)
 
 
+def test_a_score_of_one_time_is_sampled_at_that_time():
+    """A network that was trained at t = 0 never sees the sampler's levels; one of several levels does."""
+    seen = []
+
+    def score(t, x):
+        seen.append(t.item())
+        return -x
+
+    sampler = AnnealedLangevin(2, [1.0, 0.5], 2)
+    UnnormalizedDensity(score, Affine(), sampler).sample(3)
+    assert seen == [0.0] * 4
+    density = UnnormalizedDensity(score, Affine(), sampler, levels=[1.0, 0.5])
+    density.sample(3)
+    density.score(torch.ones(3, 2))
+    assert seen[4:] == [1.0, 1.0, 0.5, 0.5, 0.5]
+    task = ScoreTask(nn.Linear(2, 2), DenoisingScoreMatching([1.0, 0.5]))
+    assert task.density.levels == (1.0, 0.5)
+
+
 def test_a_score_that_mixes_the_batch_is_refused(tmp_path):
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with pytest.raises(FieldError, match="BatchNorm1d"):
@@ -173,6 +192,28 @@ def test_lightnings_own_checkpoint_is_named(tmp_path):
             ),
             ValueError,
             "TimeConditionalScoreMatching can't train a UnnormalizedDensity",
+        ),
+        (
+            lambda: ScoreDensity(
+                probability_flow(nn.Linear(2, 2), VariancePreserving(event_shape=2)),
+                Affine(),
+                ReverseSDE(VarianceExploding(event_shape=2)),
+            ),
+            ValueError,
+            "over VariancePreserving.*sampler over VarianceExploding",
+        ),
+        (
+            lambda: ScoreTask(
+                ScoreDensity(probability_flow(nn.Linear(2, 2), VariancePreserving(event_shape=2)), Affine()),
+                TimeConditionalScoreMatching(VarianceExploding(event_shape=2)),
+            ),
+            ValueError,
+            "over VariancePreserving.*objective over VarianceExploding",
+        ),
+        (
+            lambda: UnnormalizedDensity(nn.Linear(2, 2), Affine(), AnnealedLangevin(2, [1.0, 0.3]), [1.0, 0.1]),
+            ValueError,
+            r"levels \(1\.0, 0\.1\).*\(1\.0, 0\.3\)",
         ),
         (
             lambda: ScoreTask(

@@ -1,6 +1,5 @@
 """Denoising score matching: the score of noisy data, from the noise that was added."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +8,10 @@ from torch import Generator, Tensor
 
 from divflow.divergence import Field
 from divflow.divergence.field import as_time, checked_state
-from divflow.score.field import Score, as_field
+from divflow.score.arguments import check_positive
+from divflow.score.field import Score, as_field, evaluate
 from divflow.score.noise import integers_like, normal_like
-from divflow.score.objectives.objective import Objective, evaluate, half_squared_norm
+from divflow.score.objectives.objective import Objective, half_squared_norm
 from divflow.score.sde import broadcast
 
 __all__ = ["DenoisingScoreMatching"]
@@ -25,7 +25,7 @@ class DenoisingScoreMatching(Objective):
     expectation it is the implicit objective at x + sigma n plus D / (2 sigma^2). It needs no derivative of s, and its
     variance grows as 1 / sigma^2.
 
-    With several levels each sample draws one, uniformly, and s is given it as its time (Song & Ermon 2019, equation 5).
+    With several levels each sample draws one, uniformly, and s is given it as its time (Song & Ermon 2019, equations 5 and 6).
     Over an SDE (`TimeConditionalScoreMatching`) the level is sigma(t), so that it takes none of its own.
 
     Args:
@@ -40,14 +40,13 @@ class DenoisingScoreMatching(Objective):
     weighting: str = "uniform"
 
     def __post_init__(self) -> None:
-        if self.sigma is not None and not isinstance(self.sigma, int | float):
+        if isinstance(self.sigma, Sequence) and not isinstance(self.sigma, str):
             object.__setattr__(self, "sigma", tuple(self.sigma))
-        levels = self.sigma if isinstance(self.sigma, tuple) else (self.sigma,)
-        if not levels:
-            raise ValueError("sigma must have at least one noise level, but is empty")
-        for level in levels:
-            if level is not None and not 0 < level < math.inf:
-                raise ValueError(f"a noise level must be positive and finite, but sigma is {self.sigma!r}")
+            if not self.sigma:
+                raise ValueError("sigma must have at least one noise level, but is empty")
+        if self.sigma is not None:
+            for level in self.sigma if isinstance(self.sigma, tuple) else (self.sigma,):
+                check_positive("a noise level, sigma,", level)
         if self.weighting not in ("uniform", "sigma2"):
             raise ValueError(f"weighting must be 'uniform' or 'sigma2', but is {self.weighting!r}")
 

@@ -6,10 +6,10 @@ from torch import Generator, Tensor
 
 from divflow.divergence import Field
 from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import as_time, checked_state, checked_value, flatten_event
+from divflow.divergence.field import as_time, checked_state, flatten_event
 from divflow.score.field import Score, as_field
 
-__all__ = ["Objective", "evaluate", "half_squared_norm"]
+__all__ = ["Objective", "half_squared_norm"]
 
 
 class Objective(ABC):
@@ -57,11 +57,6 @@ class Objective(ABC):
             generator: of everything that is drawn.
             conditional_score: where x is a datum with noise, the score of x given that datum, `(k, *event)`.
         """
-
-
-def evaluate(score: Field, t: Tensor, x: Tensor) -> Tensor:
-    """The score's value, refused unless it is of x's shape and device."""
-    return checked_value(score(t, x), x)
 
 
 def half_squared_norm(values: Tensor) -> Tensor:

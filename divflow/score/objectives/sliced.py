@@ -1,14 +1,16 @@
 """Sliced score matching: the objective along random directions, exactly or by finite differences."""
 
-import math
 from dataclasses import dataclass
 
+import torch
 from torch import Generator, Tensor
 
-from divflow.divergence import Field, Hutchinson
+from divflow.divergence import Field, FieldError, Hutchinson
 from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import flatten_event
-from divflow.score.objectives.objective import Objective, evaluate, half_squared_norm
+from divflow.score.arguments import check_count, check_positive
+from divflow.score.field import evaluate
+from divflow.score.objectives.objective import Objective, half_squared_norm
 
 __all__ = ["FiniteDifferenceScoreMatching", "SlicedScoreMatching"]
 
@@ -34,7 +36,8 @@ class SlicedScoreMatching(Objective):
     variance_reduction: bool = False
 
     def __post_init__(self) -> None:
-        _check_slices(self.num_slices, self.distribution)
+        check_count("num_slices", self.num_slices)
+        Hutchinson(self.num_slices, self.distribution)  # which knows the distributions
 
     def loss(
         self,
@@ -68,7 +71,7 @@ class FiniteDifferenceScoreMatching(Objective):
         distribution: "rademacher", "gaussian" or "sphere" (of norm sqrt(D)).
         variance_reduction: take the norm itself, not its slice.
         step: distance in each entry of x, in x's units; below the length over which s bends. In float32 rounding adds an
-            error of about 1e-7 |s| / step.
+            error of about 1e-7 |s| / step; half precisions are refused, and autocast is turned off.
 
     Raises:
         ValueError: fewer than one slice, an unknown distribution, or a step that is not positive.
@@ -80,9 +83,9 @@ class FiniteDifferenceScoreMatching(Objective):
     step: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_slices(self.num_slices, self.distribution)
-        if not 0 < self.step < math.inf:
-            raise ValueError(f"step must be positive and finite, but is {self.step!r}")
+        check_count("num_slices", self.num_slices)
+        check_positive("step", self.step)
+        Hutchinson(self.num_slices, self.distribution)  # which knows the distributions
 
     def loss(
         self,
@@ -92,21 +95,22 @@ class FiniteDifferenceScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """See `Objective.loss`."""
+        """See `Objective.loss`.
+
+        Raises:
+            FieldError: x is of a half precision, in which the differences would be noise.
+        """
+        if torch.finfo(x.dtype).bits < 32:
+            raise FieldError(f"finite differences of {x.dtype} values are noise; use float32, or SlicedScoreMatching")
         probes = Hutchinson(self.num_slices, self.distribution).freeze(x, generator).probes
         total = 0.0
         for probe in probes:
-            forward, backward = (evaluate(score, t, x + step * probe) for step in (self.step, -self.step))
+            with torch.autocast(x.device.type, enabled=False):
+                forward, backward = (evaluate(score, t, x + step * probe) for step in (self.step, -self.step))
             mean, slope = (forward + backward) / 2, (forward - backward) / (2 * self.step)
             norm = half_squared_norm(mean) if self.variance_reduction else _sliced_norm(mean, probe[None])
             total = total + _inner(probe, slope) + norm
         return total / self.num_slices
-
-
-def _check_slices(count: int, distribution: str) -> None:
-    if count < 1 or int(count) != count:
-        raise ValueError(f"num_slices must be a whole number of at least 1, but is {count!r}")
-    Hutchinson(count, distribution)
 
 
 def _sliced_norm(value: Tensor, probes: Tensor) -> Tensor:

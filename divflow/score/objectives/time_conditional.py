@@ -9,9 +9,10 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.divergence import Field
+from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import as_time, checked_state
 from divflow.score.field import Score, as_field
-from divflow.score.noise import normal_like, uniform_like
+from divflow.score.noise import normal_like, permutation_like, uniform_like
 from divflow.score.objectives.denoising import DenoisingScoreMatching
 from divflow.score.objectives.objective import Objective
 from divflow.score.sde import SDE, broadcast
@@ -39,13 +40,15 @@ class TimeConditionalScoreMatching(Objective):
         objective: at each time.
         weighting: lambda: "uniform", 1; "sigma2", sigma(t)^2, by which all times weigh alike for the noise's
             prediction; "likelihood", g(t)^2.
-        stratified: draw the times of a batch one from each of k equal parts (Kingma et al. 2021, appendix I.1); each
-            is still distributed as p, but their mean varies far less.
+        stratified: draw the k times of a batch from k equal parts of p, one each, in random order: every one is
+            distributed as p, but their mean varies far less (as Kingma et al. 2021, appendix I.1).
         importance: draw t from p proportional to lambda / sigma^2, which is where a denoising loss of an
             accurate score varies most; else p is uniform. With the "sigma2" weighting that is the same.
 
     Raises:
-        ValueError: an unknown weighting, or a denoising objective with noise levels of its own.
+        ValueError: an unknown weighting, a denoising objective with levels or weights of its own, or what is no SDE or
+            objective at all.
+        SDEError: an SDE of one's own whose functions are not those of an SDE.
     """
 
     sde: SDE
@@ -55,13 +58,18 @@ class TimeConditionalScoreMatching(Objective):
     importance: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sde, SDE):
+            raise ValueError(f"sde must be an SDE, such as VariancePreserving(), but is {self.sde!r}")
+        if not isinstance(self.objective, Objective) or isinstance(self.objective, TimeConditionalScoreMatching):
+            raise ValueError(f"objective must be one at a single time, but is {self.objective!r}")
+        if isinstance(self.objective, DenoisingScoreMatching) and self.objective != _DENOISING:
+            raise ValueError(
+                f"noise and weights are the SDE's: sigma must be None, but is {self.objective.sigma!r}, and its weighting "
+                f"'uniform', but is {self.objective.weighting!r}; use DenoisingScoreMatching(), and this class's weighting"
+            )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, but is {self.weighting!r}")
-        if isinstance(self.objective, DenoisingScoreMatching) and self.objective.sigma is not None:
-            raise ValueError(
-                f"the noise is the SDE's, so sigma must be None, but is {self.objective.sigma!r}; "
-                "over an SDE use DenoisingScoreMatching(), without levels"
-            )
+        self.sde.check()
 
     def __call__(
         self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
@@ -103,17 +111,32 @@ class TimeConditionalScoreMatching(Objective):
     def draw_times(self, x: Tensor, generator: Generator | None = None) -> "DrawnTimes":
         """A time for each row of x, and the density that it was drawn from."""
         u = uniform_like(torch.empty(len(x), device=x.device, dtype=torch.float64), generator)
-        if self.stratified and len(x):
-            u = (torch.arange(len(x), device=x.device) + u) / len(x)
+        if self.stratified:
+            u = (permutation_like(x, generator) + u) / max(1, len(x))
         low, high = self.sde.epsilon, self.sde.T
         if self.importance:
-            knots, cumulative = (table.to(x.device) for table in _importance_table(self.sde, self.weighting))
+            knots, cumulative = (table.to(x.device) for table in self._importance_table)
             cell = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, len(knots) - 2)
             mass, width = cumulative[cell + 1] - cumulative[cell], knots[cell + 1] - knots[cell]
             t, density = knots[cell] + (u - cumulative[cell]) / mass * width, mass / width
         else:
             t, density = low + (high - low) * u, torch.full_like(u, 1 / (high - low))
-        return DrawnTimes(t.to(x.dtype).clamp(low, high), density.to(x.dtype))
+        return DrawnTimes(t.to(x.dtype).clamp(low, high), density.to(accumulation_dtype(x)))
+
+    @functools.cached_property
+    def _importance_table(self) -> tuple[Tensor, Tensor]:
+        """Knots from epsilon to T, and the distribution function there of a density that is constant in between.
+
+        The density follows lambda / sigma^2 at the middle of each cell. Losses are divided by this density itself, so
+        they are unbiased however coarse the table is. The knots are geometric, since 1 / sigma^2 rises as 1 / t or faster.
+        """
+        low, high = self.sde.epsilon, self.sde.T
+        knots = torch.logspace(math.log10(low), math.log10(high), _KNOTS, dtype=torch.float64)
+        knots[0], knots[-1] = low, high
+        middle = (knots[1:] * knots[:-1]).sqrt()
+        mass = _weights(self.sde, self.weighting, middle) / self.sde.std(middle).square() * knots.diff()
+        cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(dim=0)])
+        return knots, cumulative / cumulative[-1]
 
 
 class DrawnTimes(NamedTuple):
@@ -127,18 +150,3 @@ def _weights(sde: SDE, weighting: str, t: Tensor) -> Tensor:
     if weighting == "uniform":
         return torch.ones_like(t)
     return sde.std(t).square() if weighting == "sigma2" else sde.coefficients(t).squared_diffusion
-
-
-@functools.lru_cache(maxsize=32)
-def _importance_table(sde: SDE, weighting: str) -> tuple[Tensor, Tensor]:
-    """Knots from epsilon to T, and the distribution function there of a density that is constant in between.
-
-    The density follows lambda / sigma^2 at the middle of each cell. Losses are divided by this density itself, so
-    they are unbiased however coarse the table is. The knots are geometric, since 1 / sigma^2 rises as 1 / t or faster.
-    """
-    knots = torch.logspace(math.log10(sde.epsilon), math.log10(sde.T), _KNOTS, dtype=torch.float64)
-    knots[0], knots[-1] = sde.epsilon, sde.T
-    middle = (knots[1:] * knots[:-1]).sqrt()
-    mass = _weights(sde, weighting, middle) / sde.std(middle).square() * knots.diff()
-    cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(dim=0)])
-    return knots, cumulative / cumulative[-1]
