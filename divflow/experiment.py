@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from divflow.build import ConfigError, build_density, build_objective, build_ways
 from divflow.checkpoint import check_state, load_state, read_checkpoint
 from divflow.data.module import TensorDataModule
+from divflow.errors import DivflowError
 from divflow.report import print_results
 from divflow.tasks.density import UnnormalizedDensity
 from divflow.tasks.task import Task
@@ -49,7 +50,12 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.seed is not None:
         L.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data, _convert_="all")
-    task = _build_task(config, data)
+    try:
+        task = _build_task(config, data)
+    except DivflowError:
+        raise
+    except ValueError as error:  # from a class that knows nothing of settings
+        raise ConfigError(str(error)) from error
     if config.ckpt_path is not None:
         check_state(task, read_checkpoint(config.ckpt_path)["state_dict"], config.ckpt_path)
     trainer = _build_trainer(config)

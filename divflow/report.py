@@ -26,7 +26,7 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
         "negative log-likelihood": ("nll", "nats"),
         "gap to the truth": ("gap", "nats"),
         "discrete data": ("bits_per_dim", "bits/dim"),
-        "objective": ("loss", "units of 1/x²"),
+        "objective": ("loss", "up to a constant"),
         "Fisher divergence": ("fisher_divergence", "units of 1/x²"),
     }
     for title, (name, unit) in rows.items():

@@ -9,6 +9,7 @@ import torch
 from run import FAST, SMALL_TOY, config
 
 import divflow
+from divflow.build import ConfigError
 from divflow.checkpoint import CheckpointError
 from divflow.experiment import train
 
@@ -95,6 +96,21 @@ def test_score_matching_of_several_levels(tmp_path):
     assert divflow.load(tmp_path / "checkpoints" / "best.ckpt").levels == (1.0, 0.3, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sde=none", "noise_levels=[1.0,0.2]"], r"levels \(1\.0, 0\.2\), but the sampler takes \(0\.5"),
+        (["sde=none", "objective=implicit", "noise_levels=[0.5,0.1]"], "noise_levels=.*objective=denoising"),
+        (["sde=none", "objective.sigma=[0.5,0.1]"], "noise_levels=0.1 are for objective=denoising"),
+        (["noise_levels=0.1"], "noise_levels=0.1 are for sde=none"),
+        (["times.weighting=g"], "weighting must be one of.*'g'"),
+    ],
+)
+def test_settings_of_scores_that_do_not_fit_are_refused(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, "task=score", *overrides)
+
+
 def test_the_fisher_divergence_is_that_of_what_is_loaded_back(tmp_path):
     cfg = config(*FAST, *SMALL_TOY, f"output_dir={tmp_path}", "task=score")
     results = train(cfg)
@@ -111,7 +127,8 @@ def test_the_fisher_divergence_is_that_of_what_is_loaded_back(tmp_path):
 def test_scores_of_digits_report_bits_per_dimension(tmp_path, network):
     settings = [] if network == "mlp" else ["data.event_shape=[1,8,8]", "estimator@evaluation.estimator=hutchinson"]
     settings += ["network.channels=[8,8]", "solver@evaluation.solver=euler"] if network == "unet" else []
-    fast = [override for override in FAST if not override.startswith("network")]
+    fast = [override for override in FAST if not override.startswith(("network", "solver@"))]
+    settings = settings if network == "unet" else [*settings, "solver@evaluation.solver=rk4"]
     cfg = config(*fast, f"output_dir={tmp_path}", "task=score", "data=digits", f"network={network}", *settings)
     results = train(cfg)
     bits = results["test/nll"] / (64 * math.log(2)) + math.log2(17)
@@ -243,8 +260,6 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_lost
 
 
 def test_missing_packages_of_loggers_are_named(tmp_path):
-    from divflow.build import ConfigError
-
     with pytest.raises(ConfigError, match="pip install wandb"):
         run(tmp_path, "logger=wandb")
     with pytest.raises(ConfigError, match="pip install mlflow"):

@@ -31,3 +31,10 @@ def test_top_level_names():
         assert getattr(divflow, name) is not None
     with pytest.raises(AttributeError, match="ContinuousFlow"):
         divflow.Flow  # noqa: B018
+
+
+def test_score_matching_imports_no_training_framework():
+    code = "import divflow.score.sampling, sys; print(sorted(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    for heavy in ("lightning", "pytorch_lightning", "hydra", "matplotlib", "sklearn", "diffusers"):
+        assert f"'{heavy}'" not in loaded

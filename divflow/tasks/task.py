@@ -78,6 +78,11 @@ class Task(L.LightningModule):
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        """Give each further process noise of its own: Lightning seeds all of them alike."""
+        if self.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The loss of a batch.
 

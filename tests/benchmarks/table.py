@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import exact  # noqa: E402 - the folders are no packages
+import score_step  # noqa: E402
 import training_step  # noqa: E402
 import variance  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
@@ -28,6 +29,7 @@ PARTS = {
     "growth": exact.growth,
     "steps": training_step.steps,
     "convolutions": exact.convolutions,
+    "score": lambda: score_step.steps() + score_step.gradient_noise(),
     "variance": lambda: variance.reduction(FOLDER),
 }
 

@@ -83,3 +83,19 @@ def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
     assert issubclass(DataError, ValueError)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "checkerboard"])
+def test_score_is_the_gradient_of_the_log_density(name):
+    density = getattr(toy, name)()
+    x = density.sample(50, Generator().manual_seed(0)).double()
+    shift = 1e-5 * torch.eye(2, dtype=torch.float64)
+    expected = torch.stack([(density.log_prob(x + s) - density.log_prob(x - s)) / 2e-5 for s in shift], dim=1)
+    torch.testing.assert_close(density.score(x), expected, rtol=1e-5, atol=1e-4)
+    assert density.score(x.float()).dtype == torch.float32
+    with torch.inference_mode():  # in which Lightning validates
+        torch.testing.assert_close(Toy(density, 4, 4, 4).score(x + 0), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_density_with_edges_has_no_score():
+    assert Toy(toy.checkerboard, 4, 4, 4).score(torch.zeros(3, 2)) is None
