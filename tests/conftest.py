@@ -1,3 +1,8 @@
+import os
+
+# The tests run in several processes; more threads each would get in each other's way, here and in the runs they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
