@@ -34,7 +34,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
 
 def test_checkpoints_of_others(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match="no description of a flow"):
+    with pytest.raises(CheckpointError, match="no description of a density"):
         divflow.load(tmp_path / "x.ckpt")
 
 

@@ -100,7 +100,7 @@ def test_score_matching_of_several_levels(tmp_path):
     ("overrides", "message"),
     [
         (["sde=none", "noise_levels=[1.0,0.2]"], r"levels \(1\.0, 0\.2\), but the sampler takes \(0\.5"),
-        (["sde=none", "objective=implicit", "noise_levels=[0.5,0.1]"], "noise_levels=.*objective=denoising"),
+        (["sde=none", "objective=implicit", "noise_levels=[0.5,0.3,0.2,0.1]"], "noise_levels=.*objective=denoising"),
         (["sde=none", "objective.sigma=[0.5,0.1]"], "noise_levels=0.1 are for objective=denoising"),
         (["noise_levels=0.1"], "noise_levels=0.1 are for sde=none"),
         (["times.weighting=g"], "weighting must be one of.*'g'"),
