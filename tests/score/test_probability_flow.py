@@ -134,17 +134,21 @@ def test_a_scaled_network_of_zeros_is_a_normal_density(event):
     torch.testing.assert_close(wide, -x / (4 * alpha**2 + sigma**2))
 
 
-def test_scalings_are_their_formulas():
-    sde, network = VarianceExploding(event_shape=3), MLP(3, hidden=(4,)).double()
+@pytest.mark.parametrize("name", SDES)
+def test_scalings_are_their_formulas(name):
+    """Karras et al. 2022, table 1: D(x) = c_skip x + c_out F(c_in x; c_noise), and the score is (D(x) - x) / sigma^2.
+
+    It is written for alpha = 1: of x / alpha, with noise of sigma / alpha, whose score is alpha times that of x.
+    """
+    sde, network, c = SDES[name](3), MLP(3, hidden=(4,)).double(), 0.7
     x, t = torch.randn(5, 3, dtype=torch.float64), torch.linspace(0.01, 1, 5, dtype=torch.float64)
-    sigma = sde.marginal(t).std[:, None]
-    torch.testing.assert_close(ScaledScore(network, sde, data_std=None)(t, x), network(t, x) / sigma)
-    # Karras et al. 2022, table 1: D(x) = c_skip x + c_out F(c_in x; c_noise), and the score is (D(x) - x) / sigma^2.
-    c = 0.7
-    denoiser = c**2 / (sigma**2 + c**2) * x + sigma * c / (sigma**2 + c**2).sqrt() * network(
-        sigma[:, 0].log() / 4, x / (sigma**2 + c**2).sqrt()
+    alpha, std = (value[:, None] for value in sde.marginal(t))
+    torch.testing.assert_close(ScaledScore(network, sde, data_std=None)(t, x), network(t, x) / std)
+    y, sigma = x / alpha, std / alpha
+    denoiser = c**2 / (sigma**2 + c**2) * y + sigma * c / (sigma**2 + c**2).sqrt() * network(
+        sigma[:, 0].log() / 4, y / (sigma**2 + c**2).sqrt()
     )
-    torch.testing.assert_close(ScaledScore(network, sde, data_std=c)(t, x), (denoiser - x) / sigma**2)
+    torch.testing.assert_close(ScaledScore(network, sde, data_std=c)(t, x), (denoiser - y) / sigma**2 / alpha)
 
 
 def test_a_network_of_ones_own_without_time():
