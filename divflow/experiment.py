@@ -35,7 +35,7 @@ def train(config: DictConfig) -> dict[str, float]:
 
     Args:
         config: as `configs/train.yaml` composes it. In its `output_dir` the run leaves `config.yaml` (resolved),
-            `metrics.csv`, `checkpoints/` and `figures/`.
+            `metrics.csv`, `checkpoints/`, `figures/` and `samples.npy`.
 
     Returns:
         The test metrics of the best checkpoint, by name.

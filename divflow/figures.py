@@ -25,6 +25,7 @@ def plot_plane(
     log_prob: Field | None = None,
     score: Field | None = None,
     paths: Tensor | None = None,
+    name: str = "Log-density",
 ) -> Figure:
     """A density in the plane: data and samples, and what else is known of it.
 
@@ -34,6 +35,7 @@ def plot_plane(
         log_prob: function of points `(k, 2)`, `(k,)`, in nats; drawn as an image.
         score: function of points `(k, 2)`, `(k, 2)`; drawn as arrows over the log-density, or over the data.
         paths: trajectories `(times, k, 2)` from the base to the data.
+        name: of the log-density, for the title.
     """
     low, high = _extent(data)
     density_drawn = log_prob is not None or score is not None
@@ -50,8 +52,10 @@ def plot_plane(
             _scatter(axes[2], data)
         if score is not None:
             _draw_score(axes[2], score, data, low, high)
-        titles = (["Log-density"] if log_prob is not None else []) + (["score"] if score is not None else [])
-        axes[2].set_title(" and ".join(titles).capitalize())
+        titles = ([name] if log_prob is not None else []) + (
+            ["score" if log_prob is not None else "Score"] if score is not None else []
+        )
+        axes[2].set_title(" and ".join(titles))
     if paths is not None:
         _draw_paths(axes[-1], paths)
     for ax in axes[: 2 + density_drawn]:

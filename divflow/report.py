@@ -44,4 +44,6 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
     table.add_row("training", f"{seconds:.0f}", f"seconds, {steps} steps")
     console = Console()
     console.print(table)
-    console.print(f"In {output}: config.yaml, metrics.csv, checkpoints, figures", soft_wrap=True, highlight=False)
+    console.print(
+        f"In {output}: config.yaml, metrics.csv, checkpoints, figures, samples.npy", soft_wrap=True, highlight=False
+    )

@@ -157,7 +157,9 @@ def test_what_a_run_leaves_and_logs(tmp_path):
         "figures/epoch_0001.png",
         "figures/epoch_0002.png",
         "figures/final.png",
+        "samples.npy",
     }
+    assert np.load(tmp_path / "samples.npy").shape == (50, 2)
     assert "${" not in (tmp_path / "config.yaml").read_text()
     table = pd.read_csv(tmp_path / "metrics.csv")
     for name in ("train/nll", "train/nfe", "train/nfe_backward", "train/nfe_divergence", "train/quadrature_error"):

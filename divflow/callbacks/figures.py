@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
@@ -20,11 +21,12 @@ class Figures(L.Callback):
     """Write `figures/epoch_0010.png`, ... every N epochs, and `figures/final.png` after the test.
 
     In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for other data the
-    histograms of the columns. Always of the averaged weights, where there are such.
+    histograms of the columns. Always of the averaged weights, where there are such. The last figure's samples are left in
+    `samples.npy`, too, in the units of the data.
 
     Args:
         every_n_epochs: 0 for none but the last.
-        num_samples: drawn for a figure.
+        num_samples: drawn for a figure; images are 64.
         dpi: dots per inch.
     """
 
@@ -49,25 +51,29 @@ class Figures(L.Callback):
             return
         training = task.training
         task.eval()
-        figure = self._draw(task)
+        count = 64 if task.data.images else self.num_samples
+        samples = task.judged.sample(count, generator=Generator(task.device).manual_seed(0))
+        figure = self._draw(task, samples)
         task.train(training)
-        path = Path(trainer.default_root_dir) / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=self.dpi)
+        root = Path(trainer.default_root_dir)
+        (root / "figures").mkdir(parents=True, exist_ok=True)
+        figure.savefig(root / "figures" / f"{name}.png", dpi=self.dpi)
+        if name == "final":
+            np.save(root / "samples.npy", samples.cpu().numpy())
 
     @torch.no_grad()
-    def _draw(self, task: Task) -> Figure:
+    def _draw(self, task: Task, samples: Tensor) -> Figure:
         data, density = task.data, task.judged
-        count = 64 if data.images else self.num_samples
-        samples = density.sample(count, generator=Generator(task.device).manual_seed(0))
-        rows: Tensor = data.test.rows[:count]
+        rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)
         if data.event_shape == (2,):
-            # A score without SDE has no density; where the truth is known, its score is drawn over that.
-            log_prob = getattr(density, "log_prob", data.log_prob if data.log_prob(rows[:1]) is not None else None)
-            paths = _paths(density) if isinstance(density, FlowDensity) else None
-            return plot_plane(rows, samples, log_prob, getattr(density, "score", None), paths)
+            score = getattr(density, "score", None)
+            if isinstance(density, FlowDensity):
+                return plot_plane(rows, samples, density.log_prob, score, _paths(density))
+            # A score without SDE has no density; where the truth is known, the score is drawn over that.
+            truth = data.log_prob if data.log_prob(rows[:1]) is not None else None
+            return plot_plane(rows, samples, truth, score, name="True log-density")
         return plot_marginals(
             rows, samples, getattr(data, "columns", [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])])
         )
