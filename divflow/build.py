@@ -59,8 +59,8 @@ def build_objective(config: Mapping[str, Any], density: nn.Module) -> Objective:
     """
     objective = instantiate(config["objective"], _convert_="all")
     if isinstance(density, UnnormalizedDensity):
-        levels = config["noise_levels"]
-        if getattr(objective, "sigma", levels if density.levels is None else None) not in (levels, density.levels):
+        trained, levels = getattr(objective, "sigma", None), config["noise_levels"]
+        if (trained is not None or density.levels is not None) and trained != (density.levels or levels):
             raise ConfigError(
                 f"noise_levels={levels} are for objective=denoising, which takes them as its sigma; one for others"
             )

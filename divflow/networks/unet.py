@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from divflow.networks.conditioning import condition, time_features, zero_initialize
+from divflow.networks.conditioning import NetworkError, condition, time_features, zero_initialize
 from divflow.networks.images import image_shape
 from divflow.networks.time import SinusoidalEmbedding
 
@@ -42,7 +42,8 @@ class UNet(nn.Module):
         t `()` or `(k,)`, x `(k, channels, height, width)`, context `(k, context_features)`; returns x's shape.
 
     Raises:
-        NetworkError: an event that is no image, or whose height or width is no multiple of `2^(levels - 1)`.
+        NetworkError: an event that is no image, or whose height or width is no multiple of `2^(levels - 1)`, or no blocks
+            or channels.
 
     Example:
         >>> UNet((3, 8, 8), channels=(8, 16))(torch.tensor(0.5), torch.randn(2, 3, 8, 8)).shape
@@ -62,6 +63,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         colors, *_ = image_shape(event_shape, len(channels), "UNet")
+        if min(blocks, *channels) < 1:
+            raise NetworkError(f"blocks and channels must be at least 1, but are {blocks} and {tuple(channels)}")
         self.context_features, self.time_embedding = context_features, time_embedding
         width = 4 * channels[0]
         self.conditions = nn.Sequential(

@@ -163,6 +163,8 @@ def test_diffusers_is_loaded_when_it_is_needed_only(monkeypatch):
     [
         (lambda: MLP(2, time_embedding=nn.Tanh()), "Tanh has no integer attribute `features`"),
         (lambda: UNet((3,)), r"UNet.*\(3,\).*MLP"),
+        (lambda: UNet((1, 4, 4), blocks=0), r"at least 1, but are 0 and \(32, 64\)"),
+        (lambda: UNet((1, 4, 4), channels=(0, 8)), r"at least 1, but are 1 and \(0, 8\)"),
         (lambda: UNet((1, 4, 6), channels=(8, 8, 8)), r"3 levels.*divisible by 4.*\(1, 4, 6\).*fewer levels"),
         (lambda: UNet((1, 4, 4), channels=()), "at least one level"),
         (lambda: diffusers_unet((1, 3, 4)), r"DiffusersUNet of 2 levels.*divisible by 2.*\(1, 3, 4\)"),
