@@ -9,7 +9,7 @@ from divflow.data.transforms import Transform
 from divflow.divergence.field import checked_state
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.score.field import AtTime, Score, as_field, tensor_settings
-from divflow.score.sampling import Sampler
+from divflow.score.sampling import ProbabilityFlowODE, Sampler
 
 __all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
 
@@ -76,7 +76,7 @@ class ScoreDensity(FlowDensity):
     Args:
         flow: `probability_flow(score, sde)`.
         transform: from the data, with its log-determinant.
-        sampler: over the same SDE; the probability flow itself, by the flow's solver, if None.
+        sampler: over the same SDE; `ProbabilityFlowODE` by the flow's solver if None.
 
     Raises:
         ValueError: a sampler over another SDE.
@@ -100,9 +100,8 @@ class ScoreDensity(FlowDensity):
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples of the data `(num_samples, *event)` by the sampler, without gradient; scores take no context."""
-        if self.sampler is None:
-            return super().sample(num_samples, context, generator)
-        return self.transform.inverse(self.sampler(self.score_field, num_samples, generator).samples)
+        sampler = self.sampler or ProbabilityFlowODE(self.flow.velocity.sde, self.flow.solver)
+        return self.transform.inverse(sampler(self.score_field, num_samples, generator).samples)
 
     def with_flow(self, flow: ContinuousFlow) -> "ScoreDensity":
         """The same density, evaluated by another flow, such as one of another estimator."""
