@@ -119,7 +119,7 @@ def check(field: Linearization, x: Tensor, seen: Tensor) -> None:
         NotLocal: they don't.
     """
     size, generator = event_size(x), torch.Generator().manual_seed(0)
-    few = max(1, int(size / (4 * seen.sum(dim=1).max())))
+    few = max(1, size // (4 * max(1, int(seen.sum(dim=1).max()))))
     for _ in range(8):
         outputs = torch.randperm(size, generator=generator)[:few]
         vector = torch.zeros(size)

@@ -8,11 +8,21 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.divergence import colored, dense
+from divflow.divergence.colored import Coloring
 from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.estimator import Estimate, Estimator
-from divflow.divergence.field import Field, FieldError, as_time, checked_state, event_size, linearize_field
-from divflow.divergence.layered import Followed, NoRule, contract, follow
-from divflow.divergence.plan import Plan, Plans, circumstances, state_of
+from divflow.divergence.field import (
+    Field,
+    FieldError,
+    Linearization,
+    as_time,
+    checked_state,
+    event_size,
+    linearize_field,
+)
+from divflow.divergence.layered import Cycle, Followed, NoRule, contract, follow
+from divflow.divergence.plan import Plan, Plans, circumstances
+from divflow.divergence.state import state_of
 
 __all__ = ["Exact"]
 
@@ -21,18 +31,62 @@ _METHODS = ("auto", "layered", "colored", "forward", "reverse")
 _LARGEST_MEMORY = 2**31
 # Relative cost at which a batch for each time, with its smaller matrix products, is worth it.
 _WORTH_SEPARATING = 0.5
+# Structures of one field that plans are made for, before it is taken for one that never does the same twice.
+_MOST_STRUCTURES = 8
 
 
-class _Kept(NamedTuple):
-    """A plan, the structure of the field that it was made for, and the colours if there are any."""
+class _Choice(NamedTuple):
+    """A plan, and the colouring if there is one."""
 
     plan: Plan
-    signature: Hashable
-    colors: Tensor | None = None
+    coloring: Coloring | None = None
 
 
-# Plans by field and shape of x; colourings by field, event shape and structure, whatever the batch.
-_PLANS, _COLORINGS = Plans(), Plans(size=8)
+class _Choices:
+    """The choices for one field: by what it did when they were made, or one under None, whatever it does.
+
+    Attributes:
+        latest: the plan that was made last.
+    """
+
+    def __init__(self) -> None:
+        self._by_signature: dict[Hashable, _Choice] = {}
+        self._calls = 1
+        self.latest: Plan | None = None
+
+    def get(self, signature: Hashable) -> _Choice | None:
+        """The choice for a structure."""
+        return self._by_signature.get(signature)
+
+    def add(self, signature: Hashable, choice: _Choice) -> None:
+        """Remember the choice for a structure, in place of an earlier one."""
+        self._by_signature[signature] = choice
+        self.latest = choice.plan
+
+    def __len__(self) -> int:
+        return len(self._by_signature)
+
+    def products(self) -> bool:
+        """Whether some of the plans take products with the Jacobian."""
+        return any(choice.coloring is not None for choice in self._by_signature.values())
+
+    def due(self) -> bool:
+        """Count a call: at calls 2, 4, 8, ... what was verified at the first is verified again."""
+        self._calls += 1
+        return self._calls & (self._calls - 1) == 0
+
+
+class _Made(NamedTuple):
+    """A choice, the evaluation that it was made or found for, and the paths of a layered one."""
+
+    choice: _Choice
+    followed: Followed
+    cycles: list[Cycle]
+
+
+# Choices by field and circumstances; colourings by field, event shape and structure, whatever the batch.
+_CHOICES: Plans[_Choices] = Plans()
+_COLORINGS: Plans[Coloring] = Plans(size=8)
 
 
 @dataclass(frozen=True)
@@ -75,11 +129,12 @@ class Exact(Estimator):
         The field is evaluated, unless the choice for it has been made before.
         """
         x = checked_state(x)
-        kept = self._kept(g, as_time(t, x), x)
-        if kept is None:
+        t = as_time(t, x)
+        choices = self._choices(g, t, x)
+        if choices.latest is None:
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-                kept, _ = self._first(g, as_time(t, x), x)
-        return kept.plan
+                return self._first(g, t, x, choices)[0].plan
+        return choices.latest
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
         """The value, the exact divergence and a standard error of zero; `generator` is not used."""
@@ -88,24 +143,39 @@ class Exact(Estimator):
         if self.method == "forward":
             value, divergence = dense.forward(g, t, x, self._chunk_size(x, event_size(x)))
             return _exactly(value, divergence)
-        kept = self._kept(g, t, x)
-        if kept is not None and kept.plan.method not in ("layered", "colored"):
-            return self._result(kept, Followed(linearize_field(g, t, x), None, None), x)
-        followed = None
-        if kept is not None:
-            followed = self._followed_as_before(g, t, x, kept)
-        if followed is None:
-            kept, followed = self._first(g, t, x)
-        return self._result(kept, followed, x)
+        choices = self._choices(g, t, x)
+        always = choices.get(None)
+        if always is not None:
+            return self._dense_result(always, linearize_field(g, t, x), x)
+        made = self._again(g, t, x, choices) if len(choices) else None
+        choice, followed, cycles = self._first(g, t, x, choices) if made is None else made
+        if choice.plan.method == "layered":
+            return _exactly(followed.field.value, followed.divergence(cycles, self.chunk_size))
+        if choice.coloring is None:
+            return self._dense_result(choice, followed.field, x)
+        plan, recompute = choice.plan, self.chunk_size is not None
+        divergence = colored.trace(followed.field, x, choice.coloring.colors, plan.chunk_size, recompute)
+        return _exactly(followed.field.value, divergence)
 
-    def _followed_as_before(self, g: Field, t: Tensor, x: Tensor, kept: _Kept) -> Followed | None:
-        """The field evaluated, if it did the same as when its plan was made; else the random numbers are given back."""
-        states = rng_states(x)
-        products = torch.is_grad_enabled() or kept.plan.method == "colored"
+    def _dense_result(self, choice: _Choice, field: Linearization, x: Tensor) -> Estimate:
+        return _exactly(field.value, dense.reverse(field, x, choice.plan.chunk_size, self.chunk_size is not None))
+
+    def _again(self, g: Field, t: Tensor, x: Tensor, choices: _Choices) -> _Made | None:
+        """The field evaluated, if it did the same as when a plan was made; else the random numbers are given back."""
+        states, verify = rng_states(x), choices.due()
+        products = torch.is_grad_enabled() or verify or choices.products()
         try:
-            followed = follow(g, t, x, products)
-            if followed.signature == kept.signature and not followed.hides():
-                return followed
+            followed = follow(g, t, x, products, verify)
+            choice = choices.get(followed.signature)
+            if choice is not None and not followed.hides():
+                cycles = followed.cycles() if choice.plan.method == "layered" else []
+                if verify and choice.coloring is None:
+                    followed.verify(cycles)
+                elif verify:
+                    colored.check(followed.field, x, choice.coloring.seen)
+                return _Made(choice, followed, cycles)
+        except (NoRule, colored.NotLocal):
+            pass
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -126,32 +196,49 @@ class Exact(Estimator):
             < _WORTH_SEPARATING * self.explain(g, t.expand(len(x)), x).cost_in_forward_passes
         )
 
-    def _kept(self, g: Field, t: Tensor, x: Tensor) -> _Kept | None:
-        if self.method in ("forward", "reverse") or x.numel() == 0 or torch.compiler.is_compiling():
-            return _Kept(self._dense(x, "asked for" if self.method != "auto" else "there is nothing to gain"), None)
-        return _PLANS.get(g, self, *circumstances(t, x))
+    def _choices(self, g: Field, t: Tensor, x: Tensor) -> _Choices:
+        """Those made before for this field, or new ones, which are kept."""
+        settled = self.method in ("forward", "reverse")
+        if settled or x.numel() == 0 or torch.compiler.is_compiling():
+            choices = _Choices()
+            choices.add(None, _Choice(self._dense(x, "asked for" if settled else "there is nothing to gain")))
+            return choices
+        choices = _CHOICES.get(g, self, *circumstances(t, x))
+        if choices is None:
+            choices = _Choices()
+            _CHOICES.keep(choices, g, self, *circumstances(t, x))
+        return choices
 
-    def _first(self, g: Field, t: Tensor, x: Tensor) -> tuple[_Kept, Followed]:
-        """Evaluate once, choose, and keep the choice."""
+    def _first(self, g: Field, t: Tensor, x: Tensor, choices: _Choices) -> _Made:
+        """Evaluate once, choose for what the field did, and remember the choice."""
         before = state_of(g)
-        followed = follow(g, t, x, products=True)
-        kept = self._choose(g, t, x, followed, changes_itself=state_of(g) != before)
-        _PLANS.keep(kept, g, self, *circumstances(t, x))
-        return kept, followed
+        followed = follow(g, t, x, products=True, verify=True)
+        if self.method == "auto" and len(choices) >= _MOST_STRUCTURES:
+            made = _Made(
+                _Choice(self._dense(x, "dense products: it does other operations at every call")), followed, []
+            )
+        else:
+            made = self._choose(g, t, x, followed, changes_itself=state_of(g) != before)
+        dense_products = made.choice.plan.method == "reverse"
+        # Nothing can be verified where the value is infinite or NaN.
+        if not dense_products or followed.field.value.isfinite().all():
+            choices.add(None if dense_products else followed.signature, made.choice)
+        return made
 
-    def _choose(self, g: Field, t: Tensor, x: Tensor, followed: Followed, changes_itself: bool) -> _Kept:
+    def _choose(self, g: Field, t: Tensor, x: Tensor, followed: Followed, changes_itself: bool) -> _Made:
         reasons = []
         if self.method in ("auto", "layered"):
             try:
-                return _Kept(self._layered(x, followed), followed.signature)
+                cycles = followed.cycles()
+                return _Made(_Choice(self._layered(x, followed, cycles)), followed, cycles)
             except NoRule as error:
                 reasons.append(f"not layered: {error}".rstrip(","))
         if self.method in ("auto", "colored"):
             try:
                 if changes_itself:
                     raise colored.NotLocal("the field changes its own state when it is evaluated")
-                colors = _colors(g, t, x, followed)
-                return _Kept(self._colored(x, colors, followed), followed.signature, colors)
+                coloring = _coloring(g, t, x, followed)
+                return _Made(_Choice(self._colored(x, coloring, followed), coloring), followed, [])
             except colored.NotLocal as error:
                 reasons.append(f"not colored: {error}")
         if self.method != "auto":
@@ -159,10 +246,9 @@ class Exact(Estimator):
                 f"method={self.method!r} does not apply to this field ({'; '.join(reasons)}); use "
                 "method='auto', which takes the cheapest that does"
             )
-        return _Kept(self._dense(x, f"dense products: {'; '.join(reasons)}", followed), None)
+        return _Made(_Choice(self._dense(x, f"dense products: {'; '.join(reasons)}", followed)), followed, [])
 
-    def _layered(self, x: Tensor, followed: Followed) -> Plan:
-        cycles = followed.cycles()
+    def _layered(self, x: Tensor, followed: Followed, cycles: list[Cycle]) -> Plan:
         followed.verify(cycles)
         value, batch = max(1, followed.trace.multiplications), x.shape[0]
         products = sum(contract.cost(cycle, batch) for cycle in cycles)
@@ -176,8 +262,8 @@ class Exact(Estimator):
         cost = 1 + products / value
         return Plan("layered", why, 0, 1, cost, cost / 2, memory)
 
-    def _colored(self, x: Tensor, colors: Tensor, followed: Followed) -> Plan:
-        count, size = len(colors), event_size(x)
+    def _colored(self, x: Tensor, coloring: Coloring, followed: Followed) -> Plan:
+        count, size = len(coloring.colors), event_size(x)
         if self.method == "auto" and count > 0.8 * size:
             raise colored.NotLocal(f"it takes {count} colours for {size} dimensions")
         # A network of images has far more activations than its states have entries.
@@ -199,18 +285,8 @@ class Exact(Estimator):
     def _chunk_size(self, x: Tensor, count: int, activations: int = 1) -> int:
         return min(self.chunk_size or dense.products_per_pass(x, activations), max(count, 1))
 
-    def _result(self, kept: _Kept, followed: Followed, x: Tensor) -> Estimate:
-        field, method, recompute = followed.field, kept.plan.method, self.chunk_size is not None
-        if method == "layered":
-            divergence = followed.divergence(followed.cycles(), self.chunk_size)
-        elif method == "colored":
-            divergence = colored.trace(field, x, kept.colors, kept.plan.chunk_size, recompute)
-        else:
-            divergence = dense.reverse(field, x, kept.plan.chunk_size, recompute)
-        return _exactly(field.value, divergence)
 
-
-def _colors(g: Field, t: Tensor, x: Tensor, followed: Followed) -> Tensor:
+def _coloring(g: Field, t: Tensor, x: Tensor, followed: Followed) -> Coloring:
     if followed.hides() or not followed.trace.depends(followed.output):
         raise colored.NotLocal("a part of it is hidden from torch functions")
     if followed.trace.choices:
@@ -220,12 +296,12 @@ def _colors(g: Field, t: Tensor, x: Tensor, followed: Followed) -> Tensor:
     if coloring is not None:
         try:
             colored.check(followed.field, x, coloring.seen)
-            return coloring.colors
+            return coloring
         except colored.NotLocal:
             pass  # it was another field: find its own
     coloring = colored.find(g, t, x, followed.field)
     _COLORINGS.keep(coloring, g, *key)
-    return coloring.colors
+    return coloring
 
 
 def _exactly(value: Tensor, divergence: Tensor) -> Estimate:

@@ -1,17 +1,21 @@
 """How an exact divergence is computed: the choice, and its memory for as long as the field lives."""
 
+import contextlib
 import functools
 import types
 import weakref
-from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from divflow.divergence.field import Field
+from divflow.divergence.recent import Recent
 
-__all__ = ["Plan", "Plans", "circumstances", "state_of"]
+__all__ = ["Plan", "Plans", "circumstances", "contents"]
+
+Kept = TypeVar("Kept")
 
 
 class Plan(NamedTuple):
@@ -36,34 +40,34 @@ class Plan(NamedTuple):
     memory: int
 
 
-class Plans:
-    """Plans by field, event shape and the like, the least recently used forgotten first; fields are held weakly."""
+class Plans(Generic[Kept]):
+    """What is kept of fields, by their identity and some circumstances; fields are held weakly.
+
+    Args:
+        size: how many are kept, the least recent forgotten first.
+    """
 
     def __init__(self, size: int = 256) -> None:
-        self._size = size
-        self._plans: OrderedDict[Hashable, tuple[list[weakref.ref], Any]] = OrderedDict()
+        self._kept: Recent[tuple[list[weakref.ref], Kept]] = Recent(size)
 
-    def get(self, g: Field, *circumstances: Hashable) -> Any:
-        """The plan kept for this field, or None."""
-        parts, _ = _structure(g)
-        held, plan = self._plans.get((parts, circumstances), ((), None))
-        return None if any(reference() is None for reference in held) else plan
+    def get(self, g: Field, *circumstances: Hashable) -> Kept | None:
+        """What is kept of this field, or None."""
+        parts, _ = _identity(g)
+        references, kept = self._kept.get((parts, circumstances)) or ((), None)
+        return None if any(reference() is None for reference in references) else kept
 
-    def keep(self, plan: Any, g: Field, *circumstances: Hashable) -> None:
-        """Keep a plan for this field."""
-        parts, objects = _structure(g)
+    def keep(self, kept: Kept, g: Field, *circumstances: Hashable) -> None:
+        """Keep something of this field, for as long as it lives."""
+        parts, objects = _identity(g)
         key = parts, circumstances
         try:
-            held = [weakref.ref(item, lambda _: self._plans.pop(key, None)) for item in objects]
+            references = [weakref.ref(item, lambda _: self._kept.forget(key)) for item in objects]
         except TypeError:  # something that can't be referenced weakly: its identity could be another's tomorrow
             return
-        self._plans[key] = held, plan
-        self._plans.move_to_end(key)
-        while len(self._plans) > self._size:
-            self._plans.popitem(last=False)
+        self._kept.keep(key, (references, kept))
 
 
-def _structure(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
+def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
     """What tells a field from another: a hashable, in which objects count by identity, and these objects.
 
     Two functions of the same code over the same objects are one field, such as a lambda made in each training step;
@@ -73,8 +77,7 @@ def _structure(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
         return (type(g), g), []
     if depth < 8:
         if isinstance(g, types.FunctionType):
-            cells = [cell.cell_contents for cell in g.__closure__ or () if _is_set(cell)]
-            parts = [g.__code__, g.__defaults__ or (), tuple((g.__kwdefaults__ or {}).items()), *cells]
+            parts = [g.__code__, g.__defaults__ or (), tuple((g.__kwdefaults__ or {}).items()), *contents(g)]
             return _joined(g.__code__, [g.__code__], parts[1:], depth)
         if isinstance(g, types.MethodType):
             return _joined("method", [], [g.__func__, g.__self__], depth)
@@ -90,44 +93,23 @@ def _structure(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
 
 
 def _joined(tag: Hashable, own: list[object], parts: list[object], depth: int) -> tuple[Hashable, list[object]]:
-    structures = [_structure(part, depth + 1) for part in parts]
-    return (tag, *(structure for structure, _ in structures)), own + [
-        item for _, objects in structures for item in objects
+    identities = [_identity(part, depth + 1) for part in parts]
+    return (tag, *(identity for identity, _ in identities)), own + [
+        item for _, objects in identities for item in objects
     ]
 
 
-def _is_set(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - raises where the variable has no value yet
-    except ValueError:
-        return False
-    return True
-
-
-def state_of(g: object, depth: int = 0) -> Hashable:
-    """The identities and versions of all tensors that the modules in a field hold: another after they are changed."""
-    if isinstance(g, nn.Module):
-        held = [item for module in g.modules() for item in (*module._buffers.values(), *vars(module).values())]
-        return tuple(
-            (id(item), 0 if item.is_inference() else item._version) for item in held if isinstance(item, Tensor)
-        )
-    parts: list[object] = []
-    if depth < 8:
-        if isinstance(g, types.FunctionType):
-            parts = [cell.cell_contents for cell in g.__closure__ or () if _is_set(cell)]
-        elif isinstance(g, types.MethodType):
-            parts = [g.__self__]
-        elif isinstance(g, functools.partial):
-            parts = [g.func, *g.args, *g.keywords.values()]
-        elif isinstance(g, tuple | list):
-            parts = list(g)
-        elif isinstance(g, dict):
-            parts = list(g.values())
-        elif callable(g) and hasattr(g, "__dict__") and not isinstance(g, type):
-            parts = list(vars(g).values())
-    return tuple(state for part in parts if (state := state_of(part, depth + 1)))
+def contents(function: types.FunctionType) -> list[object]:
+    """What a function's closure holds: of variables that have a value yet."""
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
 
 
 def circumstances(t: Tensor, x: Tensor) -> Hashable:
     """What a plan depends on beside the field."""
-    return t.ndim, tuple(x.shape), x.dtype, x.device
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return t.ndim, tuple(x.shape), x.dtype, x.device, torch.is_grad_enabled(), autocast

@@ -3,13 +3,15 @@
 Each is evaluated at several points in turn, since what is verified at one need not hold at the next.
 """
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from divflow.divergence import Autograd, Exact, divergence
+from divflow.divergence import Autograd, Exact, FieldError, divergence
 
 torch.manual_seed(0)
 X, SQUARE, LONG = torch.randn(5, 6), torch.randn(6, 6), torch.randn(3, 32)
@@ -66,8 +68,16 @@ LATER = INDEX.copy()
 LATER[1000:1010] = LATER[1000:1010][::-1]
 TRUE = torch.ones(6).bool()
 
+
+def zoomed(t, x):
+    """Of the same size, but not of the same entries, for t in [0, 1]."""
+    return F.interpolate(x, scale_factor=1.52 + 0.06 * t.item(), mode="bilinear")[..., :8, :8] * x
+
+
 # Each: the field, and the points in turn.
 IN_TIME = {
+    "a scale of another number": (zoomed, IMAGE),
+    "entries chosen by the time": (lambda t, x: x.index_select(1, torch.arange(6).roll(int(4 * t))) @ W, X),
     "a matrix for each of k = D samples": (lambda t, x: t * torch.einsum("bij,bj->bi", EACH, x) - x / 2, SQUARE),
     "the same by matmul": (lambda t, x: t * torch.matmul(x[:, None], EACH)[:, 0] - x / 2, SQUARE),
     "a small matrix for each": (lambda t, x: x + 1e-3 * torch.einsum("bij,bj->bi", EACH, x), SQUARE),
@@ -240,3 +250,82 @@ def test_half_precision_is_verified_too():
         divergence(lambda t, x: x + torch.einsum("bij,bj->bi", each, x), 0.0, x, e) for e in (Exact(), Autograd())
     )
     torch.testing.assert_close(actual, expected, rtol=1e-2, atol=5e-2)
+
+
+SORTED = nn.Linear(6, 5), nn.Linear(5, 6)
+
+
+def in_order(t, x):
+    h = SORTED[0](x).tanh()
+    return SORTED[1](h.gather(1, h.argsort(1)))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_entries_chosen_by_x_are_followed_anew(batch):
+    """All samples are in one order at first, and then each in its own."""
+    for x in (torch.zeros(batch, 6), torch.randn(batch, 6), torch.randn(batch, 6)):
+        torch.testing.assert_close(divergence(in_order, 0.0, x), divergence(in_order, 0.0, x, Autograd()))
+
+
+def test_a_method_that_applies_no_more_is_refused():
+    layered = Exact("layered")
+    divergence(in_order, 0.0, torch.zeros(3, 6), layered)
+    with pytest.raises(FieldError, match=r"'layered' does not apply.*gather between samples.*method='auto'"):
+        divergence(in_order, 0.0, torch.randn(3, 6), layered)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([[1, 0]]), torch.tensor([[True, False]])])
+@pytest.mark.parametrize("size", [1, 3])
+def test_integers_beside_x_are_no_numbers_of_entries(labels, size):
+    """One sample, and a last layer of zeros: products with the whole Jacobian show nothing."""
+    first, last = nn.Linear(size + 2, 5), nn.Linear(5, size)
+    nn.init.zeros_(last.weight)
+    x = torch.randn(1, size)
+
+    def field(t, x):
+        return last(first(torch.cat([labels, x], dim=1)).tanh())
+
+    for _ in range(3):
+        torch.testing.assert_close(divergence(field, 0.0, x), divergence(field, 0.0, x, Autograd()))
+        assert Exact().explain(field, 0.0, x).method == "layered"
+        nn.init.normal_(last.weight)
+
+
+@pytest.mark.parametrize("method", ["auto", "colored"])
+def test_a_local_field_that_sees_nothing(method):
+    def cropped_away(t, x):
+        return F.pad(x, (-32, 32))
+
+    torch.testing.assert_close(divergence(cropped_away, 0.0, LONG, Exact(method)), torch.zeros(3))
+
+
+def test_a_counter_outside_of_any_module_is_advanced_once_a_call():
+    conv, count = nn.Conv1d(1, 1, 3, padding=1), [0]
+
+    def counting(t, x):
+        count[0] += 1
+        return conv(x[:, None])[:, 0].tanh() * x
+
+    for calls in (1, 2, 3):
+        divergence(counting, 0.0, LONG)
+        assert count == [calls]
+
+
+def test_from_several_threads_at_once():
+    net, failures = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)), []
+    points = [torch.randn(1 + i % 4, 6) for i in range(40)]
+    expected = [divergence(lambda t, x: net(x), 0.0, x, Autograd()).detach() for x in points]
+
+    def work(scale):
+        try:
+            for x, true in zip(points, expected, strict=True):
+                torch.testing.assert_close(divergence(lambda t, x: scale * net(x), 0.0, x).detach(), scale * true)
+        except BaseException as error:  # it would end with the thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(scale,)) for scale in (1.0, 1.0, 2.0, 3.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

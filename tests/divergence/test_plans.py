@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from divflow.divergence import Exact, Plan, divergence, shared_products
-from divflow.divergence.layered import contract
+from divflow.divergence import Autograd, Exact, Plan, divergence, shared_products
+from divflow.divergence.layered import contract, rules
 from divflow.divergence.plan import Plans
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented
@@ -99,6 +99,58 @@ def test_plans_forget_the_oldest_and_the_dead():
     fields[1].eval()
     assert plans.get(fields[1], "here") is None
     assert Plans().get(lambda t, x: x) is None
+
+
+def wrong(u, y):
+    return 2 - y * y
+
+
+def test_a_wrong_derivative_is_found_behind_a_layer_of_zeros(monkeypatch):
+    """The Jacobian of the whole field is zero then, whatever the rules say."""
+    net = MLP(3, (8, 8), zero_init=True)
+    monkeypatch.setitem(rules._DERIVATIVES, "tanh", wrong)
+    plan = Exact().explain(net, 0.0, X)
+    assert plan.method == "reverse"
+    assert "the derivative of tanh is another" in plan.why
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_what_was_verified_is_verified_again(monkeypatch, mode):
+    """At calls 2, 4, 8, ...: a fault that shows up later lasts no longer than the field has lived."""
+    net = MLP(3, (8, 8))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    true = divergence(net, 0.0, X, Autograd()).detach()
+    with mode():
+        for _ in range(1, 4):
+            torch.testing.assert_close(divergence(net, 0.0, X).detach(), true)
+            assert Exact().explain(net, 0.0, X).method == "layered"
+        monkeypatch.setitem(rules._DERIVATIVES, "tanh", wrong)
+        for _ in range(4, 7):
+            torch.testing.assert_close(divergence(net, 0.0, X).detach(), true)
+            assert Exact().explain(net, 0.0, X).method == "reverse"
+
+
+def test_a_field_that_never_does_the_same_is_not_planned_for_ever():
+    conv = nn.Conv1d(1, 1, 3, padding=1)
+
+    def zoomed(t, x):
+        wider = torch.nn.functional.interpolate(x[:, None], scale_factor=1 + t.item(), mode="linear")
+        return conv(wider)[:, 0, :16] * x
+
+    x, methods = torch.randn(2, 16), []
+    for i in range(1, 13):
+        t = torch.tensor(i / 1000)
+        torch.testing.assert_close(divergence(zoomed, t, x), divergence(zoomed, t, x, Autograd()))
+        methods.append(Exact().explain(zoomed, t, x).method)
+    assert methods == ["colored"] * 8 + ["reverse"] * 4
+    assert "other operations at every call" in Exact().explain(zoomed, t, x).why
+
+
+def test_a_first_point_at_which_nothing_can_be_verified_decides_nothing():
+    net = MLP(3, (8, 8))
+    assert divergence(net, 0.0, X * torch.nan).isnan().all()
+    assert Exact().explain(net, 0.0, X).method == "layered"
 
 
 def test_products_of_parameters_are_taken_once_a_solve(monkeypatch):

@@ -23,8 +23,9 @@ from divflow.divergence.layered import contract
 from divflow.divergence.layered.jacobian import NoRule, apply
 from divflow.divergence.layered.paths import Cycle, cycles
 from divflow.divergence.layered.trace import Trace
+from divflow.divergence.layered.verify import require_equal
 
-__all__ = ["Followed", "NoRule", "follow"]
+__all__ = ["Cycle", "Followed", "NoRule", "follow"]
 
 
 # The dimensions up to which a sample's whole Jacobian is formed, once, to check the trace.
@@ -88,24 +89,17 @@ class Followed(NamedTuple):
         if self.hides():
             raise NoRule("a part is hidden from torch functions, as a custom autograd.Function is")
         value, terms = self.field.value.detach(), self.trace.terms(self.output)
-        value = value.to(accumulation_dtype(value))
+        dtype, value = self.output.dtype, value.to(accumulation_dtype(value))
         noise, size = torch.Generator().manual_seed(0), event_size(value)
         u, v = (torch.randn(value.shape, generator=noise, dtype=torch.float64).to(value) for _ in range(2))
         with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
             known = apply(terms, size, flatten_event(v)) * flatten_event(u)
             true = flatten_event(self.field.pullback(u[None].to(self.field.value.dtype))[0] * v)
-            self._require_equal(known, true, "the derivative of an operation is another")
+            require_equal(known, true, dtype, "the Jacobian is another")
             if size <= _LARGEST_JACOBIAN:
                 entries = apply(terms, size, torch.eye(size).to(value), sample=0).diagonal()
                 trace = self.divergence(cycles, None)[:1, None].to(value)
-                self._require_equal(entries[None], trace, "its trace does not add up in this precision")
-
-    def _require_equal(self, known: Tensor, true: Tensor, reason: str) -> None:
-        """That the sums over the entries of every sample agree."""
-        scale = torch.linalg.vector_norm(known, dim=1) + torch.linalg.vector_norm(true, dim=1)
-        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(self.output.dtype, 0.05)
-        if not ((known.sum(dim=1) - true.sum(dim=1)).abs() <= tolerance * scale).all():
-            raise NoRule(reason)
+                require_equal(entries[None], trace, dtype, "its trace does not add up in this precision")
 
 
 # Their arguments are shapes.
@@ -118,19 +112,20 @@ def _without_batch(summary: Hashable) -> Hashable:
     return tuple(map(_without_batch, summary)) if isinstance(summary, tuple) else summary
 
 
-def follow(g: Field, t: Tensor | float, x: Tensor, products: bool) -> Followed:
+def follow(g: Field, t: Tensor | float, x: Tensor, products: bool, verify: bool = False) -> Followed:
     """Evaluate a field at (t, x), following what it does to x.
 
     Args:
         g: the field.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
-        products: whether the value's graph from x is needed, for `verify` and for products with the Jacobian.
+        products: whether the value's graph from x is needed, for `Followed.verify` and for products with the Jacobian.
+        verify: whether what is known of each operation is compared with autograd.
     """
     differentiable, seen = products or torch.is_grad_enabled(), []
 
     def watched(t: Tensor, z: Tensor) -> Tensor:
-        trace = Trace(z, differentiable)
+        trace = Trace(z, differentiable, verify)
         with trace:
             output = g(t, z)
         seen.extend((output, trace))

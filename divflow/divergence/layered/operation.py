@@ -1,6 +1,7 @@
 """A torch function at its arguments, as a `TorchFunctionMode` sees it: its name, its tensors, its structure."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Container, Hashable, Iterable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Operation", "described", "name_of", "tensors_in"]
+__all__ = ["Decisive", "Operation", "described", "name_of", "tensors_in"]
 
 
 @functools.cache
@@ -38,13 +39,28 @@ _PLAIN = {int, str, bool, type(None), type(Ellipsis), torch.dtype, torch.device}
 _NAMED = {torch.memory_format, torch.layout, range}
 
 
-def described(values: Iterable[Any], known: Container[int], tensors: list[Tensor]) -> tuple[Hashable, ...]:
-    """What of an operation's arguments decides its structure: shapes and options, not the numbers in them.
+class Decisive(NamedTuple):
+    """Which numbers among an operation's arguments decide what it sees, beside shapes and options.
+
+    Attributes:
+        numbers: floats, such as a scale of `interpolate`.
+        indices: what integer and bool tensors hold, such as the index of `gather`.
+    """
+
+    numbers: bool
+    indices: bool
+
+
+def described(
+    values: Iterable[Any], known: Container[int], tensors: list[Tensor], decisive: Decisive
+) -> tuple[Hashable, ...]:
+    """What of an operation's arguments decides its structure: shapes, options, and the numbers that are decisive.
 
     Args:
         values: the arguments.
         known: identities of the tensors that depend on x.
         tensors: to which those among the arguments are added, in nested tuples, lists and dicts, too.
+        decisive: the numbers that count.
     """
     parts: list[Hashable] = []
     for value in values:
@@ -53,15 +69,18 @@ def described(values: Iterable[Any], known: Container[int], tensors: list[Tensor
             parts.append(value)
         elif isinstance(value, Tensor):
             tensors.append(value)
-            parts.append((id(value) in known, value.shape))
+            depends = id(value) in known
+            parts.append((depends, value.shape))
+            if decisive.indices and not depends and not value.is_floating_point():
+                parts.append(hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).digest())
         elif isinstance(value, tuple | list):
-            parts.append(described(value, known, tensors))
+            parts.append(described(value, known, tensors, decisive))
         elif kind is dict:
-            parts.append((*value, *described(value.values(), known, tensors)))
+            parts.append((*value, *described(value.values(), known, tensors, decisive)))
         elif kind is float or kind is complex:
-            parts.append("number")
+            parts.append(value if decisive.numbers else "number")
         elif kind is slice:
-            parts.append(("slice", *described((value.start, value.stop, value.step), known, tensors)))
+            parts.append(("slice", *described((value.start, value.stop, value.step), known, tensors, decisive)))
         elif isinstance(value, np.ndarray):
             parts.append((value.shape, str(value.dtype), value.tobytes()))
         elif kind in _NAMED:
@@ -76,7 +95,7 @@ class Operation(NamedTuple):
 
     Attributes:
         tensors: those among the arguments, lists and dicts included.
-        summary: what decides the structure: the name, shapes and options, not the numbers in tensors.
+        summary: what decides the structure: the name, shapes and options, and the numbers that do.
     """
 
     func: Any

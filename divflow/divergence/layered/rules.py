@@ -6,8 +6,7 @@ operation, which is the same for a function of torch, a method of Tensor and a f
 
 import contextlib
 import functools
-import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from divflow.divergence.layered.jacobian import Linear, Movement, NoRule, Term, add, move, scale
-from divflow.divergence.layered.operation import Operation, tensors_in
+from divflow.divergence.layered.operation import Decisive, Operation, tensors_in
+from divflow.divergence.recent import Recent
 
 if TYPE_CHECKING:
     from divflow.divergence.layered.trace import Trace
 
-__all__ = ["RULES", "SAME_EVERYWHERE"]
+__all__ = ["RULES", "SAME_EVERYWHERE", "decisive"]
 
 # Elements of the matrix of a linear map that has to be found by applying it to a basis.
 _LARGEST_MATRIX = 2**22
@@ -31,19 +31,12 @@ _LARGEST_MATRIX = 2**22
 
 
 def _movement(trace: "Trace", op: Operation) -> Any:
-    operands, contents = [], []
-    for tensor in op.tensors:
-        if trace.depends(tensor):
-            operands.append(tensor)
-        elif not tensor.is_floating_point():
-            contents.append(hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).digest())
+    operands = [tensor for tensor in op.tensors if trace.depends(tensor)]
     sources = [trace.terms(operand) for operand in operands]
-    key = op.summary, *contents
-    if key not in _MOVEMENTS:
-        if len(_MOVEMENTS) >= _MOST_MOVEMENTS:
-            _MOVEMENTS.pop(next(iter(_MOVEMENTS)))
-        _MOVEMENTS[key] = _find_movements(trace, op)
-    found = _MOVEMENTS[key]
+    found = _MOVEMENTS.get(op.summary)
+    if found is None:
+        found = _find_movements(trace, op)
+        _MOVEMENTS.keep(op.summary, found)
     result = op()
     for tensor, movements in zip(tensors_in(result), found, strict=True):
         parts = [move(terms, movement) for terms, movement in zip(sources, movements, strict=True)]
@@ -51,31 +44,42 @@ def _movement(trace: "Trace", op: Operation) -> Any:
     return result
 
 
-_MOVEMENTS: dict[Hashable, list[list[Movement]]] = {}
-_MOST_MOVEMENTS = 1024
+_MOVEMENTS: Recent[list[list[Movement]]] = Recent(1024)
 
 
 def _find_movements(trace: "Trace", op: Operation) -> list[list[Movement]]:
-    """Where each entry of an operation's results comes from, in each operand: torch itself moves numbered entries."""
-    batch, sizes = trace.batch, [tensor.shape[1:].numel() for tensor in op.tensors if trace.depends(tensor)]
-    offset, total = 0, sum(sizes)
+    """Where each entry of an operation's results comes from, in each operand: torch itself moves numbered entries.
 
-    def numbered(tensor: Tensor) -> Tensor:
-        nonlocal offset
-        if trace.depends(tensor):
-            event = tensor.shape[1:]
-            entries = torch.arange(offset, offset + event.numel()).view(1, *event)
-            offset += event.numel()
-            return entries + total * torch.arange(batch).view(batch, *[1] * len(event))
-        return torch.full(tensor.shape, -1) if tensor.is_floating_point() else tensor.cpu()
+    They are moved twice, under other numbers, so that a result which is none of them is known for a constant.
+    """
+    batch, sizes = trace.batch, [tensor.shape[1:].numel() for tensor in op.tensors if trace.depends(tensor)]
+    total = max(1, sum(sizes))
+    shift = batch * total
+
+    def moved(start: int) -> list[Tensor]:
+        offset = start
+
+        def numbered(tensor: Tensor) -> Tensor:
+            nonlocal offset
+            if trace.depends(tensor):
+                event = tensor.shape[1:]
+                entries = torch.arange(offset, offset + event.numel()).view(1, *event)
+                offset += event.numel()
+                return entries + total * torch.arange(batch).view(batch, *[1] * len(event))
+            return torch.full(tensor.shape, -1) if tensor.is_floating_point() else tensor.cpu()
+
+        return tensors_in(op.at(numbered))
 
     found = []
-    for tensor in tensors_in(op.at(numbered)):
+    for tensor, again in zip(moved(0), moved(shift), strict=True):
         if tensor.ndim == 0 or tensor.shape[0] != batch:
             raise NoRule(f"{op.name} over the batch")
-        rows = tensor.reshape(batch, tensor.shape[1:].numel())
-        index = torch.where(rows < 0, -1, rows % max(total, 1))
-        if ((rows // max(total, 1) != torch.arange(batch)[:, None]) & (rows >= 0)).any() or (index != index[:1]).any():
+        rows, others = (entries.reshape(batch, entries.shape[1:].numel()).long() for entries in (tensor, again))
+        entries = others - rows == shift
+        if not (entries | (others == rows)).all():
+            raise NoRule(f"{op.name} that chooses by what it moves")
+        index = torch.where(entries, rows % total, -1)
+        if ((rows // total != torch.arange(batch)[:, None]) & entries).any() or (index != index[:1]).any():
             raise NoRule(f"{op.name} between samples")
         index, offset, parts = index[0].numpy(), 0, []
         for size in sizes:
@@ -365,3 +369,13 @@ RULES: dict[str, Callable[..., Any]] = {
     "batch_norm": _batch_norm,
     "glu": _gated,
 }
+
+# Movements whose arguments are all of them entries, and none of them an index.
+_JOINING = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"}
+_CHOOSING = {*_MOVEMENT.split()} - _JOINING
+
+
+@functools.cache
+def decisive(name: str) -> Decisive:
+    """Which numbers decide what an operation does: none where its rule finds the Jacobian anew at every call."""
+    return Decisive(numbers=name not in RULES, indices=name in _CHOOSING)

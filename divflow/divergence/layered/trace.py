@@ -1,5 +1,6 @@
 """Watching a field as it is evaluated: the Jacobian of every value that it computes from x."""
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from divflow.divergence.field import graph_of
 from divflow.divergence.layered.jacobian import Base, NoRule, Term
 from divflow.divergence.layered.operation import Operation, described, name_of, tensors_in
-from divflow.divergence.layered.rules import RULES, SAME_EVERYWHERE
+from divflow.divergence.layered.rules import RULES, SAME_EVERYWHERE, decisive
+from divflow.divergence.layered.verify import verify_operation
 
 __all__ = ["Trace"]
 
@@ -64,6 +66,7 @@ class Trace(TorchFunctionMode):
     Args:
         x: the point `(k, *event)`.
         differentiable: whether values and Jacobians keep their graph.
+        verify: whether what is known of each operation is compared with autograd; where it differs, it is not known.
 
     Attributes:
         signature: what was done to x: operations, shapes and options. Two evaluations of one signature have the
@@ -76,9 +79,9 @@ class Trace(TorchFunctionMode):
         start: the graph's node that x comes from, None if it has none.
     """
 
-    def __init__(self, x: Tensor, differentiable: bool) -> None:
+    def __init__(self, x: Tensor, differentiable: bool, verify: bool = False) -> None:
         super().__init__()
-        self.batch, self.differentiable, self.start = x.shape[0], differentiable, x.grad_fn
+        self.batch, self.differentiable, self.start, self._verify = x.shape[0], differentiable, x.grad_fn, verify
         self.signature: list[Hashable] = []
         self.multiplications = self.elements = 0
         self.constants: list[Tensor] = []
@@ -125,13 +128,18 @@ class Trace(TorchFunctionMode):
         kwargs, tensors = kwargs or {}, []
         if name in _METADATA:
             return func(*args, **kwargs)
-        summary = (name, *described((*args, kwargs) if kwargs else args, self._known, tensors))
+        summary = (name, *described((*args, kwargs) if kwargs else args, self._known, tensors, decisive(name)))
         if not any(map(self.depends, tensors)) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         self.constants += [tensor for tensor in tensors if tensor.grad_fn is not None and not self.depends(tensor)]
         op, rule, reason = Operation(func, name, args, kwargs, tensors, summary), RULES.get(name), f"{name} has no rule"
         if rule is not None:
             try:
+                if self._verify:
+                    operands = {id(tensor): tensor for tensor in tensors if self.depends(tensor)}
+                    for operand in operands.values():
+                        self.terms(operand)
+                    verify_operation(op, [*operands.values()], functools.partial(Trace, differentiable=True))
                 torch.set_grad_enabled(self.differentiable)
                 try:
                     result = rule(self, op)

@@ -1,0 +1,38 @@
+"""Does a field change itself when it is evaluated? One that does must not be evaluated more often than it is asked for."""
+
+import functools
+import types
+from collections.abc import Hashable
+
+from torch import Tensor, nn
+
+from divflow.divergence.plan import contents
+
+__all__ = ["state_of"]
+
+
+def state_of(g: object, depth: int = 0) -> Hashable:
+    """Another after what a field holds has changed: versions of tensors, numbers, in modules, closures and containers."""
+    if isinstance(g, Tensor):
+        return id(g), 0 if g.is_inference() else g._version
+    if isinstance(g, (int, float, str, bool, type(None))):
+        return g
+    if depth == 8:
+        return id(g)
+    if isinstance(g, nn.Module):
+        parts = [item for module in g.modules() for item in (*module._buffers.values(), *vars(module).values())]
+        return tuple(state_of(item, 8) for item in parts if not isinstance(item, dict))
+    parts = []
+    if isinstance(g, types.FunctionType):
+        parts = contents(g)
+    elif isinstance(g, types.MethodType):
+        parts = [g.__self__]
+    elif isinstance(g, functools.partial):
+        parts = [g.func, *g.args, *g.keywords.values()]
+    elif isinstance(g, tuple | list):
+        parts = list(g)
+    elif isinstance(g, dict):
+        parts = list(g.values())
+    elif callable(g) and hasattr(g, "__dict__") and not isinstance(g, type):
+        parts = list(vars(g).values())
+    return (id(g), *(state_of(part, depth + 1) for part in parts))
