@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Decisive", "Operation", "described", "name_of", "tensors_in"]
+__all__ = ["Operation", "described", "indices", "name_of", "tensors_in"]
 
 
 @functools.cache
@@ -39,28 +39,16 @@ _PLAIN = {int, str, bool, type(None), type(Ellipsis), torch.dtype, torch.device}
 _NAMED = {torch.memory_format, torch.layout, range}
 
 
-class Decisive(NamedTuple):
-    """Which numbers among an operation's arguments decide what it sees, beside shapes and options.
-
-    Attributes:
-        numbers: floats, such as a scale of `interpolate`.
-        indices: what integer and bool tensors hold, such as the index of `gather`.
-    """
-
-    numbers: bool
-    indices: bool
-
-
 def described(
-    values: Iterable[Any], known: Container[int], tensors: list[Tensor], decisive: Decisive
+    values: Iterable[Any], known: Container[int], tensors: list[Tensor], numbers: bool
 ) -> tuple[Hashable, ...]:
-    """What of an operation's arguments decides its structure: shapes, options, and the numbers that are decisive.
+    """What of an operation's arguments decides its structure: shapes and options, not the numbers in tensors.
 
     Args:
         values: the arguments.
         known: identities of the tensors that depend on x.
         tensors: to which those among the arguments are added, in nested tuples, lists and dicts, too.
-        decisive: the numbers that count.
+        numbers: whether floats count, such as a scale of `interpolate`.
     """
     parts: list[Hashable] = []
     for value in values:
@@ -69,18 +57,15 @@ def described(
             parts.append(value)
         elif isinstance(value, Tensor):
             tensors.append(value)
-            depends = id(value) in known
-            parts.append((depends, value.shape))
-            if decisive.indices and not depends and not value.is_floating_point():
-                parts.append(hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).digest())
+            parts.append((id(value) in known, value.shape))
         elif isinstance(value, tuple | list):
-            parts.append(described(value, known, tensors, decisive))
+            parts.append(described(value, known, tensors, numbers))
         elif kind is dict:
-            parts.append((*value, *described(value.values(), known, tensors, decisive)))
+            parts.append((*value, *described(value.values(), known, tensors, numbers)))
         elif kind is float or kind is complex:
-            parts.append(value if decisive.numbers else "number")
+            parts.append(value if numbers else "number")
         elif kind is slice:
-            parts.append(("slice", *described((value.start, value.stop, value.step), known, tensors, decisive)))
+            parts.append(("slice", *described((value.start, value.stop, value.step), known, tensors, numbers)))
         elif isinstance(value, np.ndarray):
             parts.append((value.shape, str(value.dtype), value.tobytes()))
         elif kind in _NAMED:
@@ -88,6 +73,12 @@ def described(
         else:
             parts.append(object())  # equal to nothing
     return tuple(parts)
+
+
+def indices(tensors: list[Tensor]) -> list[Hashable]:
+    """What the integer and bool tensors among some hold."""
+    chosen = [tensor for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())]
+    return [hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).digest() for tensor in chosen]
 
 
 class Operation(NamedTuple):

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from divflow.divergence.layered.jacobian import Linear, Movement, NoRule, Term, add, move, scale
-from divflow.divergence.layered.operation import Decisive, Operation, tensors_in
+from divflow.divergence.layered.operation import Operation, tensors_in
 from divflow.divergence.recent import Recent
 
 if TYPE_CHECKING:
     from divflow.divergence.layered.trace import Trace
 
-__all__ = ["RULES", "SAME_EVERYWHERE", "decisive"]
+__all__ = ["CHOOSING", "RULES", "SAME_EVERYWHERE"]
 
 # Elements of the matrix of a linear map that has to be found by applying it to a basis.
 _LARGEST_MATRIX = 2**22
@@ -370,12 +370,6 @@ RULES: dict[str, Callable[..., Any]] = {
     "glu": _gated,
 }
 
-# Movements whose arguments are all of them entries, and none of them an index.
-_JOINING = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"}
-_CHOOSING = {*_MOVEMENT.split()} - _JOINING
-
-
-@functools.cache
-def decisive(name: str) -> Decisive:
-    """Which numbers decide what an operation does: none where its rule finds the Jacobian anew at every call."""
-    return Decisive(numbers=name not in RULES, indices=name in _CHOOSING)
+_JOINING = "cat concat concatenate stack hstack vstack dstack column_stack"
+CHOOSING = {*_MOVEMENT.split()} - {*_JOINING.split()}
+"""Movements whose integer arguments, if there are any, are indices and no entries."""

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from divflow.divergence.field import graph_of
 from divflow.divergence.layered.jacobian import Base, NoRule, Term
-from divflow.divergence.layered.operation import Operation, described, name_of, tensors_in
-from divflow.divergence.layered.rules import RULES, SAME_EVERYWHERE, decisive
+from divflow.divergence.layered.operation import Operation, described, indices, name_of, tensors_in
+from divflow.divergence.layered.rules import CHOOSING, RULES, SAME_EVERYWHERE
 from divflow.divergence.layered.verify import verify_operation
 
 __all__ = ["Trace"]
@@ -128,9 +128,13 @@ class Trace(TorchFunctionMode):
         kwargs, tensors = kwargs or {}, []
         if name in _METADATA:
             return func(*args, **kwargs)
-        summary = (name, *described((*args, kwargs) if kwargs else args, self._known, tensors, decisive(name)))
+        # Where there is a rule, it finds anew at every call what depends on numbers.
+        numbers = name not in RULES
+        summary = (name, *described((*args, kwargs) if kwargs else args, self._known, tensors, numbers))
         if not any(map(self.depends, tensors)) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if name in CHOOSING:
+            summary = (*summary, *indices(tensors))
         self.constants += [tensor for tensor in tensors if tensor.grad_fn is not None and not self.depends(tensor)]
         op, rule, reason = Operation(func, name, args, kwargs, tensors, summary), RULES.get(name), f"{name} has no rule"
         if rule is not None:
