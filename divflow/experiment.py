@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import sys
 import time
 import warnings
@@ -110,13 +111,27 @@ def _build_trainer(config: DictConfig) -> L.Trainer:
     )
     if settings["accelerator"] == "auto" and not torch.cuda.is_available():
         settings["accelerator"] = "cpu"  # MPS has no float64, in which torchdiffeq keeps time
-    if settings["accelerator"] == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("this device needs a GPU, but torch sees none; use device=cpu or device=multi_process_cpu")
+    if settings["accelerator"] == "gpu":
+        _check_gpus(settings["devices"])
     callbacks = [
         instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None
     ]
     return L.Trainer(
         default_root_dir=config.output_dir, logger=_build_logger(config.logger), callbacks=callbacks, **settings
+    )
+
+
+def _check_gpus(devices: int | str | list[int]) -> None:
+    there = torch.cuda.device_count()
+    numbers = devices if isinstance(devices, list) else range(there if devices in ("auto", -1, "-1") else int(devices))
+    if there and all(0 <= int(number) < there for number in numbers):
+        return
+    build = "" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} is built without CUDA; "
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    masked = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the others; " if hidden is not None else ""
+    remedy = f"use device.devices={there}" if there else "use device=cpu or device=multi_process_cpu"
+    raise ConfigError(
+        f"device.devices={devices} asks for GPUs of this machine, but torch sees {there or 'none'}; {build}{masked}{remedy}"
     )
 
 

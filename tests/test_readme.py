@@ -13,7 +13,10 @@ from divflow.experiment import train
 
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-LINES = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+SHELL = [
+    code for language, code in BLOCKS if language == "bash" and not code.startswith("#!")
+]  # test_processes reads SLURM's
+LINES = [line for code in SHELL for line in code.splitlines()]
 COMMANDS = [line[line.index("train.py") :] for line in LINES if "train.py" in line]
 
 

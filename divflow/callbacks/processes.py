@@ -1,0 +1,125 @@
+"""What several processes of a run agree on: who is there, when to stop, and with how many a checkpoint was written."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import distributed
+
+from divflow.processes import Watch
+
+__all__ = ["Processes"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Processes(L.Callback):
+    """End all processes of a run when one is gone, stop them after the same step, and say when their number changes.
+
+    A process that dies or fails ends the others with a message that names it and the checkpoint to go on with, within
+    seconds on the same machine and within `limit` from another. Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) to any of them
+    stop all of them after the step that they are at, `last.ckpt` saved; sent twice, at once. In one process it does
+    nothing but record that it is one.
+
+    Args:
+        interval: seconds between signs of life.
+        limit: seconds without one, after which a process counts as gone; more than any single call holds Python's lock.
+    """
+
+    def __init__(self, interval: float = 1.0, limit: float = 30.0) -> None:
+        self.interval, self.limit = interval, limit
+        self._watch: Watch | None = None
+        self._group: distributed.ProcessGroup | None = None
+        self._received = 0
+        self._stopping = False
+        self._world_size, self._was = 1, 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """With how many processes the checkpoint was written."""
+        return {"world_size": self._world_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the checkpoint's number of processes."""
+        self._was = state_dict["world_size"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin to watch, once all processes are there."""
+        self._world_size = self._was = trainer.world_size
+        if trainer.world_size == 1 or self._watch is not None:
+            return
+        launcher = trainer.strategy.launcher
+        self._watch = Watch(
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.strategy.broadcast,
+            lambda: _remedy(trainer),
+            lambda: launcher.kill(signal.SIGKILL) if launcher is not None else None,
+            self.interval,
+            self.limit,
+        )
+        # Of the CPU, so that no device is waited for.
+        self._group = distributed.new_group(backend="gloo")
+        trainer.strategy.barrier("divflow.watch")
+        self._watch.start()
+        if processes := getattr(launcher, "procs", None):
+            # Lightning's own observer kills this process without a word when a child has died; it holds this very list.
+            launcher.procs = list(processes)
+            processes.clear()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what another number of processes changes; answer signals in step."""
+        if self._was != trainer.world_size:
+            rank_zero_warn(_changes(trainer, self._was))
+        if self._watch is not None:
+            # Lightning's handlers start a collective wherever the process is, which another process may not be at.
+            for number in _SIGNALS:
+                signal.signal(number, self._receive)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop in all processes where a signal has reached one of them."""
+        if self._watch is None:
+            return
+        self._watch.step = trainer.global_step
+        received = torch.tensor(self._received)
+        distributed.all_reduce(received, distributed.ReduceOp.MAX, group=self._group)
+        if received:
+            self._stopping = True
+            raise KeyboardInterrupt if received == signal.SIGINT else SIGTERMException
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Tell the others, or say that it is another's."""
+        if self._watch is None or self._stopping:
+            return
+        self._watch.failed(exception)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
+            raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
+        self._received = number
+
+
+def _remedy(trainer: L.Trainer) -> str:
+    # Lightning's own callback names one file, divflow's another.
+    names = ("last_good", "last_model_path")
+    paths = [getattr(callback, name, "") for name in names for callback in trainer.checkpoint_callbacks]
+    last = next((path for path in paths if path and Path(path).is_file()), None)
+    return f"go on with ckpt_path={last}" if last else "there is no last.ckpt yet: start again"
+
+
+def _changes(trainer: L.Trainer, was: int) -> str:
+    now, rows = trainer.world_size, getattr(trainer.datamodule, "batch_size", None)
+    accumulated = trainer.accumulate_grad_batches
+    batch = f"the global batch from {was * rows * accumulated} to {now * rows * accumulated} rows " if rows else ""
+    keep = f"(data.batch_size={was * rows // now} keeps it)" if rows and was * rows % now == 0 else ""
+    return (
+        f"the checkpoint was written by {was} process{'es' if was > 1 else ''}, and {now} go on with it. That changes "
+        f"{batch}{keep}{', ' if rows else ''}the order of the rows and the noise of each process: "
+        f"the result is not the one of a run that never stopped. With device.devices * device.num_nodes = {was} it is"
+    )
