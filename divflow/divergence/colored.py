@@ -77,8 +77,9 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
     pairs = torch.triu(seen | seen.T, diagonal=1).nonzero()
     if len(pairs) > _MOST_PAIRS:
         raise NotLocal(f"more than {_MOST_PAIRS} pairs of entries see each other")
-    colors = torch.tensor(_greedy_colors(size, pairs))
-    return Coloring(seen, (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device))
+    with torch.inference_mode(False):  # kept, for calls that may train
+        colors = torch.tensor(_greedy_colors(size, pairs))
+        return Coloring(seen, (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device))
 
 
 def _greedy_colors(size: int, pairs: Tensor) -> list[int]:
@@ -97,11 +98,13 @@ def _greedy_colors(size: int, pairs: Tensor) -> list[int]:
 def trace(field: Linearization, x: Tensor, colors: Tensor, chunk_size: int, recompute: bool) -> Tensor:
     """The divergence from one product a colour, `(k,)`."""
 
-    def chunk_trace(start: int, stop: int) -> Tensor:
-        vectors = colors[start:stop].to(x).view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
-        return flatten_event(field.pullback(vectors) * vectors, 2).sum(dim=(0, 2), dtype=accumulation_dtype(x))
+    def vectors(start: int, stop: int) -> Tensor:
+        return colors[start:stop].to(x).view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
 
-    return sum_of_chunks(chunk_trace, x, len(colors), chunk_size, recompute)
+    def part(products: Tensor, start: int, stop: int) -> Tensor:
+        return flatten_event(products * vectors(start, stop), 2).sum(dim=(0, 2), dtype=accumulation_dtype(x))
+
+    return sum_of_chunks(field, vectors, part, x, len(colors), chunk_size, recompute)
 
 
 def _groups(size: int, batch: int) -> Iterator[list[int]]:

@@ -48,27 +48,36 @@ def reverse(field: Linearization, x: Tensor, chunk_size: int, recompute: bool) -
     With `recompute` each chunk's graph is dropped and rebuilt in the backward pass (the field itself is
     not evaluated again), so that training, too, holds one chunk at a time.
     """
-
-    def chunk_trace(start: int, stop: int) -> Tensor:
-        return _trace_of_chunk(field.pullback(_basis(x, start, stop)), start, stop)
-
-    return sum_of_chunks(chunk_trace, x, event_size(x), chunk_size, recompute)
+    return sum_of_chunks(
+        field, lambda start, stop: _basis(x, start, stop), _trace_of_chunk, x, event_size(x), chunk_size, recompute
+    )
 
 
 def sum_of_chunks(
-    chunk_trace: Callable[[int, int], Tensor], x: Tensor, count: int, chunk_size: int, recompute: bool
+    field: Linearization,
+    vectors: Callable[[int, int], Tensor],
+    trace: Callable[[Tensor, int, int], Tensor],
+    x: Tensor,
+    count: int,
+    chunk_size: int,
+    recompute: bool,
 ) -> Tensor:
-    """The sum of `chunk_trace(start, stop)` over chunks of `count` products, `(k,)`."""
+    """The sum of `trace(products with vectors(start, stop), start, stop)` over chunks of `count` products, `(k,)`."""
     recompute = recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     divergence = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
     if x.shape[0] == 0:
         return divergence
+
+    def part(start: int, stop: int) -> Tensor:
+        chosen = vectors(start, stop)
+        return trace(field.pullback(field.before(chosen) if recompute else chosen), start, stop)
+
     for start, stop in _chunks(count, chunk_size):
         if recompute:
-            part = checkpoint(chunk_trace, start, stop, use_reentrant=False, preserve_rng_state=False)
+            field.batches(stop - start)  # decided here, for the first computation and the second
+            divergence = divergence + checkpoint(part, start, stop, use_reentrant=False, preserve_rng_state=False)
         else:
-            part = chunk_trace(start, stop)
-        divergence = divergence + part
+            divergence = divergence + part(start, stop)
     return divergence
 
 

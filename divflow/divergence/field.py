@@ -9,6 +9,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from divflow.divergence.batching import batches
 from divflow.errors import DivflowError
 
 __all__ = [
@@ -118,28 +120,42 @@ class Linearization:
 
     def __init__(self, output: Tensor, point: Tensor, create_graph: bool) -> None:
         self._output, self._point, self.create_graph = output, point, create_graph
-        self._batched = True
+        self._batches: dict[tuple[int, bool], bool] = {}
         self.value = output if create_graph else output.detach()
 
     def pullback(
         self, vectors: Float[Tensor, "products batch *out"], constant: bool = False
     ) -> Float[Tensor, "products batch *event"]:
-        """u^T J for every vector u: one pass for all of them, or one each where torch has no batching rule.
+        """u^T J for every vector u: one pass for all of them where torch's batched products are right, or one each.
 
         Products that are asked for as a `constant` have no graph.
         """
         if not self._output.requires_grad or self._output.numel() == 0:
             return vectors.new_zeros(vectors.shape[0], *self._point.shape)
-        if self._batched and len(vectors) > 1:
-            try:
-                return self._grad(vectors, True, constant)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, NotImplementedError):
-                # Some operations and many custom autograd.Functions have no rule under vmap; a field that is
-                # wrong in itself fails again below, and that error is the one to see.
-                self._batched = False
+        if self.batches(len(vectors), constant):
+            return self._grad(vectors, True, constant)
         return torch.stack([self._grad(vector, False, constant) for vector in vectors])
+
+    def batches(self, count: int, constant: bool = False) -> bool:
+        """Whether `count` products are taken in one pass: tried once, then it stays as it is for this evaluation."""
+        if count < 2 or not self._output.requires_grad or self._output.numel() == 0:
+            return False
+        graph = self.create_graph and not constant
+        if (count, graph) not in self._batches:
+
+            def product(vectors: Tensor, batched: bool) -> Tensor:
+                return self._grad(vectors, batched, not graph)
+
+            self._batches[count, graph] = batches(product, self._output, self._point, count, graph)
+        return self._batches[count, graph]
+
+    def before(self, vectors: Tensor) -> Tensor:
+        """The vectors, for products that a backward pass is going to compute again.
+
+        Their backward pass comes before that of the evaluation, which frees what they need: otherwise the order is the
+        autograd engine's, which is another with one queue a device.
+        """
+        return _Before.apply(vectors, self._output) if self.create_graph else vectors
 
     def _grad(self, vectors: Tensor, batched: bool, constant: bool) -> Tensor:
         create_graph = self.create_graph and not constant
@@ -155,6 +171,18 @@ class Linearization:
             )
         # materialize_grads would do this, but forgets the batch of vectors.
         return vectors.new_zeros(*vectors.shape[:batched], *self._point.shape) if product is None else product
+
+
+class _Before(torch.autograd.Function):
+    """Vectors as they are, with an edge to an evaluation's graph that carries no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, output: Tensor) -> Tensor:
+        return vectors.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 @contextlib.contextmanager
