@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from divflow.divergence.estimator import ValueAndDivergence, accumulation_dtype
 from divflow.divergence.field import (
     Field,
+    FieldError,
     Linearization,
     as_time,
     checked_state,
@@ -87,6 +88,12 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
     A field that draws random numbers (dropout) draws the same ones in every pass. It keeps no graph of
     the evaluation, which makes it the leanest where no gradient is wanted; the field needs forward-mode
     and batching rules for all of its operations.
+
+    It is the derivative that torch's forward mode takes, which is not always autograd's: it ignores hooks, and
+    `torch.no_grad` within a field, and its own derivative is wrong for `layer_norm` (torch 2.13).
+
+    Raises:
+        FieldError: an operation has no rule.
     """
     x = checked_state(x)
     t = as_time(t, x)
@@ -101,7 +108,14 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
     for start, stop in _chunks(event_size(x), chunk_size):
         if start:
             set_rng_states(states)
-        value, columns = vmap(product, out_dims=(None, 0), randomness="same")(_basis(x, start, stop))
+        try:
+            value, columns = vmap(product, out_dims=(None, 0), randomness="same")(_basis(x, start, stop))
+        except (RuntimeError, NotImplementedError) as error:
+            if not any(word in str(error) for word in ("forward", "vmap", "jvp", "functorch", "functional transform")):
+                raise  # the field's own
+            raise FieldError(
+                f"method='forward' does not apply to this field: {str(error).splitlines()[0]}; use method='reverse'"
+            ) from error
         divergence = divergence + _trace_of_chunk(columns, start, stop)
     return ValueAndDivergence(value, divergence)
 

@@ -47,12 +47,14 @@ class _Choices:
 
     Attributes:
         latest: the plan that was made last.
+        stateful: whether the field was seen to change itself, so that it must be evaluated once a call.
     """
 
     def __init__(self) -> None:
         self._by_signature: dict[Hashable, _Choice] = {}
-        self._calls = 1
+        self._calls, self._surprised = 0, False
         self.latest: Plan | None = None
+        self.stateful = False
 
     def get(self, signature: Hashable) -> _Choice | None:
         """The choice for a structure."""
@@ -67,13 +69,19 @@ class _Choices:
         return len(self._by_signature)
 
     def products(self) -> bool:
-        """Whether some of the plans take products with the Jacobian."""
-        return any(choice.coloring is not None for choice in self._by_signature.values())
+        """Whether products with the Jacobian may be needed, beside those of a verification."""
+        return self.stateful or any(choice.coloring is not None for choice in self._by_signature.values())
 
     def due(self) -> bool:
-        """Count a call: at calls 2, 4, 8, ... what was verified at the first is verified again."""
+        """Count a call: at calls 1, 2, 4, 8, ..., and after one that did something else, it is verified."""
         self._calls += 1
-        return self._calls & (self._calls - 1) == 0
+        due = self._surprised or self._calls & (self._calls - 1) == 0
+        self._surprised = False
+        return due
+
+    def surprise(self) -> None:
+        """Note that the field did what there is no choice for."""
+        self._surprised = True
 
 
 class _Made(NamedTuple):
@@ -101,7 +109,7 @@ class Exact(Estimator):
             product for many dimensions of a local field, such as a convolutional network (see
             `divflow.divergence.colored`); "reverse" takes rows of the Jacobian from one evaluation of the
             field; "forward" takes columns (`torch.func.jvp`), for fields with forward-mode rules, evaluating
-            once a pass. "auto" takes the cheapest that applies (`explain` says which and why): the choice is
+            once a pass; torch's rules for it are believed, and not compared with autograd (see `dense.forward`). "auto" takes the cheapest that applies (`explain` says which and why): the choice is
             made at the first call for a field and shape of x, which takes longer than the following ones.
         chunk_size: basis vectors a pass; None takes what suits the device. Peak memory grows with it and
             not with D; where it is given, that holds in training too: each chunk is then computed again
@@ -133,7 +141,7 @@ class Exact(Estimator):
         choices = self._choices(g, t, x)
         if choices.latest is None:
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-                return self._first(g, t, x, choices)[0].plan
+                return self._made(g, t, x, choices).choice.plan
         return choices.latest
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
@@ -141,14 +149,12 @@ class Exact(Estimator):
         x = checked_state(x)
         t = as_time(t, x)
         if self.method == "forward":
-            value, divergence = dense.forward(g, t, x, self._chunk_size(x, event_size(x)))
-            return _exactly(value, divergence)
+            return _exactly(*dense.forward(g, t, x, self._chunk_size(x, event_size(x))))
         choices = self._choices(g, t, x)
         always = choices.get(None)
         if always is not None:
             return self._dense_result(always, linearize_field(g, t, x), x)
-        made = self._again(g, t, x, choices) if len(choices) else None
-        choice, followed, cycles = self._first(g, t, x, choices) if made is None else made
+        choice, followed, cycles = self._made(g, t, x, choices)
         if choice.plan.method == "layered":
             return _exactly(followed.field.value, followed.divergence(cycles, self.chunk_size))
         if choice.coloring is None:
@@ -160,31 +166,63 @@ class Exact(Estimator):
     def _dense_result(self, choice: _Choice, field: Linearization, x: Tensor) -> Estimate:
         return _exactly(field.value, dense.reverse(field, x, choice.plan.chunk_size, self.chunk_size is not None))
 
-    def _again(self, g: Field, t: Tensor, x: Tensor, choices: _Choices) -> _Made | None:
-        """The field evaluated, if it did the same as when a plan was made; else the random numbers are given back."""
+    def _made(self, g: Field, t: Tensor, x: Tensor, choices: _Choices) -> _Made:
+        """Evaluate once; what was chosen when the field did the same before, or a new choice."""
         states, verify = rng_states(x), choices.due()
+        before = state_of(g) if verify else None
         products = torch.is_grad_enabled() or verify or choices.products()
+        followed, made = None, None
         try:
             followed = follow(g, t, x, products, verify)
-            choice = choices.get(followed.signature)
-            if choice is not None and not followed.hides():
-                cycles = followed.cycles() if choice.plan.method == "layered" else []
-                if verify and choice.coloring is None:
-                    followed.verify(cycles)
-                elif verify:
-                    colored.check(followed.field, x, choice.coloring.seen)
-                return _Made(choice, followed, cycles)
-        except (NoRule, colored.NotLocal):
-            pass
+            made = self._known(choices, followed, x, verify)
         except torch.OutOfMemoryError:
             raise
         except Exception:
-            # Without products x needs no gradient, which a field may ask of it: `_first` evaluates it as autograd
-            # would, and raises what is wrong with the field itself.
+            # Without products x needs no gradient, which a field may ask of it: below it is evaluated as autograd
+            # would, and what is wrong with the field itself is raised.
             if products:
                 raise
-        set_rng_states(states)
-        return None
+        if made is not None:
+            return made
+        if not products:
+            set_rng_states(states)
+            before, verify = state_of(g), True
+            followed = follow(g, t, x, products=True, verify=True)
+        if not verify:
+            # Right for this evaluation, whatever it did; a choice for the like of it is made at the next.
+            choices.surprise()
+            return _Made(_Choice(self._dense(x, "dense products: it did other operations than before")), followed, [])
+        choices.stateful = state_of(g) != before
+        return self._new(g, t, x, choices, followed)
+
+    def _known(self, choices: _Choices, followed: Followed, x: Tensor, verify: bool) -> _Made | None:
+        """What was chosen for this structure, verified if it is due; None if there is nothing, or it is wrong."""
+        choice = choices.get(followed.signature)
+        if choice is None or followed.hides():
+            return None
+        try:
+            cycles = followed.cycles() if choice.plan.method == "layered" else []
+            if verify and choice.coloring is None:
+                followed.verify(cycles)
+            elif verify:
+                colored.check(followed.field, x, choice.coloring.seen)
+        except (NoRule, colored.NotLocal):
+            return None
+        return _Made(choice, followed, cycles)
+
+    def _new(self, g: Field, t: Tensor, x: Tensor, choices: _Choices, followed: Followed) -> _Made:
+        """Choose for what the field did, and remember the choice."""
+        if self.method == "auto" and len(choices) >= _MOST_STRUCTURES:
+            made = _Made(
+                _Choice(self._dense(x, "dense products: it does other operations at every call")), followed, []
+            )
+        else:
+            made = self._choose(g, t, x, followed, choices.stateful)
+        dense_products = made.choice.plan.method == "reverse"
+        # Nothing can be verified where the value is infinite or NaN.
+        if not dense_products or followed.field.value.isfinite().all():
+            choices.add(None if dense_products else followed.signature, made.choice)
+        return made
 
     def prefers_one_time(self, g: Field, t: Tensor, x: Tensor) -> bool:
         """True where gates that depend on a scalar t alone can be folded into the matrices of a layered network."""
@@ -208,22 +246,6 @@ class Exact(Estimator):
             choices = _Choices()
             _CHOICES.keep(choices, g, self, *circumstances(t, x))
         return choices
-
-    def _first(self, g: Field, t: Tensor, x: Tensor, choices: _Choices) -> _Made:
-        """Evaluate once, choose for what the field did, and remember the choice."""
-        before = state_of(g)
-        followed = follow(g, t, x, products=True, verify=True)
-        if self.method == "auto" and len(choices) >= _MOST_STRUCTURES:
-            made = _Made(
-                _Choice(self._dense(x, "dense products: it does other operations at every call")), followed, []
-            )
-        else:
-            made = self._choose(g, t, x, followed, changes_itself=state_of(g) != before)
-        dense_products = made.choice.plan.method == "reverse"
-        # Nothing can be verified where the value is infinite or NaN.
-        if not dense_products or followed.field.value.isfinite().all():
-            choices.add(None if dense_products else followed.signature, made.choice)
-        return made
 
     def _choose(self, g: Field, t: Tensor, x: Tensor, followed: Followed, changes_itself: bool) -> _Made:
         reasons = []

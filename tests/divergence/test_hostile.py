@@ -329,3 +329,43 @@ def test_from_several_threads_at_once():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+class Alternating(nn.Module):
+    """Another field at every second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, t, x):
+        self.calls += 1
+        return x.sin() @ W if self.calls % 2 else x.flip(1) * x
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_field_that_changes_with_its_state_is_evaluated_once_a_call(mode):
+    fields = Alternating(), Alternating()
+    for call in range(1, 8):
+        with mode():
+            results = [divergence(f, 0.0, X, e).detach() for f, e in zip(fields, (Exact(), Autograd()), strict=True)]
+        torch.testing.assert_close(*results)
+        assert fields[0].calls == call
+
+
+def test_after_inference_mode_a_field_can_be_trained():
+    def field(t, x):
+        return torch.roll(x, 1, 3) * x
+
+    with torch.inference_mode():
+        divergence(field, 0.0, IMAGE)
+    x = IMAGE.clone().requires_grad_()
+    results = [torch.autograd.grad(divergence(field, 0.0, x, e).square().sum(), x)[0] for e in (Exact(), Autograd())]
+    torch.testing.assert_close(*results)
+
+
+def test_forward_mode_without_a_rule_names_the_remedy():
+    with pytest.raises(FieldError, match=r"method='forward' does not apply.*use method='reverse'"):
+        divergence(lambda t, x: Double.apply(x) * x, 0.0, X, Exact("forward"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # the field's own error stays what it is
+        divergence(lambda t, x: x @ torch.zeros(3, 3), 0.0, X, Exact("forward"))
