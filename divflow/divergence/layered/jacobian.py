@@ -54,7 +54,8 @@ class Entries:
         if self._start is not None:
             return tensor.narrow(dim, self._start, len(self.index))
         if tensor.device not in self._on_device:
-            self._on_device[tensor.device] = torch.tensor(self.index, device=tensor.device)
+            with torch.inference_mode(False):
+                self._on_device[tensor.device] = torch.tensor(self.index, device=tensor.device)
         return tensor.index_select(dim, self._on_device[tensor.device])
 
 
