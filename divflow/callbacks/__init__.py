@@ -3,5 +3,6 @@
 from divflow.callbacks.averaging import WeightAverage
 from divflow.callbacks.figures import Figures
 from divflow.callbacks.last import LastCheckpoint
+from divflow.callbacks.progress import ProgressBar
 
-__all__ = ["Figures", "LastCheckpoint", "WeightAverage"]
+__all__ = ["Figures", "LastCheckpoint", "ProgressBar", "WeightAverage"]
