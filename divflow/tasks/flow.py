@@ -91,8 +91,8 @@ class FlowTask(Task):
         for name, penalty in result.penalties.items():
             loss = loss + self._regularization[name] * penalty.mean()
             self.log(f"train/{name}", penalty.detach().mean())
-        self.log("train/nll", nll.detach(), prog_bar=True)
-        self.log("train/nfe", self.count(result.evaluations.forward), prog_bar=True)
+        self.log("train/nll", nll.detach())
+        self.log("train/nfe", self.count(result.evaluations.forward))
         self.log("train/nfe_divergence", self.count(result.evaluations.divergence))
         if result.quadrature_error is not None:
             self.log("train/quadrature_error", result.quadrature_error.mean())
