@@ -311,7 +311,8 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _is_finite(state: Tensor | State) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in ((state,) if isinstance(state, Tensor) else state))
+    parts = (state,) if isinstance(state, Tensor) else state
+    return bool(torch.stack([torch.isfinite(part).all() for part in parts]).all())
 
 
 def _refuse_scipy_gradients(state: State, times: Tensor, parameters: Sequence[Tensor]) -> None:

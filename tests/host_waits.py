@@ -48,7 +48,9 @@ class Watch(TorchDispatchMode):
 
     def _waits(self, name: str, args: tuple, kwargs: dict, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
         if name in _READS:
-            return any(tensor.device.type == self.device_type for tensor in inputs)
+            # The optimizers of torch keep their step counters on the CPU whatever the device.
+            counter = self.device_type == "cpu" and "/torch/optim/" in _frames()[0][0]
+            return not counter and any(tensor.device.type == self.device_type for tensor in inputs)
         if name == "lift_fresh":  # torch.tensor and the like have copied numbers to the device
             return self.device_type != "cpu"
         if name in ("index", "index_put", "index_put_"):  # by a mask, or by numbers of the host
@@ -87,7 +89,9 @@ def _frames() -> list[tuple[str, str, int]]:
 
 def _short(path: str) -> str:
     parts = Path(path).parts
-    names = [i for i, part in enumerate(parts) if part in ("divflow", "torchdiffeq", "lightning", "torchmetrics", "torch")]
+    names = [
+        i for i, part in enumerate(parts) if part in ("divflow", "torchdiffeq", "lightning", "torchmetrics", "torch")
+    ]
     return "/".join(parts[names[-1] :]) if names else path
 
 

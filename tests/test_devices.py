@@ -16,7 +16,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import divflow
 from divflow import operators
-from divflow.divergence import HutchPlusPlus, Hutchinson, XTrace, check_field, divergence
+from divflow.divergence import Hutchinson, HutchPlusPlus, XTrace, check_field, divergence
 from divflow.experiment import train
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
@@ -33,11 +33,16 @@ from divflow.score.sampling import AnnealedLangevin, PredictorCorrector, Probabi
 from divflow.solver import METHODS, Solver
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+pytestmark = pytest.mark.filterwarnings("ignore:GPU available but not used")
 each_device = pytest.mark.parametrize("device", DEVICES)
 generators = pytest.mark.parametrize("source", DEVICES)
 
 ESTIMATES = STOCHASTIC | {"hutch++": HutchPlusPlus(6), "xtrace": XTrace(6)}
-SDES = [VariancePreserving(2), SubVariancePreserving(2), VarianceExploding(2, sigma_max=5.0)]
+SDES = [
+    VariancePreserving(event_shape=2),
+    SubVariancePreserving(event_shape=2),
+    VarianceExploding(event_shape=2, sigma_max=5.0),
+]
 OBJECTIVES = {
     "implicit": ImplicitScoreMatching(),
     "sliced": SlicedScoreMatching(2),
@@ -65,14 +70,20 @@ def close(result, expected, **tolerance):
 
 
 def gradients(value, module):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(module.parameters()), allow_unused=True) if g is not None])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(value, list(module.parameters()), allow_unused=True) if g is not None]
+    )
 
 
 @each_device
 @pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 def test_exact_divergence_and_its_gradient(device, estimator, event):
-    net, x, t = Network(event).to(device), torch.randn(3, *event, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    net, x, t = (
+        Network(event).to(device),
+        torch.randn(3, *event, dtype=torch.float64),
+        torch.rand(3, dtype=torch.float64),
+    )
     close(divergence(quadratic, t.to(device), x.to(device), estimator), quadratic_divergence(t, x))
     for time in (0.3, torch.tensor(0.3, device=device, dtype=torch.float64), t.to(device)):
         result = divergence(net, time, x.to(device), estimator)
@@ -116,7 +127,9 @@ def test_networks(device, network, event):
 def test_flows(device, method, gradient, likelihood):
     if method == "scipy_solver" and gradient == "adjoint":
         gradient = "direct"  # it has none
-    solver = Solver(method, gradient=gradient, options={"step_size": 0.25} if METHODS[method] >= {"step_size"} else None)
+    solver = Solver(
+        method, gradient=gradient, options={"step_size": 0.25} if METHODS[method] >= {"step_size"} else None
+    )
     net, x = Network((2,)), torch.randn(3, 2, dtype=torch.float64)
     base = Independent(Normal(torch.zeros(2).double(), torch.ones(2).double()), 1)
     flow = ContinuousFlow(net, 2, likelihood=likelihood, solver=solver, base=base)
@@ -131,12 +144,12 @@ def test_flows(device, method, gradient, likelihood):
 @each_device
 def test_a_time_may_be_a_tensor_of_the_device(device):
     start = torch.tensor(0.5, device=device, requires_grad=True)
-    flow = ContinuousFlow(lambda t, x: -t * x, 2, t_base=start, t_data=1.0)
+    flow = ContinuousFlow(lambda t, x: -t.reshape(-1, 1) * x, 2, t_base=start, t_data=1.0)
     flow = flow.to(device)
-    log_prob = flow.log_prob(torch.zeros(1, 2, device=device))
-    close(log_prob, torch.tensor([-math.log(2 * math.pi) + 0.75]))  # -2 t integrated from 1/2 to 1
+    log_prob = flow.log_prob(torch.zeros(3, 2, device=device))
+    close(log_prob, torch.full((3,), -math.log(2 * math.pi) + 0.75))  # -log det = the integral of 2 t
     (slope,) = torch.autograd.grad(log_prob.sum(), start)
-    close(slope, torch.tensor(-1.0))
+    close(slope, torch.tensor(-3.0))
     with pytest.raises(ValueError, match="must differ"):
         ContinuousFlow(lambda t, x: x, 2, t_base=torch.tensor(1.0, device=device), t_data=1.0)
 
@@ -206,7 +219,12 @@ def test_sdes_and_their_samplers(device, source, sde):
     close(sde.drift(0.3, x.to(device)), sde.drift(0.3, x))
     close(sde.diffusion(t.to(device)), sde.diffusion(t))
     score = Network((2,), torch.float32).to(device)
-    close(probability_flow(score, sde).to(device).log_prob(x.to(device)), probability_flow(copy.deepcopy(score).cpu(), sde).log_prob(x), rtol=1e-3, atol=1e-3)
+    close(
+        probability_flow(score, sde).to(device).log_prob(x.to(device)),
+        probability_flow(copy.deepcopy(score).cpu(), sde).log_prob(x),
+        rtol=1e-3,
+        atol=1e-3,
+    )
     for sampler in (
         ProbabilityFlowODE(sde, denoise=True),
         ReverseSDE(sde, num_steps=5),
@@ -234,7 +252,9 @@ def test_operators(device):
         close(operator(energy, x.to(device)), operator(energy, x))
     product = operators.partial_derivative(lambda a, b: a * b**2, (x.to(device), x[:1].to(device)), 1)
     close(product, 2 * x * x[:1])
-    close(operators.flat_gradient(lambda a, b: (a * b).sum(), [x.to(device), x.to(device)]), torch.cat([x, x]).flatten())
+    close(
+        operators.flat_gradient(lambda a, b: (a * b).sum(), [x.to(device), x.to(device)]), torch.cat([x, x]).flatten()
+    )
     there, here = (operators.parameter_jacobian(m, time.to(p), p) for m, p in ((there, x.to(device)), (net, x)))
     for name in here:
         close(there[name], here[name])
@@ -243,12 +263,27 @@ def test_operators(device):
 RUNS = {
     "flow": [*SMALL_TOY, "network.hidden=[16]"],
     "flow, estimated, augmented": [*SMALL_TOY, "network.hidden=[16]", "estimator=hutchinson", "likelihood=augmented"],
-    "score": [*SMALL_TOY, "network.hidden=[16]", "task=score", "objective=denoising", "sde=vp", "sampler.num_steps=5"],
+    "score": [
+        *SMALL_TOY,
+        "network.hidden=[16]",
+        "task=score",
+        "objective=denoising",
+        "sde=vp",
+        "sampler=reverse_sde",
+        "sampler.num_steps=5",
+    ],
     "score without SDE": [*SMALL_TOY, "network.hidden=[16]", "task=score", "objective=sliced_vr", "sde=none"],
     "digits": ["data=digits", "network.hidden=[16]"],
     "score of digits": ["data=digits", "task=score"],
     "images, conv": ["data=digits", "data.event_shape=[1,8,8]", "network=conv", "network.hidden=[4]"],
-    "images, UNet": ["data=digits", "data.event_shape=[1,8,8]", "network=unet", "network.channels=[4,8]", "estimator=hutchinson", "estimator@evaluation.estimator=hutchinson"],
+    "images, UNet": [
+        "data=digits",
+        "data.event_shape=[1,8,8]",
+        "network=unet",
+        "network.channels=[4,8]",
+        "estimator=hutchinson",
+        "estimator@evaluation.estimator=hutchinson",
+    ],
 }
 
 
@@ -256,7 +291,13 @@ RUNS = {
 @pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS)
 def test_a_run_and_its_checkpoint_on_every_device(device, overrides, tmp_path):
     fast = [setting for setting in FAST if not setting.startswith(("device", "network"))]
-    settings = config(*fast, f"device={'gpu' if device == 'cuda' else 'cpu'}", f"output_dir={tmp_path}", "trainer.max_steps=2", *overrides)
+    settings = config(
+        *fast,
+        f"device={'gpu' if device == 'cuda' else 'cpu'}",
+        f"output_dir={tmp_path}",
+        "trainer.max_steps=2",
+        *overrides,
+    )
     results = train(settings)
     assert all(math.isfinite(value) for value in results.values())
     assert list((tmp_path / "figures").glob("*.png"))
@@ -265,6 +306,10 @@ def test_a_run_and_its_checkpoint_on_every_device(device, overrides, tmp_path):
     numbers = {}
     for target in DEVICES:
         density = divflow.load(tmp_path / "checkpoints" / "best.ckpt", map_location=target)
-        numbers[target] = density.score(x.to(target)) if "sde=none" in overrides else density.log_prob(x.to(target), generator=Generator().manual_seed(0))
+        numbers[target] = (
+            density.score(x.to(target))
+            if "sde=none" in overrides
+            else density.log_prob(x.to(target), generator=Generator().manual_seed(0))
+        )
         assert numbers[target].device.type == target
         close(numbers[target], numbers["cpu"], rtol=1e-3, atol=1e-2)

@@ -5,6 +5,10 @@ import torch
 from watched_step import watched_step
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
 FLOWS = {"exact": [], "an estimate": ["estimator=hutchinson"], "an augmented solve": ["likelihood=augmented"]}
 SCORES = {
     "denoising": ["objective=denoising", "sde=vp"],
