@@ -91,7 +91,7 @@ class ContinuousFlow(nn.Module):
         self.likelihood = Quadrature() if likelihood is None else likelihood
         self.solver = Solver() if solver is None else solver
         self._check_adjoint()
-        if torch.equal(torch.as_tensor(t_base).detach(), torch.as_tensor(t_data).detach()):
+        if _as_number(t_base) == _as_number(t_data):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data = t_base, t_data
         self.base = _Base(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
@@ -200,7 +200,7 @@ class ContinuousFlow(nn.Module):
 
     def times(self) -> tuple[float, float]:
         """t_base and t_data as numbers."""
-        return torch.as_tensor(self.t_base).item(), torch.as_tensor(self.t_data).item()
+        return _as_number(self.t_base), _as_number(self.t_data)
 
     def field(self, context: Tensor | None = None) -> ConditionedField:
         """The velocity as a field g(t, x), with the context bound to it."""
@@ -362,5 +362,11 @@ def _standard_normal(event_shape: torch.Size) -> Distribution:
     return Independent(Normal(torch.zeros(event_shape), torch.ones(event_shape), validate_args=False), len(event_shape))
 
 
+def _as_number(t: float | Tensor) -> float:
+    return t.item() if isinstance(t, Tensor) else float(t)
+
+
 def _as_scalar(t: float | Tensor, x: Tensor) -> Tensor:
-    return torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(())
+    if isinstance(t, Tensor):
+        return t.to(x).reshape(())
+    return x.new_full((), t)  # filled there; a tensor made here would have to be copied, for which the host waits

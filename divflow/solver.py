@@ -173,11 +173,14 @@ class Solver:
     def _options(self, times: Tensor) -> dict[str, Any]:
         options, times = dict(self.options or {}), times.detach()
         if METHODS[self.method] >= _FIXED:
-            step_size = options.pop("step_size", abs(float(times[-1]) - float(times[0])) / _DEFAULT_STEPS)
+            step_size = options.pop("step_size", None)
 
             # A grid of our own, because a step_size that divides the span gains a step of length zero by rounding.
             def grid(_: object, __: object, t: Tensor) -> Tensor:
-                steps = max(1, math.ceil((t[-1] - t[0]).abs().item() / step_size - 1e-6))
+                steps = _DEFAULT_STEPS
+                if step_size is not None or len(t) < len(times):  # an adjoint takes one interval after another
+                    length = step_size or (times[-1].double() - times[0].double()).abs() / _DEFAULT_STEPS
+                    steps = max(1, math.ceil(((t[-1] - t[0]).abs().double() / length).item() - 1e-6))
                 inner = t[0] + (t[-1] - t[0]) * torch.arange(1, steps, dtype=t.dtype, device=t.device) / steps
                 return torch.cat([t[:1], inner, t[-1:]])
 
@@ -187,15 +190,13 @@ class Solver:
                 options.setdefault("max_order", 4)
             options |= {"grid_constructor": grid, "interp": "cubic"}
         elif METHODS[self.method] == _ADAPTIVE:
-            on_steps = times if self.method in _COARSELY_INTERPOLATED else times[[0, -1]]
-            jumps = torch.as_tensor(options.get("jump_t", []), dtype=times.dtype, device=times.device)
-            steps = torch.as_tensor(options.get("step_t", []), dtype=times.dtype, device=times.device)
-            steps = torch.cat([steps, on_steps]).unique()
-            options |= {"step_t": steps[~torch.isin(steps, jumps)], "jump_t": jumps}
+            on_steps = times if self.method in _COARSELY_INTERPOLATED else times[:: max(1, len(times) - 1)]
+            jumps, steps = (_as_times(options.get(name), times) for name in ("jump_t", "step_t"))
+            options |= {"step_t": _distinct(steps, on_steps, jumps), "jump_t": jumps}
             # torchdiffeq's own guess costs an evaluation and mostly a few steps that are far too small; one step over
             # the whole span is rejected once or twice where it is too long (measured on trained flows: 31 evaluations
             # either way; on smooth ones 7 instead of 20), and no evaluation lies outside of the span.
-            options.setdefault("first_step", abs(float(times[-1]) - float(times[0])))
+            options.setdefault("first_step", (times[-1].double() - times[0].double()).abs())
         return options
 
     def _adjoint_options(self, times: Tensor) -> dict[str, Any]:
@@ -203,11 +204,22 @@ class Solver:
         options = self._options(times)
         options.pop("norm", None)
         if "step_t" in options:
-            sign = 1 if times[-1] > times[0] else -1
-            on_segments = torch.cat([options["step_t"], times.detach()]).unique()
-            on_segments = on_segments[~torch.isin(on_segments, options["jump_t"])]
-            options |= {"step_t": sign * on_segments, "jump_t": sign * options["jump_t"]}
+            sign, jumps = (times[-1] - times[0]).detach().sign(), options["jump_t"]
+            steps = _as_times((self.options or {}).get("step_t"), times)
+            options |= {"step_t": sign * _distinct(steps, times.detach(), jumps), "jump_t": sign * jumps}
         return options
+
+
+def _as_times(values: Any, times: Tensor) -> Tensor:
+    return times[:0].detach() if values is None else torch.as_tensor(values, dtype=times.dtype, device=times.device)
+
+
+def _distinct(steps: Tensor, outputs: Tensor, jumps: Tensor) -> Tensor:
+    """The times to end steps at, increasing, none of them twice or a jump."""
+    if not (len(steps) or len(jumps)):
+        return outputs.sort().values  # which, other than `unique`, the host need not wait for
+    steps = torch.cat([steps, outputs]).unique()
+    return steps[~torch.isin(steps, jumps)]
 
 
 class _Monitor:
@@ -299,7 +311,8 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _is_finite(state: Tensor | State) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in ((state,) if isinstance(state, Tensor) else state))
+    parts = (state,) if isinstance(state, Tensor) else state
+    return bool(torch.stack([torch.isfinite(part).all() for part in parts]).all())
 
 
 def _refuse_scipy_gradients(state: State, times: Tensor, parameters: Sequence[Tensor]) -> None:

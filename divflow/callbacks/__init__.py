@@ -1,8 +1,8 @@
-"""Lightning callbacks: averaged weights that survive an interruption, the checkpoint to resume from, processes, figures."""
+"""Lightning callbacks: averaged weights that survive an interruption, the checkpoint to resume from, figures."""
 
 from divflow.callbacks.averaging import WeightAverage
 from divflow.callbacks.figures import Figures
 from divflow.callbacks.last import LastCheckpoint
-from divflow.callbacks.processes import Processes
+from divflow.callbacks.progress import ProgressBar
 
-__all__ = ["Figures", "LastCheckpoint", "Processes", "WeightAverage"]
+__all__ = ["Figures", "LastCheckpoint", "ProgressBar", "WeightAverage"]

@@ -4,9 +4,36 @@ import contextlib
 from collections.abc import Iterator
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["WeightAverage"]
+
+
+class _Average(AveragedModel):
+    """torch's, which asks the device twice an update whether there has been one before; this one remembers."""
+
+    _begun = False
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Let the average follow the model."""
+        if not self._begun:
+            super().update_parameters(model)
+            self._begun = True
+            return
+        averaged, current = (list(module.parameters()) for module in (self.module, model))
+        with torch.no_grad():
+            if self.use_buffers:
+                averaged += self.module.buffers()
+                current += model.buffers()
+            else:
+                for buffer, source in zip(self.module.buffers(), model.buffers(), strict=True):
+                    buffer.copy_(source)
+            for average, value in zip(averaged, current, strict=True):
+                average.copy_(self.avg_fn(average, value.to(average.device), self.n_averaged))
+            self.n_averaged += 1
 
 
 class WeightAverage(EMAWeightAveraging):
@@ -16,6 +43,14 @@ class WeightAverage(EMAWeightAveraging):
     """
 
     _swapped = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make the average, of a kind that does not wait for the device."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._average_model = _Average(
+                pl_module, self._device or pl_module.device, use_buffers=self._use_buffers, **self._kwargs
+            )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the averaged weights."""

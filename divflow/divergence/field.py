@@ -71,7 +71,7 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     if not isinstance(t, Tensor):
         if not isinstance(t, numbers.Real):
             raise FieldError(f"t must be a number or a tensor, but is a {type(t).__name__}")
-        return torch.as_tensor(float(t), dtype=x.dtype, device=x.device)
+        return x.new_full((), float(t))  # filled there, where a copy from here would make the host wait
     if t.shape not in ((), x.shape[:1]):
         raise FieldError(
             f"t must be a scalar () or one time a sample ({x.shape[0]},), but has shape {tuple(t.shape)}; "

@@ -1,5 +1,6 @@
 """The log-determinant by Gauss-Kronrod quadrature along a trajectory that is solved first."""
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -150,6 +151,12 @@ class _Rule(NamedTuple):
 
 
 def _composite_rule(count: int, intervals: Sequence[Interval], x: Tensor) -> _Rule:
+    return _rule_on(count, tuple(intervals), x.dtype, x.device)
+
+
+# Copied to a device once, since the host waits for the copy.
+@functools.lru_cache(maxsize=64)
+def _rule_on(count: int, intervals: tuple[Interval, ...], dtype: torch.dtype, device: torch.device) -> _Rule:
     rule = gauss_kronrod(count)
     low, high = np.array(intervals).T[:, :, None]
     columns = (
@@ -157,7 +164,8 @@ def _composite_rule(count: int, intervals: Sequence[Interval], x: Tensor) -> _Ru
         (high - low) * rule.kronrod_weights,
         (high - low) * rule.gauss_weights,
     )
-    return _Rule(*(torch.as_tensor(column.reshape(-1), dtype=x.dtype, device=x.device) for column in columns))
+    with torch.inference_mode(False):
+        return _Rule(*(torch.as_tensor(column.reshape(-1), dtype=dtype, device=device) for column in columns))
 
 
 def _absolute_error(rule: _Rule, divergences: Tensor, span: Tensor) -> Float[Tensor, " batch"]:

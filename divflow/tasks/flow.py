@@ -91,9 +91,9 @@ class FlowTask(Task):
         for name, penalty in result.penalties.items():
             loss = loss + self._regularization[name] * penalty.mean()
             self.log(f"train/{name}", penalty.detach().mean())
-        self.log("train/nll", nll.detach(), prog_bar=True)
-        self.log("train/nfe", float(result.evaluations.forward), prog_bar=True)
-        self.log("train/nfe_divergence", float(result.evaluations.divergence))
+        self.log("train/nll", nll.detach())
+        self.log("train/nfe", self.count(result.evaluations.forward))
+        self.log("train/nfe_divergence", self.count(result.evaluations.divergence))
         if result.quadrature_error is not None:
             self.log("train/quadrature_error", result.quadrature_error.mean())
         if (bits := self.bits_per_dim(nll.detach())) is not None:
@@ -102,7 +102,7 @@ class FlowTask(Task):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the backward pass evaluated: something under an adjoint gradient, else nothing."""
-        self.log("train/nfe_backward", float(self._last.evaluations.backward))
+        self.log("train/nfe_backward", self.count(self._last.evaluations.backward))
 
     def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
         """The log-density of a batch, and what is known of it."""

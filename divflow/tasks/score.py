@@ -76,7 +76,7 @@ class ScoreTask(Task):
     def loss(self, batch: Tensor) -> Tensor:
         """The mean of the objective over a batch `(k, *event)`."""
         loss = self.objective(self.density.score_field, self._transformed(batch)).mean()
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach())
         return loss
 
     def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:

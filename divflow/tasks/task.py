@@ -46,6 +46,8 @@ class Task(L.LightningModule):
         self.density = density
         self._optimizer, self._scheduler, self._config = optimizer, scheduler, config
         self._checked = False
+        # Of the batches since the last optimizer step: number and loss.
+        self._losses: list[tuple[int, Tensor]] = []
         self._metrics: dict[str, MeanWithStandardError] = {}
 
     @property
@@ -88,21 +90,29 @@ class Task(L.LightningModule):
 
         Raises:
             FieldError: at the first step, the field mixes the samples of a batch, or is none.
-            TrainingError: the loss is not finite.
         """
         if not self._checked:
             self.check(batch)
             self._checked = True
         loss = self.loss(batch)
-        self._stop_unless_finite(loss, "loss", batch_idx)
+        self._losses.append((batch_idx, loss.detach()))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Refuse gradients that would make the weights NaN, so that a saved checkpoint is a good one."""
-        if self.trainer.precision == "16-mixed":  # whose loss scaling overflows now and then, and skips that step
-            return
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        self._stop_unless_finite(nn.utils.get_total_norm(gradients), "gradient", self.trainer.fit_loop.batch_idx)
+        """Refuse losses and gradients that would make the weights NaN, so that a saved checkpoint is a good one.
+
+        Losses and gradient are looked at together: each look makes the host wait for the device.
+
+        Raises:
+            TrainingError: one of them is not finite.
+        """
+        checked = [("loss", batch_idx, loss) for batch_idx, loss in self._losses]
+        self._losses = []
+        if self.trainer.precision != "16-mixed":  # whose loss scaling overflows now and then, and skips that step
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients).to(self.device)
+            checked.append(("gradient", self.trainer.fit_loop.batch_idx, norm))
+        self._stop_unless_finite(checked)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the validation averages."""
@@ -124,6 +134,10 @@ class Task(L.LightningModule):
         """Save what `divflow.load` needs to rebuild the density."""
         if self._config is not None:
             checkpoint["divflow"] = self._config
+
+    def count(self, number: int) -> Tensor:
+        """A number to log, filled in on the device: Lightning would copy it there, for which the host waits."""
+        return torch.full((), float(number), device=self.device)
 
     def bits_per_dim(self, nll: Tensor) -> Tensor | None:
         """Bits per dimension of the discrete data, from nats of the dequantized ones; None for continuous data."""
@@ -179,12 +193,14 @@ class Task(L.LightningModule):
             zero = self.bits_per_dim(torch.zeros_like(error))
             self.log(f"test/{name.replace('nll', 'bits_per_dim')}", bits - zero)
 
-    def _stop_unless_finite(self, value: Tensor, what: str, batch_idx: int) -> None:
-        finite = torch.isfinite(value.detach()).all()
+    def _stop_unless_finite(self, checked: list[tuple[str, int, Tensor]]) -> None:
+        """Raise for the first of these (name, batch, value) that is not finite, in this process or another."""
+        finite = torch.stack([torch.isfinite(value) for *_, value in checked]).all()
         if self.trainer.world_size > 1:  # all processes stop, or none
             finite = self.trainer.strategy.reduce((~finite).float(), reduce_op="sum") == 0
         if finite:
             return
+        what, batch_idx, value = next((it for it in checked if not torch.isfinite(it[2])), checked[-1])
         # Lightning's own callback names two files, divflow's one.
         names = ("last_good", "last_model_path", "best_model_path")
         paths = [getattr(callback, name, "") for name in names for callback in self.trainer.checkpoint_callbacks]

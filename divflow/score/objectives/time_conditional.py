@@ -115,13 +115,24 @@ class TimeConditionalScoreMatching(Objective):
             u = (permutation_like(x, generator) + u) / max(1, len(x))
         low, high = self.sde.epsilon, self.sde.T
         if self.importance:
-            knots, cumulative = (table.to(x.device) for table in self._importance_table)
+            knots, cumulative = self._importance_table_on(x.device)
             cell = (torch.searchsorted(cumulative, u, right=True) - 1).clamp(0, len(knots) - 2)
             mass, width = cumulative[cell + 1] - cumulative[cell], knots[cell + 1] - knots[cell]
             t, density = knots[cell] + (u - cumulative[cell]) / mass * width, mass / width
         else:
             t, density = low + (high - low) * u, torch.full_like(u, 1 / (high - low))
         return DrawnTimes(t.to(x.dtype).clamp(low, high), density.to(accumulation_dtype(x)))
+
+    def _importance_table_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The table on a device, to which it is copied once: the host waits for the copy."""
+        if device not in self._importance_tables:
+            knots, cumulative = self._importance_table
+            self._importance_tables[device] = knots.to(device), cumulative.to(device)
+        return self._importance_tables[device]
+
+    @functools.cached_property
+    def _importance_tables(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
     @functools.cached_property
     def _importance_table(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,315 @@
+"""Everything again on each device of this machine: the same numbers as on the CPU, tensors where they belong.
+
+On a machine with a CUDA device the tests run there, too: `pytest tests/test_devices.py`.
+"""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from catalogue import EVENTS, EXACT, STOCHASTIC, Network, quadratic, quadratic_divergence
+from run import FAST, SMALL_TOY, config
+from torch import Generator, nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+import divflow
+from divflow import operators
+from divflow.divergence import Hutchinson, HutchPlusPlus, XTrace, check_field, divergence
+from divflow.experiment import train
+from divflow.flow import ContinuousFlow
+from divflow.likelihood import Augmented, Quadrature
+from divflow.networks import MLP, ConcatSquash, ConvNet, GaussianFourierEmbedding, SinusoidalEmbedding, UNet
+from divflow.score import SubVariancePreserving, VarianceExploding, VariancePreserving, probability_flow
+from divflow.score.objectives import (
+    DenoisingScoreMatching,
+    FiniteDifferenceScoreMatching,
+    ImplicitScoreMatching,
+    SlicedScoreMatching,
+    TimeConditionalScoreMatching,
+)
+from divflow.score.sampling import AnnealedLangevin, PredictorCorrector, ProbabilityFlowODE, ReverseSDE
+from divflow.solver import METHODS, Solver
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+pytestmark = pytest.mark.filterwarnings("ignore:GPU available but not used")
+each_device = pytest.mark.parametrize("device", DEVICES)
+generators = pytest.mark.parametrize("source", DEVICES)
+
+ESTIMATES = STOCHASTIC | {"hutch++": HutchPlusPlus(6), "xtrace": XTrace(6)}
+SDES = [
+    VariancePreserving(event_shape=2),
+    SubVariancePreserving(event_shape=2),
+    VarianceExploding(event_shape=2, sigma_max=5.0),
+]
+OBJECTIVES = {
+    "implicit": ImplicitScoreMatching(),
+    "sliced": SlicedScoreMatching(2),
+    "sliced, less variance": SlicedScoreMatching(2, variance_reduction=True),
+    "finite differences": FiniteDifferenceScoreMatching(),
+    "denoising": DenoisingScoreMatching(0.3),
+    "levels": DenoisingScoreMatching((1.0, 0.3), weighting="sigma2"),
+    "over time": TimeConditionalScoreMatching(SDES[0]),
+    "over time, importance": TimeConditionalScoreMatching(SDES[0], weighting="likelihood", importance=True),
+    "implicit over time": TimeConditionalScoreMatching(SDES[0], ImplicitScoreMatching()),
+}
+NETWORKS = {
+    "MLP": (MLP((2,), hidden=(8,)), (2,)),
+    "embedded time": (MLP((2,), hidden=(8,), time_embedding=SinusoidalEmbedding(8)), (2,)),
+    "Fourier time": (MLP((2,), hidden=(8,), time_embedding=GaussianFourierEmbedding(8)), (2,)),
+    "gated": (ConcatSquash((2,), hidden=(8,)), (2,)),
+    "convolutions": (ConvNet((1, 4, 4), hidden=(4,)), (1, 4, 4)),
+    "UNet": (UNet((1, 4, 4), channels=(4, 8)), (1, 4, 4)),
+}
+
+
+def close(result, expected, **tolerance):
+    """That a result of any device has the numbers of one of the CPU."""
+    torch.testing.assert_close(result.cpu(), expected, **tolerance)
+
+
+def gradients(value, module):
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(value, list(module.parameters()), allow_unused=True) if g is not None]
+    )
+
+
+@each_device
+@pytest.mark.parametrize("estimator", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+def test_exact_divergence_and_its_gradient(device, estimator, event):
+    net, x, t = (
+        Network(event).to(device),
+        torch.randn(3, *event, dtype=torch.float64),
+        torch.rand(3, dtype=torch.float64),
+    )
+    close(divergence(quadratic, t.to(device), x.to(device), estimator), quadratic_divergence(t, x))
+    for time in (0.3, torch.tensor(0.3, device=device, dtype=torch.float64), t.to(device)):
+        result = divergence(net, time, x.to(device), estimator)
+        assert result.device.type == device
+        local = copy.deepcopy(net).cpu()
+        expected = divergence(local, time.cpu() if torch.is_tensor(time) else time, x)
+        close(result, expected)
+        close(gradients(result.sum(), net), gradients(expected.sum(), local))
+
+
+@each_device
+@generators
+@pytest.mark.parametrize("estimator", ESTIMATES.values(), ids=ESTIMATES)
+def test_an_estimate_is_a_function_of_its_generator_alone(device, source, estimator):
+    net, x = Network((8,)).to(device), torch.randn(3, 8, dtype=torch.float64)
+    results = [
+        estimator.estimate(field, 0.3, point, Generator(source).manual_seed(0)).divergence
+        for field, point in ((net, x.to(device)), (copy.deepcopy(net).cpu(), x))
+    ]
+    close(*results)
+    frozen = estimator.freeze(x.to(device), Generator(source).manual_seed(0))
+    close(divergence(net, 0.3, x.to(device), frozen), divergence(net, 0.3, x.to(device), frozen).cpu())
+
+
+@each_device
+@pytest.mark.parametrize(("network", "event"), NETWORKS.values(), ids=NETWORKS)
+def test_networks(device, network, event):
+    net, x = copy.deepcopy(network).to(device), torch.randn(3, *event)
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    check_field(net, 0.3, x.to(device))
+    result = divergence(net, torch.tensor(0.3, device=device), x.to(device))
+    close(result, divergence(copy.deepcopy(net).cpu(), 0.3, x), rtol=1e-3, atol=1e-4)
+
+
+@each_device
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+@pytest.mark.parametrize("likelihood", [Quadrature(7), Augmented()], ids=["quadrature", "augmented"])
+def test_flows(device, method, gradient, likelihood):
+    if method == "scipy_solver" and gradient == "adjoint":
+        gradient = "direct"  # it has none
+    solver = Solver(
+        method, gradient=gradient, options={"step_size": 0.25} if METHODS[method] >= {"step_size"} else None
+    )
+    net, x = Network((2,)), torch.randn(3, 2, dtype=torch.float64)
+    base = Independent(Normal(torch.zeros(2).double(), torch.ones(2).double()), 1)
+    flow = ContinuousFlow(net, 2, likelihood=likelihood, solver=solver, base=base)
+    there = copy.deepcopy(flow).to(device)
+    with torch.set_grad_enabled(method != "scipy_solver"):
+        results = [f.log_prob(point) for f, point in ((there, x.to(device)), (flow, x))]
+        close(*results)
+        if method != "scipy_solver":
+            close(*(gradients(r.sum(), f) for r, f in zip(results, (there, flow), strict=True)))
+
+
+@each_device
+def test_a_time_may_be_a_tensor_of_the_device(device):
+    start = torch.tensor(0.5, device=device, requires_grad=True)
+    flow = ContinuousFlow(lambda t, x: -t.reshape(-1, 1) * x, 2, t_base=start, t_data=1.0)
+    flow = flow.to(device)
+    log_prob = flow.log_prob(torch.zeros(3, 2, device=device))
+    close(log_prob, torch.full((3,), -math.log(2 * math.pi) + 0.75))  # -log det = the integral of 2 t
+    (slope,) = torch.autograd.grad(log_prob.sum(), start)
+    close(slope, torch.tensor(-3.0))
+    with pytest.raises(ValueError, match="must differ"):
+        ContinuousFlow(lambda t, x: x, 2, t_base=torch.tensor(1.0, device=device), t_data=1.0)
+
+
+@each_device
+@generators
+def test_samples_of_a_flow(device, source):
+    base = MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.5, 2.0]]))
+    flow = ContinuousFlow(Network((2,), torch.float32), 2, base=base).to(device)
+    first, again = (flow.sample(4, generator=Generator(source).manual_seed(1)) for _ in range(2))
+    assert first.device.type == device
+    close(first, again.cpu())
+    samples, log_prob = flow.rsample_and_log_prob(4, generator=Generator(source).manual_seed(1))
+    close(flow.log_prob(samples), log_prob.detach().cpu(), rtol=1e-3, atol=1e-3)
+    close(flow.decode(flow.encode(first)), first.cpu(), rtol=1e-3, atol=1e-3)
+    judged = flow.replace(estimator=Hutchinson(2)).evaluate(first, generator=Generator(source).manual_seed(1))
+    assert judged.standard_error.device.type == judged.quadrature_error.device.type == device
+
+
+@each_device
+def test_penalties_context_and_refinement(device):
+    def velocity(t, x, context):
+        return -context * x
+
+    x, context = torch.ones(2, 3, device=device), torch.full((2, 1), 0.5, device=device)
+    flow = ContinuousFlow(velocity, 3, likelihood=Quadrature(7, tolerance=1e-3)).to(device)
+    result = flow.evaluate(x, context, penalties=("kinetic_energy", "jacobian_norm"))
+    close(result.log_det, torch.full((2,), 1.5))
+    close(result.penalties["jacobian_norm"], torch.full((2,), 0.75))
+    close(result.penalties["kinetic_energy"], torch.full((2,), 0.75 * math.expm1(1.0)), rtol=1e-4, atol=1e-4)
+
+
+@each_device
+@pytest.mark.parametrize("likelihood", [Quadrature(7), Augmented()], ids=["quadrature", "augmented"])
+def test_autocast(device, likelihood):
+    flow = ContinuousFlow(Network((2,), torch.float32), 2, likelihood=likelihood, solver=Solver("rk4")).to(device)
+    x = torch.randn(16, 2, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        log_prob = flow.log_prob(x)
+    assert log_prob.dtype == torch.float32
+    torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=0.05, atol=0.05)
+    log_prob.sum().backward()
+
+
+@each_device
+@generators
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_objectives(device, source, objective):
+    net, x = Network((2,)), torch.randn(6, 2, dtype=torch.float64)
+    there = copy.deepcopy(net).to(device)
+    results = [
+        objective(score, point, generator=Generator(source).manual_seed(0))
+        for score, point in ((there, x.to(device)), (net, x))
+    ]
+    close(*results)
+    close(gradients(results[0].sum(), there), gradients(results[1].sum(), net))
+    assert objective(there, x.to(device)).device.type == device
+
+
+@each_device
+@generators
+@pytest.mark.parametrize("sde", SDES, ids=lambda sde: type(sde).__name__)
+def test_sdes_and_their_samplers(device, source, sde):
+    t, x = torch.tensor([0.2, 0.7]), torch.randn(2, 2)
+    for there, here in zip(sde.marginal(t.to(device)), sde.marginal(t), strict=True):
+        close(there, here)
+    close(sde.drift(0.3, x.to(device)), sde.drift(0.3, x))
+    close(sde.diffusion(t.to(device)), sde.diffusion(t))
+    score = Network((2,), torch.float32).to(device)
+    close(
+        probability_flow(score, sde).to(device).log_prob(x.to(device)),
+        probability_flow(copy.deepcopy(score).cpu(), sde).log_prob(x),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    for sampler in (
+        ProbabilityFlowODE(sde, denoise=True),
+        ReverseSDE(sde, num_steps=5),
+        PredictorCorrector(sde, num_steps=5),
+        AnnealedLangevin(2, (1.0, 0.5), steps_per_level=3, denoise=True),
+    ):
+        there, here = (
+            sampler(net, 3, Generator(source).manual_seed(0)).samples for net in (score, copy.deepcopy(score).cpu())
+        )
+        assert there.device.type == device
+        close(there, here, rtol=1e-3, atol=1e-3)
+
+
+@each_device
+def test_operators(device):
+    net, x = Network((3,)), torch.randn(2, 3, dtype=torch.float64)
+    there = copy.deepcopy(net).to(device)
+    time = torch.tensor(0.3, dtype=torch.float64)
+
+    def energy(z):
+        return (z**3).sum(dim=1)
+
+    close(operators.jacobian(there, time.to(device), x.to(device)), operators.jacobian(net, time, x))
+    for operator in (operators.gradient, operators.hessian, operators.laplacian):
+        close(operator(energy, x.to(device)), operator(energy, x))
+    product = operators.partial_derivative(lambda a, b: a * b**2, (x.to(device), x[:1].to(device)), 1)
+    close(product, 2 * x * x[:1])
+    close(
+        operators.flat_gradient(lambda a, b: (a * b).sum(), [x.to(device), x.to(device)]), torch.cat([x, x]).flatten()
+    )
+    there, here = (operators.parameter_jacobian(m, time.to(p), p) for m, p in ((there, x.to(device)), (net, x)))
+    for name in here:
+        close(there[name], here[name])
+
+
+RUNS = {
+    "flow": [*SMALL_TOY, "network.hidden=[16]"],
+    "flow, estimated, augmented": [*SMALL_TOY, "network.hidden=[16]", "estimator=hutchinson", "likelihood=augmented"],
+    "score": [
+        *SMALL_TOY,
+        "network.hidden=[16]",
+        "task=score",
+        "objective=denoising",
+        "sde=vp",
+        "sampler=reverse_sde",
+        "sampler.num_steps=5",
+    ],
+    "score without SDE": [*SMALL_TOY, "network.hidden=[16]", "task=score", "objective=sliced_vr", "sde=none"],
+    "digits": ["data=digits", "network.hidden=[16]"],
+    "score of digits": ["data=digits", "task=score"],
+    "images, conv": ["data=digits", "data.event_shape=[1,8,8]", "network=conv", "network.hidden=[4]"],
+    "images, UNet": [
+        "data=digits",
+        "data.event_shape=[1,8,8]",
+        "network=unet",
+        "network.channels=[4,8]",
+        "estimator=hutchinson",
+        "estimator@evaluation.estimator=hutchinson",
+    ],
+}
+
+
+@each_device
+@pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS)
+def test_a_run_and_its_checkpoint_on_every_device(device, overrides, tmp_path):
+    fast = [setting for setting in FAST if not setting.startswith(("device", "network"))]
+    settings = config(
+        *fast,
+        f"device={'gpu' if device == 'cuda' else 'cpu'}",
+        f"output_dir={tmp_path}",
+        "trainer.max_steps=2",
+        *overrides,
+    )
+    results = train(settings)
+    assert all(math.isfinite(value) for value in results.values())
+    assert list((tmp_path / "figures").glob("*.png"))
+    assert np.isfinite(np.load(tmp_path / "samples.npy")).all()
+    x = torch.rand(3, *np.load(tmp_path / "samples.npy").shape[1:])
+    numbers = {}
+    for target in DEVICES:
+        density = divflow.load(tmp_path / "checkpoints" / "best.ckpt", map_location=target)
+        numbers[target] = (
+            density.score(x.to(target))
+            if "sde=none" in overrides
+            else density.log_prob(x.to(target), generator=Generator().manual_seed(0))
+        )
+        assert numbers[target].device.type == target
+        close(numbers[target], numbers["cpu"], rtol=1e-3, atol=1e-2)
