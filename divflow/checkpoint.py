@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             return torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint of plain tensors and values: {reason}") from error
+        others = [other for name in ("last.ckpt", "best.ckpt") if (other := Path(path).with_name(name)) != Path(path)]
+        hint = "".join(f"; beside it is {other}" for other in others if zipfile.is_zipfile(other))
+        raise CheckpointError(f"{path} is not a checkpoint of plain tensors and values: {reason}{hint}") from error
 
 
 def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:

@@ -1,8 +1,10 @@
 """A run: from a composed config to a trained density, its figures and its results."""
 
+import csv
 import functools
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -12,7 +14,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
@@ -57,11 +59,14 @@ def train(config: DictConfig) -> dict[str, float]:
         raise
     except ValueError as error:  # from a class that knows nothing of settings
         raise ConfigError(str(error)) from error
-    if config.ckpt_path is not None:
-        check_state(task, read_checkpoint(config.ckpt_path)["state_dict"], config.ckpt_path)
+    resumed = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path)
+    if resumed is not None:
+        check_state(task, resumed["state_dict"], config.ckpt_path)
     trainer = _build_trainer(config)
     if trainer.is_global_zero:
-        _keep_metrics(output)
+        if resumed is not None:
+            _take_along(Path(config.ckpt_path), output)
+            _resume_metrics(trainer, Path(config.ckpt_path), resumed["global_step"], output)
         OmegaConf.save(config, output / "config.yaml", resolve=True)
 
     started = time.perf_counter()
@@ -147,12 +152,28 @@ def _build_logger(config: DictConfig | None) -> Logger | bool:
         raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
 
 
-def _keep_metrics(output: Path) -> None:
-    """Rename the metrics of an earlier run into the same folder, which the logger would delete."""
-    metrics = output / "metrics.csv"
-    if metrics.is_file():
-        count = len(list(output.glob("metrics_before_*.csv")))
-        metrics.rename(output / f"metrics_before_{count + 1}.csv")
+def _resume_metrics(trainer: L.Trainer, ckpt_path: Path, step: int, output: Path) -> None:
+    """Give the logger the rows that the run had logged by its checkpoint's step; it would start with none."""
+    earlier = [folder / "metrics.csv" for folder in (output, ckpt_path.parent.parent)]
+    rows = next((list(csv.DictReader(path.open())) for path in earlier if path.is_file()), [])
+    kept = [row for row in rows if int(row["step"]) < step and not row.get("test/nll") and not row.get("test/loss")]
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger) and kept:
+            writer = logger.experiment
+            writer.metrics_keys = list(kept[0])
+            with open(writer.metrics_file_path, "w", newline="") as file:
+                table = csv.DictWriter(file, writer.metrics_keys)
+                table.writeheader()
+                table.writerows(kept)
+
+
+def _take_along(ckpt_path: Path, output: Path) -> None:
+    """The checkpoint, and the best one so far, into the folder of the run that goes on, unless it has its own."""
+    for source, name in ((ckpt_path, "last.ckpt"), (ckpt_path.with_name("best.ckpt"), "best.ckpt")):
+        here = output / "checkpoints" / name
+        if source.is_file() and not here.is_file():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, here)
 
 
 def _quieten() -> None:

@@ -35,8 +35,8 @@ class Processes(L.Callback):
         self.interval, self.limit = interval, limit
         self._watch: Watch | None = None
         self._group: distributed.ProcessGroup | None = None
-        self._received = 0
-        self._stopping = False
+        self._received = self._stop = 0
+        self.stopping = False
         self._world_size, self._was = 1, 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,27 +75,36 @@ class Processes(L.Callback):
         """Say what another number of processes changes; answer signals in step."""
         if self._was != trainer.world_size:
             rank_zero_warn(_changes(trainer, self._was))
-        if self._watch is not None:
-            # Lightning's handlers start a collective wherever the process is, which another process may not be at.
-            for number in _SIGNALS:
-                signal.signal(number, self._receive)
+        # Lightning's handlers start a collective wherever the process is, which another process may not be at; and its
+        # answer to Ctrl-C comes in the middle of a step.
+        for number in _SIGNALS:
+            signal.signal(number, self._receive)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop in all processes where a signal has reached one of them."""
-        if self._watch is None:
-            return
-        self._watch.step = trainer.global_step
-        received = torch.tensor(self._received)
-        distributed.all_reduce(received, distributed.ReduceOp.MAX, group=self._group)
-        if received:
-            self._stopping = True
-            raise KeyboardInterrupt if received == signal.SIGINT else SIGTERMException
+        received = self._received
+        if self._watch is not None:
+            self._watch.step = trainer.global_step
+            numbers = torch.tensor(received)
+            distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
+            received = int(numbers)
+        # Gradients that are being accumulated would be lost.
+        if received and not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._stop = received
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop before the next step: the last one is logged, and judged if that was due."""
+        if self._stop:
+            self.stopping = True
+            raise KeyboardInterrupt if self._stop == signal.SIGINT else SIGTERMException
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Tell the others, or say that it is another's."""
-        if self._watch is None or self._stopping:
+        if self._watch is None or self.stopping:
             return
         self._watch.failed(exception)
 

@@ -7,6 +7,7 @@ from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 
 from divflow.data.module import DataError, Rows, TensorDataModule, split_rows
+from divflow.data.order import combined_seed
 from divflow.data.transforms import Affine, Compose, Logit
 
 __all__ = ["Digits"]
@@ -58,7 +59,7 @@ class Digits(TensorDataModule):
         images = torch.as_tensor(load_digits().data, dtype=torch.float32).view(-1, *self.event_shape)
         train, val, test = split_rows(images, val_fraction, test_fraction, seed)
         noise = Generator().manual_seed(seed)
-        self.train = _Dequantized(train)
+        self.train = _Dequantized(train, seed)
         self.val, self.test = (Rows(_dequantize(rows, noise)) for rows in (val, test))
         logit = Logit(margin)
         logits, _ = logit(torch.cat([_dequantize(train, noise) for _ in range(10)]))
@@ -66,14 +67,19 @@ class Digits(TensorDataModule):
 
 
 class _Dequantized(Rows):
-    """Rows of grey values, to which every access adds fresh noise from torch's default generator."""
+    """Rows of grey values, to which every epoch adds noise of its own."""
+
+    def __init__(self, rows: Tensor, seed: int) -> None:
+        super().__init__(rows)
+        self._seed = seed
 
     def __getitem__(self, index: int) -> Tensor:
-        return _dequantize(self.rows[index], None)
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        return _dequantize(self.rows[indices], None)
+        noise = Generator().manual_seed(combined_seed(self._seed, self.epoch, *indices))
+        return _dequantize(self.rows[indices], noise)
 
 
-def _dequantize(rows: Tensor, generator: Generator | None) -> Tensor:
+def _dequantize(rows: Tensor, generator: Generator) -> Tensor:
     return (rows + torch.rand(rows.shape, generator=generator)) / _LEVELS

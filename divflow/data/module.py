@@ -6,8 +6,9 @@ import lightning as L
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from divflow.data.order import ShuffledRows, combined_seed
 from divflow.data.transforms import Affine, Transform
 from divflow.errors import DivflowError
 
@@ -19,7 +20,13 @@ class DataError(DivflowError, ValueError):
 
 
 class Rows(Dataset):
-    """The rows of a tensor, fetched a batch at a time."""
+    """The rows of a tensor, fetched a batch at a time.
+
+    Attributes:
+        epoch: of training: what is drawn for a row may depend on it, and on nothing else that changes.
+    """
+
+    epoch = 0
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
@@ -64,6 +71,8 @@ class TensorDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.seed = seed
         self.transform: Transform = Affine()
+        self._order_seed: int | None = None
+        self._epoch = 0  # where there is no trainer to count them
 
     def log_prob(self, x: Tensor) -> Tensor | None:
         """The true log-density of x in nats, `(k,)`, where it is known."""
@@ -76,18 +85,33 @@ class TensorDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; an incomplete last one is left out unless it is the only one."""
         world, rank = self._processes()
-        sampler: Sampler | None = None
-        if world > 1:
-            sampler = DistributedSampler(self.train, world, rank, shuffle=True, seed=self.seed)
+        if self._order_seed is None:
+            self._order_seed = combined_seed(self.seed, torch.initial_seed())
+            if self.trainer is not None:
+                self._order_seed = self.trainer.strategy.broadcast(self._order_seed)
         per_process = len(self.train) // world
         return DataLoader(
             self.train,
             batch_size=self.batch_size,
-            shuffle=sampler is None,
-            sampler=sampler,
+            sampler=ShuffledRows(self.train, (world, rank), self._order_seed, self.batch_size, self._position),
             drop_last=per_process >= self.batch_size,
             collate_fn=_as_it_is,
         )
+
+    def state_dict(self) -> dict[str, int | None]:
+        """What a resumed run needs to take the rows in the same order."""
+        return {"order_seed": self._order_seed}
+
+    def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
+        """Go on in the order of an earlier run."""
+        self._order_seed = state_dict["order_seed"]
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch, and how many of its batches this process has taken."""
+        if self.trainer is None:
+            self._epoch += 1
+            return self._epoch - 1, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def val_dataloader(self) -> DataLoader:
         """All validation rows, in order."""

@@ -13,11 +13,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from divflow.data.module import TensorDataModule
+from divflow.data.order import combined_seed
 from divflow.errors import DivflowError
 from divflow.tasks.density import FlowDensity
 from divflow.tasks.metrics import MeanWithStandardError
 
 __all__ = ["Task", "TrainingError"]
+
+# What noise is for.
+_TRAINING, _JUDGING = 0, 1
 
 
 class TrainingError(DivflowError, RuntimeError):
@@ -46,6 +50,7 @@ class Task(L.LightningModule):
         self.density = density
         self._optimizer, self._scheduler, self._config = optimizer, scheduler, config
         self._checked = False
+        self._noise_seed: int | None = None
         # Of the batches since the last optimizer step: number and loss.
         self._losses: list[tuple[int, Tensor]] = []
         self._metrics: dict[str, MeanWithStandardError] = {}
@@ -81,12 +86,12 @@ class Task(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Give each further process noise of its own: Lightning seeds all of them alike."""
-        if self.global_rank:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+        """Fix what all noise of the run comes from, for all processes."""
+        if self._noise_seed is None:
+            self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The loss of a batch.
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Noise of the batch's own, whatever was drawn before: that of a run that never stopped.
 
         Raises:
             FieldError: at the first step, the field mixes the samples of a batch, or is none.
@@ -94,6 +99,22 @@ class Task(L.LightningModule):
         if not self._checked:
             self.check(batch)
             self._checked = True
+        self._seed(_TRAINING, self.current_epoch, batch_idx)
+
+    def on_validation_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """The same noise at each validation."""
+        self._seed(_JUDGING, batch_idx)
+
+    def on_test_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """The same noise as in validation."""
+        self._seed(_JUDGING, batch_idx)
+
+    def _seed(self, *numbers: int) -> None:
+        seed = torch.initial_seed() if self._noise_seed is None else self._noise_seed
+        torch.manual_seed(combined_seed(seed, self.global_rank, *numbers))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
         loss = self.loss(batch)
         self._losses.append((batch_idx, loss.detach()))
         return loss
@@ -134,6 +155,11 @@ class Task(L.LightningModule):
         """Save what `divflow.load` needs to rebuild the density."""
         if self._config is not None:
             checkpoint["divflow"] = self._config
+        checkpoint["noise_seed"] = self._noise_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the noise of the run that was saved."""
+        self._noise_seed = checkpoint.get("noise_seed")
 
     def count(self, number: int) -> Tensor:
         """A number to log, filled in on the device: Lightning would copy it there, for which the host waits."""

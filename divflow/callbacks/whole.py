@@ -1,0 +1,45 @@
+"""Files that are replaced whole or not at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+
+from divflow.errors import DivflowError
+
+__all__ = ["WriteError", "save_whole"]
+
+
+class WriteError(DivflowError, OSError):
+    """A checkpoint could not be written; what was there before is kept."""
+
+
+@contextlib.contextmanager
+def save_whole(trainer: L.Trainer, path: str | Path) -> Iterator[Path]:
+    """A file to write to, beside `path`, whose place it takes once it is on the disk.
+
+    Raises:
+        WriteError: it could not be written, as on a full disk.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        if trainer.is_global_zero:
+            with open(part, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(part, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        kept = "the one of before is kept" if path.is_file() else "there was none before"
+        raise WriteError(
+            f"{path} could not be written ({error.strerror or error}); {kept}. Make room, and resume"
+        ) from error
