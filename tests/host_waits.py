@@ -105,7 +105,7 @@ def _part() -> str:
     names, network = [_short(path) for path, _, _ in _frames()], False
     for name in names:
         network = network or name.startswith(("divflow/networks", "divflow/likelihood/conditioned"))
-        if name.startswith("torch/optim"):
+        if name.startswith("torch/optim") and not network:
             return "optimizer"
         if name.startswith("divflow/divergence/") and not name.endswith("/field.py"):
             return "divergence"
@@ -113,6 +113,8 @@ def _part() -> str:
             return "network, evaluated by the solver" if network else "solver's own arithmetic"
         if name.startswith(("divflow/callbacks", "lightning/pytorch/callbacks")):
             return "callbacks"
-        if name.startswith(("divflow/score", "divflow/tasks", "divflow/flow", "divflow/likelihood/quadrature")):
+        # The evaluation of a network passes through these, too, on its way to the solver.
+        outer = ("divflow/score", "divflow/tasks", "divflow/flow", "divflow/likelihood/quadrature")
+        if name.startswith(outer) and not network:
             return name
-    return "the rest"
+    return "network" if network else "the rest"
