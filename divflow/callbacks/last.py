@@ -55,7 +55,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """See whether N steps or M minutes are over; gradients that are being accumulated would be lost."""
         stepped = trainer.global_step != self._saved_step and not trainer.fit_loop.epoch_loop._should_accumulate()
-        self._due = self._due or (stepped and self._is_due(trainer))
+        stopped = any(callback.stop for callback in trainer.callbacks if isinstance(callback, Processes))
+        self._due = self._due or (stepped and (stopped or self._is_due(trainer)))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after a validation that was due, which would be missing from the resumed run otherwise."""

@@ -35,7 +35,7 @@ class Processes(L.Callback):
         self.interval, self.limit = interval, limit
         self._watch: Watch | None = None
         self._group: distributed.ProcessGroup | None = None
-        self._received = self._stop = 0
+        self._received = self.stop = 0
         self.stopping = False
         self._world_size, self._was = 1, 1
 
@@ -92,15 +92,15 @@ class Processes(L.Callback):
             received = int(numbers)
         # Gradients that are being accumulated would be lost.
         if received and not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._stop = received
+            self.stop = received
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop before the next step: the last one is logged, and judged if that was due."""
-        if self._stop:
+        if self.stop:
             self.stopping = True
-            raise KeyboardInterrupt if self._stop == signal.SIGINT else SIGTERMException
+            raise KeyboardInterrupt if self.stop == signal.SIGINT else SIGTERMException
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Tell the others, or say that it is another's."""

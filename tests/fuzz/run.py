@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from fuzz.calls import Fault, episode  # noqa: E402 - the tests are no package
+from fuzz.calls import Fault, episode  # noqa: E402 - found by the path above
 
 
 def main(calls: int, first: int = 0) -> int:
