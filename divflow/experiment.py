@@ -155,7 +155,7 @@ def _build_logger(config: DictConfig | None) -> Logger | bool:
 def _resume_metrics(trainer: L.Trainer, ckpt_path: Path, step: int, output: Path) -> None:
     """Give the logger the rows that the run had logged by its checkpoint's step; it would start with none."""
     earlier = [folder / "metrics.csv" for folder in (output, ckpt_path.parent.parent)]
-    rows = next((list(csv.DictReader(path.open())) for path in earlier if path.is_file()), [])
+    rows = next((list(csv.DictReader(path.read_text().splitlines())) for path in earlier if path.is_file()), [])
     kept = [row for row in rows if int(row["step"]) < step and not row.get("test/nll") and not row.get("test/loss")]
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and kept:

@@ -1,9 +1,9 @@
 """One step of a run of the real configs, watched."""
 
 import lightning as L
-from host_waits import Watch
 from hydra.utils import instantiate
 from run import SMALL_TOY, config
+from waits import Watch
 
 from divflow.experiment import _build_task, _build_trainer
 

@@ -26,6 +26,7 @@ class BestCheckpoint(ModelCheckpoint):
         paths = {name: here(state_dict.get(name, "")) for name in ("best_model_path", "kth_best_model_path")}
         models = {here(path): value for path, value in state_dict.get("best_k_models", {}).items()}
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
+        self.current_score = state_dict["current_score"]
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         with save_whole(trainer, filepath) as part:

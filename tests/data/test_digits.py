@@ -26,7 +26,10 @@ def test_all_images_are_there_once(shape):
 def test_noise_is_fresh_in_training_and_fixed_in_evaluation():
     data, again = Digits(), Digits()
     indices = list(range(10))
-    a, b = data.train.__getitems__(indices), data.train.__getitems__(indices)
+    a, same = data.train.__getitems__(indices), data.train.__getitems__(indices)
+    assert torch.equal(a, same)
+    data.train.epoch = 1
+    b = data.train.__getitems__(indices)
     assert not torch.equal(a, b)
     assert torch.equal((a * 17).floor(), (b * 17).floor())
     assert torch.equal(data.test.rows, again.test.rows)
