@@ -78,6 +78,9 @@ def train(config: DictConfig) -> dict[str, float]:
         print(f"\nstopped after {trainer.global_step} steps{hint}", file=sys.stderr)
         raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
     seconds = time.perf_counter() - started
+    # A checkpoint of the last step was saved before Lightning counted its epoch as completed.
+    epochs = trainer.fit_loop.epoch_progress.current
+    epochs.completed = epochs.processed
 
     best = output / "checkpoints" / "best.ckpt"
     if best.is_file() and not trainer.fast_dev_run:
