@@ -246,7 +246,8 @@ class VarianceExploding(SDE):
     Args:
         sigma_min: at about this standard deviation noise begins to matter; below the data's finest detail.
         sigma_max: standard deviation of the prior; as large as the largest distance between two data.
-        event_shape, T, epsilon: see `SDE`; sigma(epsilon) is 0.13 sigma_min at the defaults.
+
+    event_shape, T and epsilon are those of `SDE`; sigma(epsilon) is 0.13 sigma_min at the defaults.
 
     Raises:
         SDEError: not 0 < sigma_min < sigma_max, or epsilon outside (0, T).
@@ -290,7 +291,8 @@ class VariancePreserving(SDE):
     Args:
         beta_min: at t = 0.
         beta_max: at t = T.
-        event_shape, T, epsilon: see `SDE`; sigma(epsilon) is 0.001 at the defaults.
+
+    event_shape, T and epsilon are those of `SDE`; sigma(epsilon) is 0.001 at the defaults.
 
     Raises:
         SDEError: not 0 < beta_min < beta_max, or epsilon outside (0, T).

@@ -1,0 +1,30 @@
+"""Code blocks of a document in Markdown, and the commands in them."""
+
+import re
+import shlex
+from pathlib import Path
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """Language and code of each fenced block; a block without a language has an empty one."""
+    return re.findall(r"^```([^\n`]*)\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(code: list[tuple[str, str]]) -> list[str]:
+    """The lines of shell blocks that run train.py, from there on; a script's are not single commands."""
+    lines = [line for language, text in code if language == "bash" and text[:2] != "#!" for line in text.splitlines()]
+    return [line[line.index("train.py") :] for line in lines if "train.py" in line]
+
+
+def overrides(command: str) -> list[str]:
+    """The settings in a command; comments are none."""
+    return [part for part in shlex.split(command, comments=True)[1:] if "=" in part]
+
+
+def run_python(path: Path) -> dict:
+    """Run all blocks of Python in order, as one script; returns its names."""
+    namespace: dict = {"__name__": path.stem}
+    for language, code in blocks(path):
+        if language == "python":
+            exec(compile(code, path.name, "exec"), namespace)
+    return namespace

@@ -1,0 +1,36 @@
+"""Every code block of the guide runs or, if it is a command, composes."""
+
+import pytest
+from documents import blocks, commands, overrides, run_python
+from run import ROOT, config
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BY_NAME = {str(page.relative_to(ROOT / "docs")): page for page in PAGES}
+COMMANDS = sorted({command for page in PAGES for command in commands(blocks(page))})
+
+
+def test_nothing_is_left_out():
+    assert COMMANDS
+    for page in PAGES:
+        found = blocks(page)
+        assert 2 * len(found) == sum(line.lstrip().startswith("```") for line in page.read_text().splitlines()), page
+        assert {language for language, _ in found} <= {"python", "bash"}, page
+        lines = [line for language, code in found if language == "bash" for line in code.splitlines()]
+        assert all(line.startswith("python train.py") for line in lines), page
+
+
+@pytest.mark.parametrize("name", [name for name, page in BY_NAME.items() if "```python" in page.read_text()])
+def test_python_blocks_of_a_page_in_their_order(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_python(BY_NAME[name])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose(command, tmp_path):
+    given = overrides(command)
+    assert config(*given, f"output_dir={tmp_path}").output_dir == str(tmp_path)
+
+
+def test_navigation_names_every_page():
+    listed = (ROOT / "mkdocs.yml").read_text()
+    assert all(f" {name}\n" in listed for name in BY_NAME)
