@@ -1,23 +1,23 @@
 """Every code block of the README runs."""
 
-import re
-import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
+from documents import blocks, commands, overrides, run_python
 from run import FAST, ROOT, SMALL_TOY, config
 
 from divflow.experiment import train
 
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+README = ROOT / "README.md"
+BLOCKS = blocks(README)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [
     code for language, code in BLOCKS if language == "bash" and not code.startswith("#!")
 ]  # test_processes reads SLURM's
 LINES = [line for code in SHELL for line in code.splitlines()]
-COMMANDS = [line[line.index("train.py") :] for line in LINES if "train.py" in line]
+COMMANDS = commands(BLOCKS)
 
 
 def test_nothing_is_left_out():
@@ -32,9 +32,7 @@ def test_python_blocks_in_their_order(tmp_path, monkeypatch, capsys):
     """They share their names, as a reader's session would; the trained flow they load is made first."""
     train(config(*FAST, *SMALL_TOY, f"output_dir={tmp_path}/outputs/two_moons"))
     monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    for code in PYTHON:
-        exec(compile(code, "README.md", "exec"), namespace)
+    namespace = run_python(README)
     assert namespace["samples"].shape == (1000, 2)
     assert namespace["exact"].shape == (8,)
     model = namespace["ScoreModel"](lambda t, x: -x)
@@ -51,18 +49,18 @@ def test_commands_run(tmp_path, monkeypatch, command):
     (tmp_path / "measurements.csv").write_text("height,weight\n" + rows)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    overrides = [part for part in shlex.split(command)[1:] if "=" in part]
-    composed = config(*overrides, f"output_dir={tmp_path}/run")  # as it stands, it composes
+    settings = overrides(command)
+    composed = config(*settings, f"output_dir={tmp_path}/run")  # as it stands, it composes
     assert composed.output_dir
-    given = {override.split("=")[0] for override in overrides} - {"trainer.max_steps"}
+    given = {override.split("=")[0] for override in settings} - {"trainer.max_steps"}
     fast = [*FAST, "estimator@evaluation.estimator=hutchinson"]
     own = any(name in command for name in ("network=custom", "network=unet"))  # which have no hidden layers to narrow
     fast = [f for f in fast if f.split("=")[0].lstrip("+") not in given and not (own and f.startswith("network"))]
     if "network=unet" in command:
         fast = [f.replace("solver=rk4", "solver=euler") for f in [*fast, "network.channels=[8,8]"]]
-    toy = SMALL_TOY if not given & {"data"} or "data=checkerboard" in overrides else []
-    kept = [o for o in overrides if not o.startswith(("device", "trainer.max_steps", "compile"))]
-    kept += [o for o in overrides if o.startswith("device.precision")]
+    toy = SMALL_TOY if not given & {"data"} or "data=checkerboard" in settings else []
+    kept = [o for o in settings if not o.startswith(("device", "trainer.max_steps", "compile"))]
+    kept += [o for o in settings if o.startswith("device.precision")]
     if any(o.startswith("ckpt_path") for o in kept):
         train(config(*fast, *toy, f"output_dir={tmp_path}/outputs/two_moons"))
         fast = [f.replace("max_steps=4", "max_steps=6") for f in fast]
