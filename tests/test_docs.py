@@ -34,3 +34,14 @@ def test_commands_compose(command, tmp_path):
 def test_navigation_names_every_page():
     listed = (ROOT / "mkdocs.yml").read_text()
     assert all(f" {name}\n" in listed for name in BY_NAME)
+
+
+def test_reference_has_every_public_module():
+    """Those of the first level, and every package below; a package shows what its `__all__` takes from its files."""
+    source = ROOT / "divflow"
+    files = {*source.glob("*.py"), *source.rglob("*/__init__.py")} - {source / "__init__.py"}
+    modules = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in files}
+    referenced = {
+        line[4:] for page in PAGES for line in page.read_text().splitlines() if line.startswith("::: divflow.")
+    }
+    assert modules <= referenced, modules - referenced
