@@ -251,7 +251,10 @@ class ContinuousFlow(nn.Module):
             x, field = self._prepare(x, context)
             if self._sample_times is None and len(x):
                 alone = self.field(None if context is None else context.detach())
-                self._sample_times = accepts_sample_times(alone, *self.times(), x.detach())
+                # One sample has one time, which a velocity of scalar times takes, too.
+                copies = 2 if len(x) == 1 else 1
+                states = x.detach().repeat(copies, *[1] * (x.ndim - 1))
+                self._sample_times = accepts_sample_times(alone.repeat(copies), *self.times(), states)
                 field.sample_times = self._sample_times
             with shared_products():
                 return self.likelihood.transport(
