@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
+from divflow.divergence.seeded import seeded
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport
 from divflow.solver import Evaluations, Solver
 
@@ -336,8 +337,7 @@ class _Base(nn.Module):
             return self.distribution.sample((num_samples,))
         seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
         devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with seeded(seed, devices):
             return self.distribution.sample((num_samples,))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
