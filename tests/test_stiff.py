@@ -47,7 +47,9 @@ VELOCITIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("likelihood", [Quadrature(), Quadrature(tolerance=1e-3), Augmented()], ids=lambda value: repr(value))
+@pytest.mark.parametrize(
+    "likelihood", [Quadrature(), Quadrature(tolerance=1e-3), Augmented()], ids=lambda value: repr(value)
+)
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4"])
 @pytest.mark.parametrize("name", VELOCITIES)
 def test_log_prob(name, method, likelihood):

@@ -26,7 +26,9 @@ def estimator_of(episode: Episode) -> object:
     if kind < 0.92:
         return Hutchinson(draw.choice([1, 2, 3, 7]), draw.choice(["rademacher", "gaussian", "sphere"]))
     # Fewer products than dimensions are a sketch, as many are exact.
-    return HutchPlusPlus(draw.choice([3, 4, max(3, size)])) if kind < 0.96 else XTrace(draw.choice([4, 5, max(4, size)]))
+    return (
+        HutchPlusPlus(draw.choice([3, 4, max(3, size)])) if kind < 0.96 else XTrace(draw.choice([4, 5, max(4, size)]))
+    )
 
 
 def compare(
@@ -39,7 +41,9 @@ def compare(
     expected = expected.detach().double()
     difference = (actual - expected).abs()
     wrong = ~(difference <= tolerance) & actual.isfinite() & expected.isfinite()
-    wrong |= actual.isfinite() & ~expected.isfinite() | ~actual.isfinite() & expected.isfinite() & ~torch.as_tensor(excused)
+    wrong |= actual.isfinite() & ~expected.isfinite() | ~actual.isfinite() & expected.isfinite() & ~torch.as_tensor(
+        excused
+    )
     if wrong.any():
         raise Fault(
             f"{name} differs by {difference[wrong].max().item():.3g} (tolerance {float(torch.as_tensor(tolerance).max()):.3g}): got {actual[wrong][:4].tolist()}, "

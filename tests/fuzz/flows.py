@@ -104,7 +104,12 @@ def _call(
             return Outcome.TYPED
         raise error if isinstance(error, Fault) else Fault(f"{error!r}: {about}", Outcome.OTHER) from error
     if not x.isfinite().all() and what != "rsample":
-        if what in ("decode", "encode") and not carried.isfinite().all() or log_prob is not None and not log_prob.isfinite().all():
+        if (
+            what in ("decode", "encode")
+            and not carried.isfinite().all()
+            or log_prob is not None
+            and not log_prob.isfinite().all()
+        ):
             return Outcome.EQUAL
         raise Fault(f"a finite number from {x.tolist()}: {about}")
     generator = Generator().manual_seed(seed)
@@ -120,7 +125,9 @@ def _call(
         z = z.reshape(len(z), max(1, z[:1].numel()) if len(z) else 1)
         base = -(z.square() + np.log(2 * np.pi)).sum(1) / 2
         # The estimate of a Quadrature's error covers what is left where the integrand is not smooth.
-        compare("log_prob", log_prob, base + data, tolerance * (1 + max(1, x[:1].numel())) + _error(flow, x, context), about)
+        compare(
+            "log_prob", log_prob, base + data, tolerance * (1 + max(1, x[:1].numel())) + _error(flow, x, context), about
+        )
     return Outcome.EQUAL
 
 
@@ -159,7 +166,9 @@ def _reference(flow, twin, x, context, start, end, generator, log_det):
         return np.concatenate([here.value.detach().reshape(-1).numpy(), trace.detach().numpy()])
 
     begin = np.concatenate([x.detach().reshape(-1).numpy(), np.zeros(batch)])
-    solution = solve_ivp(derivative, (start, end), begin, "DOP853", rtol=1e-8, atol=1e-9, dense_output=sampled and quadrature)
+    solution = solve_ivp(
+        derivative, (start, end), begin, "DOP853", rtol=1e-8, atol=1e-9, dense_output=sampled and quadrature
+    )
     final = torch.from_numpy(solution.y[:, -1])
     size += float(np.abs(solution.y).max())
     carried, log_dets = final[:count].reshape(batch, *event), final[count:]

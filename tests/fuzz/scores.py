@@ -137,7 +137,13 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _probability_flow(
-    net: Generated, twin: Generated, x: Tensor, t: Tensor | float, event: tuple[int, ...], draw: random.Random, about: str
+    net: Generated,
+    twin: Generated,
+    x: Tensor,
+    t: Tensor | float,
+    event: tuple[int, ...],
+    draw: random.Random,
+    about: str,
 ) -> Outcome:
     """Its velocity, f x - g^2 s / 2, by the coefficients of Song et al. (2021, appendix B)."""
     kind = draw.choice([VariancePreserving, SubVariancePreserving, VarianceExploding])
@@ -210,7 +216,12 @@ def _parameters(net: Generated, x: Tensor) -> Tensor:
 
 def _by_parameters(net: Generated, x: Tensor) -> Tensor:
     def f(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return torch.func.functional_call(net, parameters, (torch.tensor(0.3, dtype=sample.dtype), sample)).reshape(1, -1).pow(2).sum(1)
+        return (
+            torch.func.functional_call(net, parameters, (torch.tensor(0.3, dtype=sample.dtype), sample))
+            .reshape(1, -1)
+            .pow(2)
+            .sum(1)
+        )
 
     return parameter_jacobian(f, x, parameters={"last.weight": net.last.weight})["last.weight"]
 
@@ -233,16 +244,23 @@ _OPERATORS = {
     "gradient": (lambda net, x: gradient(_of(net), x), lambda net, x: _rows(lambda z: _of(net)(z)[:, None], x)[:, 0]),
     "jacobian": (
         lambda net, x: jacobian(net, 0.3, x),
-        lambda net, x: brute_force(net, torch.tensor(0.3, dtype=torch.float64), x).jacobian.reshape(len(x), *x.shape[1:], *x.shape[1:]),
+        lambda net, x: brute_force(net, torch.tensor(0.3, dtype=torch.float64), x).jacobian.reshape(
+            len(x), *x.shape[1:], *x.shape[1:]
+        ),
     ),
     "hessian": (lambda net, x: hessian(_of(net), x), _second),
     "laplacian": (
         lambda net, x: laplacian(_of(net), x),
-        lambda net, x: _second(net, x).reshape(len(x), max(1, x.shape[1:].numel()), -1 if len(x) else max(1, x.shape[1:].numel())).diagonal(dim1=1, dim2=2).sum(1),
+        lambda net, x: (
+            _second(net, x)
+            .reshape(len(x), max(1, x.shape[1:].numel()), -1 if len(x) else max(1, x.shape[1:].numel()))
+            .diagonal(dim1=1, dim2=2)
+            .sum(1)
+        ),
     ),
     "partial_derivative": (
         lambda net, x: partial_derivative(lambda a, b: (a * b).sin(), [x, x[:1] + 1], 1),
-        lambda net, x: (x * (x * (x[:1] + 1)).cos()),
+        lambda net, x: x * (x * (x[:1] + 1)).cos(),
     ),
     "parameter_jacobian": (_by_parameters, _parameters),
     "check_field": (_checked, lambda net, x: brute_force(net, torch.tensor(0.3, dtype=torch.float64), x).divergence),
