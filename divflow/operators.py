@@ -215,6 +215,10 @@ def parameter_jacobian(
         function = f
     if not parameters:
         raise FieldError("there are no parameters: give a module that has some, or `parameters`, a dict of tensors")
+    named = {} if not isinstance(parameters, Mapping) else parameters
+    for value in (*inputs, *(named.values() or (None,))):
+        if not isinstance(value, Tensor):
+            raise FieldError(f"parameters must be a dict of tensors, and the inputs tensors, but one is {value!r}")
     sizes = {len(tensor) for tensor in inputs if tensor.ndim}
     if len(sizes) != 1:
         raise FieldError(f"the inputs must share one batch size in dimension 0, but have {sorted(sizes)}")

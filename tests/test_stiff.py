@@ -59,8 +59,7 @@ def test_log_prob(name, method, likelihood):
     x = torch.full((2, 1), start, dtype=torch.float64)
     try:
         result = flow.double().evaluate(x)
-    except DivflowError as error:
-        assert len(str(error)) > 40
+    except DivflowError:
         assert counted.calls <= _most_calls(likelihood)
         return
     assert result.evaluations.forward <= _most_calls(likelihood)

@@ -2,12 +2,13 @@
 
 from fuzz.calls import divergences
 from fuzz.flows import flows
+from fuzz.mistakes import mistakes
 from fuzz.outcomes import Outcome
 from fuzz.scores import operators, scores
 
 __all__ = ["episode"]
 
-_KINDS = [divergences, divergences, divergences, divergences, flows, scores, operators]
+_KINDS = [divergences, divergences, divergences, divergences, flows, scores, operators, mistakes]
 
 
 def episode(seed: int) -> list[Outcome]:

@@ -104,11 +104,8 @@ def _call(
             return Outcome.TYPED
         raise error if isinstance(error, Fault) else Fault(f"{error!r}: {about}", Outcome.OTHER) from error
     if not x.isfinite().all() and what != "rsample":
-        if (
-            what in ("decode", "encode")
-            and not carried.isfinite().all()
-            or log_prob is not None
-            and not log_prob.isfinite().all()
+        if (what in ("decode", "encode") and not carried.isfinite().all()) or (
+            log_prob is not None and not log_prob.isfinite().all()
         ):
             return Outcome.EQUAL
         raise Fault(f"a finite number from {x.tolist()}: {about}")
@@ -158,7 +155,7 @@ def _reference(flow, twin, x, context, start, end, generator, log_det):
     def derivative(t, flat):
         z = torch.from_numpy(flat[:count]).reshape(batch, *event)
         time = torch.tensor(t, dtype=torch.float64)
-        if not log_det or sampled and quadrature:
+        if not log_det or (sampled and quadrature):
             with torch.no_grad():
                 return np.concatenate([field(time, z).reshape(-1).numpy(), np.zeros(batch)])
         here = brute_force(field, time, z)

@@ -101,7 +101,7 @@ CALLS = {
     "flow.sample": (lambda v: flow().sample(v), [-1, 1.5, "2", None, [2], torch.ones(2)]),
     "flow.sample generator": (lambda v: flow().sample(2, generator=v), NO_GENERATORS),
     "flow.rsample": (lambda v: flow().rsample_and_log_prob(v), [-1, 1.5, "2", None]),
-    "flow.trajectory": (lambda v: flow().trajectory(X, v), [[], [0.0], [0.0, 0.0], [0.0, 1.0, 0.5], "01", 3, [0.0, None], [0.0, float("nan")]]),
+    "flow.trajectory": (lambda v: flow().trajectory(X, v), [[], [0.0, 0.0], [0.0, 1.0, 0.5], "01", 3, [0.0, None], [0.0, float("nan")]]),
     "probability_flow score": (lambda v: probability_flow(v, VariancePreserving(event_shape=2)).log_prob(X), [None, 3, lambda: 1, lambda t, x: x[:1]]),
     "probability_flow sde": (lambda v: probability_flow(field, v), [None, 3, "vp", VariancePreserving, VariancePreserving()]),
     "VP beta_min": (lambda v: VariancePreserving(beta_min=v), [0, -1, 30, float("nan"), "a", None]),

@@ -69,6 +69,6 @@ def is_typed(error: Exception) -> bool:
 
 def _accidental(error: Exception) -> bool:
     """Whether Python raised it of itself, on a line of divflow: it names an operation, not an argument."""
-    accidents = ("unsupported operand", "not supported between", "object is not", "has no len", "could not convert",
+    accidents = ("unsupported operand", "not supported between", "has no len", "could not convert",
                  "must be real number", "must be called with", "can only", "invalid literal", "has no attribute")  # fmt: skip
     return any(accident in str(error) for accident in accidents)

@@ -166,7 +166,7 @@ def _probability_flow(
 
 def operators(seed: int) -> list[Outcome]:
     """One operator at one point."""
-    draw, net, x, event, about = _drawn(seed)
+    draw, net, x, _, about = _drawn(seed)
     what, mode = draw.choice(list(_OPERATORS)), draw.choice(_MODES)
     about += f", {what}, {mode.__name__}"
     twin = copy.deepcopy(net).double()
