@@ -342,11 +342,24 @@ class _Base(nn.Module):
             return self.distribution.log_prob(z)
 
     def sample(self, num_samples: int, generator: Generator | None) -> Tensor:
-        """Draws `(num_samples, *event)`; torch's distributions know no generators, so its seed is lent to the default one."""
+        """Draws `(num_samples, *event)`.
+
+        Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
+        threads may draw from, too; normal draws, of the base that most flows have, need it not.
+        """
         check_count("num_samples", num_samples, least=0)
         check_generator(generator)
         if generator is None:
             return self.distribution.sample((num_samples,))
+        normal = getattr(self.distribution, "base_dist", None)
+        if isinstance(self.distribution, Independent) and type(normal) is Normal:
+            noise = torch.randn(
+                (num_samples, *self.distribution.event_shape),
+                generator=generator,
+                dtype=normal.loc.dtype,
+                device=generator.device,
+            )
+            return (normal.loc + normal.scale * noise.to(normal.loc.device)).detach()
         seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
         devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
         with seeded(seed, devices):
