@@ -147,7 +147,8 @@ def refused(name: str, value: object) -> Outcome:
     except Fault:
         raise
     except Exception as error:
-        if is_typed(error):
+        # Of beartype, which checks the annotations while tests run.
+        if is_typed(error) or type(error).__name__ in ("TypeCheckError", "BeartypeCallHintParamViolation"):
             return Outcome.TYPED
         raise Fault(f"{name} of {value!r}: {error!r}", Outcome.OTHER) from error
     raise Fault(f"{name} takes {value!r} and returns {result!r}")
