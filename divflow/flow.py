@@ -192,8 +192,8 @@ class ContinuousFlow(nn.Module):
 
     def trajectory(self, x: Tensor, times: Sequence[float | Tensor], context: Tensor | None = None) -> Tensor:
         """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
-        if len(times) == 0:
-            raise ValueError("times must hold at least that of x, but is empty")
+        if not isinstance(times, Sequence | Tensor) or len(times) == 0:
+            raise ValueError(f"times must hold at least that of x, but is {times!r}")
         with _outside_inference_mode():
             x, field = self._prepare(x, context)
             (states,) = self.solver.solve(
