@@ -154,7 +154,7 @@ VECTOR = {
     "layer norm": lambda m, t, h: F.layer_norm(h, h.shape[1:], m.bias, m.bias),
     "group norm": lambda m, t, h: F.group_norm(h, groups(h.shape[1]), m.bias),
     "bare group norm": lambda m, t, h: F.group_norm(h, groups(h.shape[1])),
-    "rms norm": lambda m, t, h: F.rms_norm(h, h.shape[1:], m.bias),
+    "rms norm": lambda m, t, h: F.rms_norm(h, h.shape[1:], m.bias, 1e-5),
     "normalize": lambda m, t, h: F.normalize(h, dim=1) * h,
     "attention": attend,
     "time gate": lambda m, t, h: h * torch.sigmoid(along(t, h) * m.bias),
