@@ -2,16 +2,20 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform
 
+from divflow.arguments import check_count, check_generator, checked_event_shape
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
+from divflow.divergence.seeded import seeded
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport
 from divflow.solver import Evaluations, Solver
 
@@ -86,11 +90,11 @@ class ContinuousFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.velocity = velocity
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.event_shape = torch.Size(checked_event_shape(event_shape))
         self.estimator = Exact() if estimator is None else estimator
         self.likelihood = Quadrature() if likelihood is None else likelihood
         self.solver = Solver() if solver is None else solver
-        self._check_adjoint()
+        self._check()
         if _as_number(t_base) == _as_number(t_data):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data = t_base, t_data
@@ -188,6 +192,8 @@ class ContinuousFlow(nn.Module):
 
     def trajectory(self, x: Tensor, times: Sequence[float | Tensor], context: Tensor | None = None) -> Tensor:
         """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
+        if not isinstance(times, Sequence | Tensor) or len(times) == 0:
+            raise ValueError(f"times must hold at least that of x, but is {times!r}")
         with _outside_inference_mode():
             x, field = self._prepare(x, context)
             (states,) = self.solver.solve(
@@ -218,7 +224,7 @@ class ContinuousFlow(nn.Module):
         flow.estimator = self.estimator if estimator is None else estimator
         flow.likelihood = self.likelihood if likelihood is None else likelihood
         flow.solver = self.solver if solver is None else solver
-        flow._check_adjoint()
+        flow._check()
         return flow
 
     def extra_repr(self) -> str:
@@ -228,7 +234,10 @@ class ContinuousFlow(nn.Module):
             f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}"
         )
 
-    def _check_adjoint(self) -> None:
+    def _check(self) -> None:
+        for name, kind in (("estimator", Estimator), ("likelihood", Likelihood), ("solver", Solver)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be an instance of {kind.__name__}, but is {getattr(self, name)!r}")
         if self.solver.gradient == "adjoint" and not isinstance(self.velocity, nn.Module):
             raise ValueError(
                 "gradient='adjoint' needs a velocity that is an nn.Module, to know its parameters, but got "
@@ -251,7 +260,10 @@ class ContinuousFlow(nn.Module):
             x, field = self._prepare(x, context)
             if self._sample_times is None and len(x):
                 alone = self.field(None if context is None else context.detach())
-                self._sample_times = accepts_sample_times(alone, *self.times(), x.detach())
+                # One sample has one time, which a velocity of scalar times takes, too.
+                copies = 2 if len(x) == 1 else 1
+                states = x.detach().repeat(copies, *[1] * (x.ndim - 1))
+                self._sample_times = accepts_sample_times(alone.repeat(copies), *self.times(), states)
                 field.sample_times = self._sample_times
             with shared_products():
                 return self.likelihood.transport(
@@ -274,6 +286,8 @@ class ContinuousFlow(nn.Module):
                 f"the flow's event shape is {tuple(self.event_shape)}, so x must have shape "
                 f"(k, {', '.join(map(str, self.event_shape))}), but has {tuple(x.shape)}"
             )
+        if context is not None and not isinstance(context, Tensor):
+            raise FieldError(f"the context must be a tensor of one row a sample, but is a {type(context).__name__}")
         if context is not None and (context.ndim == 0 or len(context) != len(x)):
             raise FieldError(
                 f"the context needs one row a sample, ({len(x)}, ...), but has shape {tuple(context.shape)}; "
@@ -328,13 +342,27 @@ class _Base(nn.Module):
             return self.distribution.log_prob(z)
 
     def sample(self, num_samples: int, generator: Generator | None) -> Tensor:
-        """Draws `(num_samples, *event)`; torch's distributions know no generators, so its seed is lent to the default one."""
+        """Draws `(num_samples, *event)`.
+
+        Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
+        threads may draw from, too; normal draws, of the base that most flows have, need it not.
+        """
+        check_count("num_samples", num_samples, least=0)
+        check_generator(generator)
         if generator is None:
             return self.distribution.sample((num_samples,))
+        normal = getattr(self.distribution, "base_dist", None)
+        if isinstance(self.distribution, Independent) and type(normal) is Normal:
+            noise = torch.randn(
+                (num_samples, *self.distribution.event_shape),
+                generator=generator,
+                dtype=normal.loc.dtype,
+                device=generator.device,
+            )
+            return (normal.loc + normal.scale * noise.to(normal.loc.device)).detach()
         seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
         devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with seeded(seed, devices):
             return self.distribution.sample((num_samples,))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -363,7 +391,12 @@ def _standard_normal(event_shape: torch.Size) -> Distribution:
 
 
 def _as_number(t: float | Tensor) -> float:
-    return t.item() if isinstance(t, Tensor) else float(t)
+    if not isinstance(t, Real) and not (isinstance(t, Tensor) and t.numel() == 1):
+        raise ValueError(f"t_base and t_data must be numbers, or tensors of one, but one of them is {t!r}")
+    number = t.item() if isinstance(t, Tensor) else float(t)
+    if not math.isfinite(number):
+        raise ValueError(f"t_base and t_data must be finite, but one of them is {t!r}")
+    return number
 
 
 def _as_scalar(t: float | Tensor, x: Tensor) -> Tensor:

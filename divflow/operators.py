@@ -215,6 +215,10 @@ def parameter_jacobian(
         function = f
     if not parameters:
         raise FieldError("there are no parameters: give a module that has some, or `parameters`, a dict of tensors")
+    named = {} if not isinstance(parameters, Mapping) else parameters
+    for value in (*inputs, *(named.values() or (None,))):
+        if not isinstance(value, Tensor):
+            raise FieldError(f"parameters must be a dict of tensors, and the inputs tensors, but one is {value!r}")
     sizes = {len(tensor) for tensor in inputs if tensor.ndim}
     if len(sizes) != 1:
         raise FieldError(f"the inputs must share one batch size in dimension 0, but have {sorted(sizes)}")
@@ -228,13 +232,25 @@ def parameter_jacobian(
             )
         return value[0]
 
+    if sizes == {0}:  # the shapes are those of one sample, which an empty batch can't tell
+        like = (tensor.new_zeros(1, *tensor.shape[1:]) if tensor.ndim else tensor for tensor in inputs)
+        derivatives = parameter_jacobian(f, *like, parameters=parameters if parameters else None)
+        return {name: derivative[:0] for name, derivative in derivatives.items()}
     in_dims = (None, *(0 if tensor.ndim else None for tensor in inputs))
     if not torch.is_grad_enabled():  # jacrev enables it again
         parameters = {name: tensor.detach() for name, tensor in parameters.items()}
-    with torch.inference_mode(False):
-        return vmap(jacrev(of_sample), in_dims=in_dims, chunk_size=chunk_size)(
-            dict(parameters), *(_plain(tensor) for tensor in inputs)
-        )
+    try:
+        with torch.inference_mode(False):
+            return vmap(jacrev(of_sample), in_dims=in_dims, chunk_size=chunk_size)(
+                dict(parameters), *(_plain(tensor) for tensor in inputs)
+            )
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("functorch", "vmap", "functional transform")):
+            raise  # f's own
+        raise FieldError(
+            f"torch can't take f's derivatives for all samples at once: {str(error).splitlines()[0]}; "
+            "differentiate one sample after another by flat_gradient"
+        ) from error
 
 
 def _all_rows(at: Linearization, x: Tensor) -> Tensor:

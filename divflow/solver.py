@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
+from divflow.arguments import check_count, check_positive
 from divflow.errors import DivflowError
 
 __all__ = ["Evaluations", "Solver", "SolverError"]
@@ -100,19 +101,20 @@ class Solver:
     max_evaluations: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method not in list(METHODS):
             raise ValueError(f"unknown solver method {self.method!r}; choose one of {', '.join(METHODS)}")
         if self.gradient not in ("direct", "adjoint"):
             raise ValueError(f"gradient must be 'direct' or 'adjoint', but is {self.gradient!r}")
+        if self.options is not None and not isinstance(self.options, Mapping):
+            raise ValueError(f"options must be a mapping of names to values, but is {self.options!r}")
         valid = METHODS[self.method]
         unknown = sorted(set(self.options or ()) - valid)
         if unknown:
             raise ValueError(f"{self.method} has no option {', '.join(unknown)}; it takes {', '.join(sorted(valid))}")
-        for name in ("rtol", "atol", "max_evaluations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)!r}")
-        if not (self.options or {}).get("step_size", 1) > 0:
-            raise ValueError(f"step_size must be positive, but is {self.options['step_size']!r}")
+        check_count("max_evaluations", self.max_evaluations)
+        check_positive("rtol", self.rtol)
+        check_positive("atol", self.atol)
+        check_positive("step_size", (self.options or {}).get("step_size", 1))
 
     def solve(
         self,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from divflow.divergence.field import Field, FieldError, as_time, checked_state, checked_value
+from divflow.divergence.seeded import seeded
 
 __all__ = ["accepts_sample_times", "check_field"]
 
@@ -73,8 +74,7 @@ def accepts_sample_times(g: Field, start: float, stop: float, x: Tensor) -> bool
 def _same_randomness(field: Field, t: Tensor, x: Tensor) -> Tensor:
     devices = [x.device] if x.is_cuda else []
     # Without autocast, whose rounding would hide small differences, or look like some.
-    with torch.random.fork_rng(devices=devices), torch.autocast(x.device.type, enabled=False):
-        torch.manual_seed(0)
+    with seeded(0, devices), torch.autocast(x.device.type, enabled=False):
         return checked_value(field(t, x.clone()), x)
 
 

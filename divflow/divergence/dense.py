@@ -3,6 +3,7 @@
 Only diagonal entries are kept: no `(k, D, D)` tensor exists, and `chunk_size` bounds the memory.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,10 @@ __all__ = ["forward", "products_per_pass", "reverse", "rng_states", "set_rng_sta
 # Sizes of one bundle of products. On a CPU larger ones fall out of the cache, and their double backward slows
 # down several times (measured, D = 43, 256 hidden units, 3,840 rows: 4.8 s with 43 a pass, 1.1 s with one).
 _CPU_ROWS, _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**12, 2**20, 2**24
+
+# Torch's levels of forward mode are one process's, not one thread's (2.13): two threads in it at once get each other's
+# derivatives.
+_FORWARD_MODE = threading.RLock()
 
 
 def products_per_pass(x: Tensor, activations: int = 1) -> int:
@@ -109,7 +114,8 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
         if start:
             set_rng_states(states)
         try:
-            value, columns = vmap(product, out_dims=(None, 0), randomness="same")(_basis(x, start, stop))
+            with _FORWARD_MODE:
+                value, columns = vmap(product, out_dims=(None, 0), randomness="same")(_basis(x, start, stop))
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error) for word in ("forward", "vmap", "jvp", "functorch", "functional transform")):
                 raise  # the field's own

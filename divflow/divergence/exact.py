@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from divflow.arguments import check_count
 from divflow.divergence import colored, dense
 from divflow.divergence.colored import Coloring
 from divflow.divergence.dense import rng_states, set_rng_states
@@ -128,8 +129,8 @@ class Exact(Estimator):
     def __post_init__(self) -> None:
         if self.method not in _METHODS:
             raise ValueError(f"method must be one of {list(_METHODS)}, but is {self.method!r}")
-        if self.chunk_size is not None and (self.chunk_size < 1 or int(self.chunk_size) != self.chunk_size):
-            raise ValueError(f"chunk_size must be None or a whole number of at least 1, but is {self.chunk_size!r}")
+        if self.chunk_size is not None:
+            check_count("chunk_size, unless it is None,", self.chunk_size)
 
     def explain(self, g: Field, t: Tensor | float, x: Tensor) -> Plan:
         """What a call with these arguments does, why, and what it is expected to cost.

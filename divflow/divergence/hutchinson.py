@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from divflow.arguments import check_count
 from divflow.divergence.dense import products_per_pass
 from divflow.divergence.estimator import Estimate, Estimator, accumulation_dtype
 from divflow.divergence.field import Field, FieldError, checked_state, flatten_event, linearize_field
@@ -36,9 +37,8 @@ class Hutchinson(Estimator):
     stochastic = True
 
     def __post_init__(self) -> None:
-        if self.num_probes < 1 or int(self.num_probes) != self.num_probes:
-            raise ValueError(f"num_probes must be a whole number of at least 1, but is {self.num_probes!r}")
-        if self.distribution not in DISTRIBUTIONS:
+        check_count("num_probes", self.num_probes)
+        if self.distribution not in list(DISTRIBUTIONS):
             raise ValueError(f"distribution must be one of {sorted(DISTRIBUTIONS)}, but is {self.distribution!r}")
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from divflow.arguments import check_generator
 from divflow.divergence.field import event_size
 
 __all__ = ["DISTRIBUTIONS", "draw_orthogonal_probes", "draw_probes"]
@@ -37,6 +38,7 @@ def draw_probes(distribution: str, count: int, x: Tensor, generator: Generator |
     They are drawn on the generator's device, so that a generator on the CPU gives the same probes
     whatever device x is on.
     """
+    check_generator(generator)
     device = x.device if generator is None else generator.device
     probes = DISTRIBUTIONS[distribution]((count, x.shape[0], event_size(x)), generator, device)
     return probes.to(device=x.device, dtype=x.dtype).view(count, *x.shape)
@@ -51,6 +53,7 @@ def draw_orthogonal_probes(
     sphere's), so that any mean of v^T J v is unbiased. Only D probes can be orthogonal: more nodes are taken in groups
     of D consecutive ones. The `count` sets are independent.
     """
+    check_generator(generator)
     size, device = event_size(x), x.device if generator is None else generator.device
     shape = count, x.shape[0]
     if size == 0:

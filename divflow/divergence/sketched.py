@@ -11,6 +11,7 @@ decomposition (which has no derivative where A is singular, as for a field that 
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -45,7 +46,7 @@ class _Sketched(Estimator):
     _least = 1
 
     def __post_init__(self) -> None:
-        if self.num_products < self._least or int(self.num_products) != self.num_products:
+        if not isinstance(self.num_products, Integral) or self.num_products < self._least:
             raise ValueError(
                 f"{type(self).__name__} needs a whole number of at least {self._least} products, but num_products is "
                 f"{self.num_products!r}; for fewer use Hutchinson(num_probes={self.num_products!r})"

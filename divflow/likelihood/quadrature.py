@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from divflow.arguments import check_count, check_positive
 from divflow.divergence import Estimator
 from divflow.divergence.hutchinson import standard_error_of_mean
 from divflow.likelihood.conditioned import ConditionedField
@@ -59,11 +60,11 @@ class Quadrature(Likelihood):
     max_intervals: int = 64
 
     def __post_init__(self) -> None:
+        check_count("nodes", self.nodes, least=3)
         gauss_kronrod(self.nodes)
-        if self.tolerance is not None and not self.tolerance > 0:
-            raise ValueError(f"tolerance must be None or positive, but is {self.tolerance!r}")
-        if self.max_intervals < 1:
-            raise ValueError(f"max_intervals must be at least 1, but is {self.max_intervals!r}")
+        if self.tolerance is not None:
+            check_positive("tolerance, unless it is None,", self.tolerance)
+        check_count("max_intervals", self.max_intervals)
 
     def transport(
         self,

@@ -3,31 +3,38 @@
 import torch
 from torch import Generator, Tensor
 
+from divflow.arguments import check_generator
+
 __all__ = ["integers_like", "normal_like", "permutation_like", "uniform_like"]
 
 
 def normal_like(x: Tensor, generator: Generator | None = None) -> Tensor:
     """Standard normal draws of x's shape, dtype and device."""
-    device = x.device if generator is None else generator.device
+    device = _device(x, generator)
     return torch.randn(x.shape, generator=generator, dtype=_drawn(x), device=device).to(x)
 
 
 def uniform_like(x: Tensor, generator: Generator | None = None) -> Tensor:
     """Uniform draws in [0, 1) of x's shape, dtype and device."""
-    device = x.device if generator is None else generator.device
+    device = _device(x, generator)
     return torch.rand(x.shape, generator=generator, dtype=_drawn(x), device=device).to(x)
 
 
 def integers_like(x: Tensor, high: int, generator: Generator | None = None) -> Tensor:
     """One of 0, ..., high - 1 for each row of x, `(k,)`, on x's device."""
-    device = x.device if generator is None else generator.device
+    device = _device(x, generator)
     return torch.randint(high, x.shape[:1], generator=generator, device=device).to(x.device)
 
 
 def permutation_like(x: Tensor, generator: Generator | None = None) -> Tensor:
     """The numbers of x's rows in random order, `(k,)`, on x's device."""
-    device = x.device if generator is None else generator.device
+    device = _device(x, generator)
     return torch.randperm(len(x), generator=generator, device=device).to(x.device)
+
+
+def _device(x: Tensor, generator: Generator | None) -> torch.device:
+    check_generator(generator)
+    return x.device if generator is None else generator.device
 
 
 def _drawn(x: Tensor) -> torch.dtype:

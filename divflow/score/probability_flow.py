@@ -74,6 +74,8 @@ def probability_flow(
         >>> flow.log_prob(torch.zeros(1, 2))
         tensor([-1.8378])
     """
+    if not isinstance(sde, SDE):
+        raise ValueError(f"sde must be an SDE, such as VariancePreserving(event_shape=2), but is {sde!r}")
     sde.check()
     return ContinuousFlow(
         ProbabilityFlow(score, sde),

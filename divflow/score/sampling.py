@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from divflow.arguments import check_count, check_positive, checked_event_shape
 from divflow.divergence import Field
 from divflow.divergence.field import as_time, checked_state, flatten_event
 from divflow.errors import DivflowError
-from divflow.score.arguments import check_count, check_positive, checked_event_shape
 from divflow.score.field import Score, as_field, evaluate, tensor_settings
 from divflow.score.noise import normal_like
 from divflow.score.probability_flow import probability_flow

@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Independent, Normal
 
+from divflow.arguments import check_numbers, checked_event_shape
 from divflow.divergence.field import as_time, checked_state, flatten_event
 from divflow.errors import DivflowError
-from divflow.score.arguments import checked_event_shape
 from divflow.score.noise import normal_like
 
 __all__ = [
@@ -85,6 +85,7 @@ class SDE(ABC):
     def __post_init__(self) -> None:
         if self.event_shape is not None:
             object.__setattr__(self, "event_shape", checked_event_shape(self.event_shape))
+        check_numbers(epsilon=self.epsilon, T=self.T)
         if not 0 < self.epsilon < self.T < math.inf:
             raise SDEError(f"epsilon must lie in (0, T), T = {self.T!r}, but is {self.epsilon!r}")
 
@@ -259,6 +260,7 @@ class VarianceExploding(SDE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise SDEError(f"need 0 < sigma_min < sigma_max, but got {self.sigma_min!r} and {self.sigma_max!r}")
 
@@ -303,6 +305,7 @@ class VariancePreserving(SDE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(beta_min=self.beta_min, beta_max=self.beta_max)
         if not 0 < self.beta_min < self.beta_max < math.inf:
             raise SDEError(f"need 0 < beta_min < beta_max, but got {self.beta_min!r} and {self.beta_max!r}")
 

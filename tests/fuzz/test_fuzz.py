@@ -1,7 +1,7 @@
 """Hostile calls: each equals brute force in float64, or is a typed error."""
 
 import pytest
-from fuzz.calls import episode
+from fuzz.episodes import episode
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -126,7 +126,10 @@ def _elementwise(trace: "Trace", op: Operation) -> Tensor:
         derivatives = [_DERIVATIVES[op.name](op.args[0], value)]
     elif not op.kwargs and len(op.args) == 2 and op.name in _PARTIALS:
         value, shared = op(), len(operands) == 1
-        partials = _PARTIALS[op.name](*op.args, value)
+        try:
+            partials = _PARTIALS[op.name](*op.args, value)
+        except ArithmeticError as error:  # of Python's numbers, which can't be infinite as a tensor's can
+            raise NoRule(f"{op.name}: {error}") from error
         derivatives = [d for d, arg in zip(partials, op.args, strict=True) if trace.depends(arg)]
     else:
         operands = list({id(operand): operand for operand in operands}.values())

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-__all__ = ["check_count", "check_positive", "checked_event_shape"]
+from torch import Generator
+
+__all__ = ["check_count", "check_generator", "check_numbers", "check_positive", "checked_event_shape"]
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -17,6 +19,17 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}")
 
 
+def check_numbers(**values: float) -> None:
+    """Refuse what is no number.
+
+    Raises:
+        ValueError: naming the option and the value.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, but is {value!r}")
+
+
 def check_positive(name: str, value: float) -> None:
     """Refuse what is no positive, finite number.
 
@@ -25,6 +38,19 @@ def check_positive(name: str, value: float) -> None:
     """
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number, positive and finite, but is {value!r}")
+
+
+def check_generator(generator: Generator | None) -> None:
+    """Refuse what is neither a generator nor None, such as a seed.
+
+    Raises:
+        TypeError: naming the value.
+    """
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, but is {generator!r}; for a seed use "
+            "torch.Generator().manual_seed(seed)"
+        )
 
 
 def checked_event_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
