@@ -3,11 +3,14 @@
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from divflow.density import FlowDensity, ScoreDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
 from divflow.flow import ContinuousFlow
 from divflow.score.objectives import Objective, TimeConditionalScoreMatching
@@ -15,15 +18,33 @@ from divflow.score.probability_flow import probability_flow
 from divflow.score.sampling import Sampler
 from divflow.score.scaling import ScaledScore
 from divflow.score.sde import SDE
-from divflow.tasks.density import FlowDensity, ScoreDensity, UnnormalizedDensity
 
-__all__ = ["ConfigError", "build_density", "build_network", "build_objective", "build_ways"]
+__all__ = ["ConfigError", "build_density", "build_network", "build_objective", "build_ways", "check_settings"]
 
 _WAYS = ("estimator", "likelihood", "solver")
 
 
 class ConfigError(DivflowError, ValueError):
     """A setting is not what the program needs."""
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what can be seen to be wrong at once: before Lightning is there, whose import takes seconds.
+
+    Args:
+        config: of a whole run.
+
+    Raises:
+        ConfigError: a value is missing, or a file that is named is not there.
+        DivflowError: an estimator, a likelihood or a solver is given an option that it does not take.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{', '.join(missing)} must be given: {missing[0]}=...")
+    for name, path in {"ckpt_path": config.ckpt_path, "data.path": config.data.get("path")}.items():
+        if path is not None and not Path(path).expanduser().exists():
+            raise ConfigError(f"there is no file {path} (looked in {Path.cwd()}); {name} must be that of one")
+    for ways in (config, config.evaluation):
+        build_ways({name: OmegaConf.to_container(ways[name], resolve=True) for name in _WAYS})
 
 
 def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensity:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from divflow.build import build_density
+from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
-from divflow.tasks.density import FlowDensity, UnnormalizedDensity
 
 __all__ = ["CheckpointError", "check_state", "check_targets", "load", "load_state", "read_checkpoint"]
 
@@ -42,7 +42,7 @@ def load(
         CheckpointError: no such file, not one of divflow's, a class that is not allowed, or another architecture.
 
     Example:
-        density = divflow.load("outputs/two_moons/checkpoints/best.ckpt")
+        density = divflow.load("outputs/latest/checkpoints/best.ckpt")
         density.log_prob(x)
         density.sample(1000)
     """

@@ -4,7 +4,6 @@ import csv
 import functools
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -12,18 +11,19 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from divflow.build import ConfigError, build_density, build_objective, build_ways
 from divflow.checkpoint import check_state, load_state, read_checkpoint
 from divflow.data.module import TensorDataModule
+from divflow.density import UnnormalizedDensity
 from divflow.errors import DivflowError
+from divflow.folder import claim, earlier_metrics, link_latest, save_config, save_results, take_along
+from divflow.loggers import build_loggers, log_settings
 from divflow.report import print_results
-from divflow.tasks.density import UnnormalizedDensity
 from divflow.tasks.task import Task
 
 __all__ = ["train"]
@@ -37,8 +37,8 @@ def train(config: DictConfig) -> dict[str, float]:
     """Train, test and report.
 
     Args:
-        config: as `configs/train.yaml` composes it. In its `output_dir` the run leaves `config.yaml` (resolved),
-            `metrics.csv`, `checkpoints/`, `figures/` and `samples.npy`.
+        config: as `configs/train.yaml` composes it. In its `output_dir` the run leaves `config.yaml` (from which it can be
+            started again), `metrics.csv`, `results.json`, `checkpoints/`, `figures/` and `samples.npy`.
 
     Returns:
         The test metrics of the best checkpoint, by name.
@@ -49,7 +49,6 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     _quieten()
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     if config.seed is not None:
         L.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data, _convert_="all")
@@ -64,10 +63,13 @@ def train(config: DictConfig) -> dict[str, float]:
         check_state(task, resumed["state_dict"], config.ckpt_path)
     trainer = _build_trainer(config)
     if trainer.is_global_zero:
+        claim(output, config.ckpt_path, config.overwrite)
+        link_latest(output)
         if resumed is not None:
-            _take_along(Path(config.ckpt_path), output)
-            _resume_metrics(trainer, Path(config.ckpt_path), resumed["global_step"], output)
-        OmegaConf.save(config, output / "config.yaml", resolve=True)
+            take_along(Path(config.ckpt_path), output)
+            _resume_metrics(trainer, earlier_metrics(Path(config.ckpt_path), resumed["global_step"], output))
+        save_config(config, output, f"step {resumed['global_step']} of {config.ckpt_path}" if resumed else "")
+        log_settings(trainer, config)
 
     started = time.perf_counter()
     try:
@@ -82,12 +84,14 @@ def train(config: DictConfig) -> dict[str, float]:
     epochs = trainer.fit_loop.epoch_progress.current
     epochs.completed = epochs.processed
 
-    best = output / "checkpoints" / "best.ckpt"
+    # Processes that were started by themselves may each have thought of a folder; the first one's is the run's.
+    best = Path(trainer.strategy.broadcast(str(output / "checkpoints" / "best.ckpt")))
     if best.is_file() and not trainer.fast_dev_run:
         load_state(task, read_checkpoint(best)["state_dict"], best)
     metrics = trainer.test(task, datamodule=data, verbose=False)[0]
     results = {name: float(value) for name, value in metrics.items()}
     if trainer.is_global_zero:
+        save_results(results, seconds, trainer.global_step, config.seed, output)
         print_results(results, seconds, trainer.global_step, output)
     return results
 
@@ -124,9 +128,8 @@ def _build_trainer(config: DictConfig) -> L.Trainer:
     callbacks = [
         instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None
     ]
-    return L.Trainer(
-        default_root_dir=config.output_dir, logger=_build_logger(config.logger), callbacks=callbacks, **settings
-    )
+    loggers = build_loggers(config.logger, Path(config.output_dir))
+    return L.Trainer(default_root_dir=config.output_dir, logger=loggers, callbacks=callbacks, **settings)
 
 
 def _check_gpus(devices: int | str | list[int]) -> None:
@@ -143,40 +146,16 @@ def _check_gpus(devices: int | str | list[int]) -> None:
     )
 
 
-def _build_logger(config: DictConfig | None) -> Logger | bool:
-    if config is None:
-        return False
-    try:
-        return instantiate(config, _convert_="all")
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ModuleNotFoundError):
-            raise
-        package = config._target_.rpartition(".")[2].removesuffix("Logger").lower()
-        raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
-
-
-def _resume_metrics(trainer: L.Trainer, ckpt_path: Path, step: int, output: Path) -> None:
+def _resume_metrics(trainer: L.Trainer, rows: list[dict[str, str]]) -> None:
     """Give the logger the rows that the run had logged by its checkpoint's step; it would start with none."""
-    earlier = [folder / "metrics.csv" for folder in (output, ckpt_path.parent.parent)]
-    rows = next((list(csv.DictReader(path.read_text().splitlines())) for path in earlier if path.is_file()), [])
-    kept = [row for row in rows if int(row["step"]) < step and not row.get("test/nll") and not row.get("test/loss")]
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger) and kept:
+        if isinstance(logger, CSVLogger) and rows:
             writer = logger.experiment
-            writer.metrics_keys = list(kept[0])
+            writer.metrics_keys = list(rows[0])
             with open(writer.metrics_file_path, "w", newline="") as file:
                 table = csv.DictWriter(file, writer.metrics_keys)
                 table.writeheader()
-                table.writerows(kept)
-
-
-def _take_along(ckpt_path: Path, output: Path) -> None:
-    """The checkpoint, and the best one so far, into the folder of the run that goes on, unless it has its own."""
-    for source, name in ((ckpt_path, "last.ckpt"), (ckpt_path.with_name("best.ckpt"), "best.ckpt")):
-        here = output / "checkpoints" / name
-        if source.is_file() and not here.is_file():
-            here.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, here)
+                table.writerows(rows)
 
 
 def _quieten() -> None:

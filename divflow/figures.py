@@ -1,21 +1,28 @@
-"""Figures of a density: of data in the plane, of images, of the columns of a table."""
+"""Figures of a density: of data in the plane, of images, of the columns of a table; and of its training."""
 
+import csv
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-__all__ = ["plot_images", "plot_marginals", "plot_plane"]
+__all__ = ["plot_curves", "plot_images", "plot_pairs", "plot_plane"]
 
 Field = Callable[[Tensor], Tensor]
 
 _GRID = 120
 _ARROWS = 22
 _NATS_SHOWN = 10.0
+_COLORS = "0.6", "C0"  # of data and of samples
+_STAGES = "train", "val"
+_CURVES = {"nll": "negative log-likelihood (nats)", "loss": "objective"}
 
 
 @torch.no_grad()
@@ -82,31 +89,108 @@ def plot_images(data: Tensor, samples: Tensor, rows: int = 8) -> Figure:
     return figure
 
 
-def plot_marginals(data: Tensor, samples: Tensor, names: Sequence[str], columns: int = 8) -> Figure:
-    """Histograms of the first columns of a table, of data and of samples.
+def plot_pairs(data: Tensor, samples: Tensor, names: Sequence[str], columns: int = 6) -> Figure:
+    """The first columns of a table: their histograms, and each against each, data below and samples above.
 
     Args:
         data: `(n, D)`.
-        samples: `(n, D)`.
+        samples: `(m, D)`.
         names: of the columns.
-        columns: how many are drawn.
+        columns: how many are drawn; those that are left out are named.
     """
     count = min(columns, data.shape[1])
-    figure = Figure(figsize=(13, 3.2 * math.ceil(count / 4)), layout="constrained")
-    for i, ax in enumerate(figure.subplots(math.ceil(count / 4), 4, squeeze=False).flat):
-        if i >= count:
-            ax.set_axis_off()
-            continue
-        values = data[:, i].cpu().numpy()
-        low, high = np.quantile(values, [0.002, 0.998])
-        bins = np.linspace(low, high, 50)
-        ax.hist(values, bins, density=True, color="0.8", label="data")
-        ax.hist(
-            samples[:, i].cpu().numpy(), bins, density=True, histtype="step", color="C0", label="samples of the model"
-        )
-        ax.set(xlabel=names[i], ylabel="density" if i % 4 == 0 else "")
-    figure.axes[0].legend(frameon=False, fontsize="small")
+    size = max(4.5, 1.9 * count)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots(count, count, squeeze=False, sharex="col")
+    tables = [table[:, :count].float().cpu().numpy() for table in (data, samples)]
+    ranges = [_range(tables[0][:, i]) for i in range(count)]
+    for i, j in np.ndindex(count, count):
+        ax = axes[i, j]
+        if i == j:
+            _draw_histograms(ax, *(table[:, i] for table in tables), ranges[i])
+        else:
+            points = tables[j > i][:, [j, i]]
+            area = min(max(4_000 / len(points), 2.0), 12.0)
+            ax.scatter(*points.T, s=area, color=_COLORS[j > i], alpha=0.5, linewidths=0, rasterized=True)
+            ax.set_ylim(ranges[i])
+        ax.set_xlim(ranges[j])
+        ax.set_xlabel(names[j] if i == count - 1 else "")
+        ax.set_ylabel(names[i] if j == 0 else "")
+        ax.tick_params(labelsize="x-small", labelleft=j == 0 and i > 0)
+    left_out = f"; not shown: {', '.join(names[count:])}" if len(names) > count else ""
+    title = f"Data (grey, below) and samples of the model (blue, above){left_out}"
+    figure.suptitle(textwrap.fill(title, int(size * 11)), fontsize="medium")
     return figure
+
+
+def plot_curves(tables: Mapping[str, Path]) -> Figure | None:
+    """Learning curves: training, and validation with its best step marked.
+
+    Args:
+        tables: a `metrics.csv` for each run, by the name to show; an empty name for one that needs none.
+
+    Returns:
+        The figure, None where nothing was logged.
+    """
+    runs = {name: _read_metrics(path) for name, path in tables.items()}
+    shown = [key for key in _CURVES if any(f"{stage}/{key}" in run for run in runs.values() for stage in _STAGES)]
+    if not shown:
+        return None
+    figure = Figure(figsize=(1 + 5 * len(shown), 3.6), layout="constrained")
+    for key, ax in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        for number, (name, run) in enumerate(runs.items()):
+            _draw_curve(ax, run, key, name, f"C{number % 10}")
+        ax.set(xlabel="step", ylabel=_CURVES[key])
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values by the name of a metric."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for name in rows[0] if rows else ():
+        logged = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+        if logged:
+            steps, values = np.array(logged).T
+            found[name] = steps + 1, values  # Lightning counts the steps before
+    return found
+
+
+def _draw_curve(ax: Axes, run: Mapping[str, tuple[np.ndarray, np.ndarray]], key: str, name: str, color: str) -> None:
+    prefix = f"{name}: " if name else ""
+    if f"train/{key}" in run:
+        ax.plot(*run[f"train/{key}"], color=color, alpha=0.35, linewidth=0.8, label=None if name else "training")
+    if f"val/{key}" in run:
+        steps, values = run[f"val/{key}"]
+        ax.plot(steps, values, color=color, linewidth=1.5, label=f"{prefix}validation")
+        best = int(np.argmin(values))
+        ax.plot(steps[best], values[best], "*", color=color, markersize=11, label=f"best, step {steps[best]:.0f}")
+    # What diverges for a while does not hide the rest.
+    series = [run[f"{stage}/{key}"][1] for stage in _STAGES if f"{stage}/{key}" in run]
+    low, high = min(map(np.min, series), default=0.0), max((np.quantile(it, 0.95) for it in series), default=1.0)
+    if not ax.get_autoscaley_on():  # set by a run before
+        low, high = min(low, ax.dataLim.y0), max(high, ax.get_ylim()[1])
+    if high > low:
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.002, 0.998])
+    margin = 0.05 * (high - low) or 0.5
+    return float(low - margin), float(high + margin)
+
+
+def _draw_histograms(ax: Axes, data: np.ndarray, samples: np.ndarray, limits: tuple[float, float]) -> None:
+    """Bins that suit the number of rows, by Freedman and Diaconis."""
+    inside = data[(data >= limits[0]) & (data <= limits[1])]
+    bins = np.histogram_bin_edges(inside, "fd", limits)
+    if not 5 <= len(bins) <= 61:
+        bins = np.linspace(*limits, min(max(len(bins), 5), 61))
+    ax.hist(data, bins, density=True, color=_COLORS[0])
+    ax.hist(samples, bins, density=True, histtype="step", color=_COLORS[1])
 
 
 def _extent(data: Tensor) -> tuple[list[float], list[float]]:
@@ -156,12 +240,19 @@ def _draw_score(ax: Axes, score: Field, data: Tensor, low: Sequence[float], high
 
 
 def _draw_paths(ax: Axes, paths: Tensor) -> None:
+    """Each path in the colour of the direction in which it starts, so that near ones can be told apart."""
     points = paths.float().cpu().numpy()
-    ax.plot(points[:, :, 0], points[:, :, 1], color="0.6", linewidth=0.6, zorder=1)
-    ax.scatter(*points[0].T, s=7, color="C1", label="base", zorder=2)
-    ax.scatter(*points[-1].T, s=7, color="C0", label="data", zorder=2)
-    ax.set_title("Trajectories")
-    ax.legend(frameon=False, fontsize="small", loc="upper right", handletextpad=0.2)
+    angles = np.arctan2(*(points[0] - points[0].mean(axis=0)).T[::-1])
+    colors = colormaps["hsv"](angles / (2 * np.pi) + 0.5) * [0.85, 0.85, 0.85, 1]
+    for i, color in enumerate(colors):
+        ax.plot(*points[:, i].T, color=color, linewidth=0.8, zorder=1)
+    ax.scatter(*points[0].T, s=9, facecolors="white", edgecolors=colors, linewidths=0.8, label="base", zorder=2)
+    ax.scatter(*points[-1].T, s=9, c=colors, label="data", zorder=3)
+    low, high = _extent(paths.flatten(0, 1).float())
+    ax.set(title="Trajectories", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    handles = ax.legend(frameon=False, fontsize="small", loc="upper right", handletextpad=0.2).legend_handles
+    handles[0].set(edgecolors="0.3", facecolors="white")
+    handles[1].set(color="0.3")
 
 
 def _tile(images: Tensor, rows: int) -> np.ndarray:

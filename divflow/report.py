@@ -44,6 +44,6 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
     table.add_row("training", f"{seconds:.0f}", f"seconds, {steps} steps")
     console = Console()
     console.print(table)
-    console.print(
-        f"In {output}: config.yaml, metrics.csv, checkpoints, figures, samples.npy", soft_wrap=True, highlight=False
-    )
+    names = ("config.yaml", "metrics.csv", "results.json", "checkpoints", "figures", "samples.npy")
+    left = [name for name in names if (output / name).exists()]
+    console.print(f"In {output}: {', '.join(left)}", soft_wrap=True, highlight=False)

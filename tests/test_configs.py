@@ -8,12 +8,12 @@ from omegaconf import OmegaConf
 from run import ROOT, config
 
 from divflow.build import ConfigError, build_density, build_network, build_objective
+from divflow.density import UnnormalizedDensity
 from divflow.divergence import Estimator
 from divflow.likelihood import Likelihood
 from divflow.score.objectives import TimeConditionalScoreMatching
 from divflow.score.sampling import Sampler
 from divflow.solver import METHODS, Solver
-from divflow.tasks.density import UnnormalizedDensity
 
 
 def options(group: str) -> list[str]:
@@ -61,7 +61,7 @@ def test_every_objective_over_every_sde(objective, sde):
     plain = OmegaConf.to_container(
         config("task=score", f"objective={objective}", f"sde={sde}", "output_dir=x"), resolve=True
     )
-    affine = {"_target_": "divflow.data.transforms.Affine"}
+    affine = {"_target_": "divflow.transforms.Affine"}
     density = build_density(plain | {"event_shape": [2], "transform": affine})
     built = build_objective(plain, density)
     assert (sde == "none") == isinstance(density, UnnormalizedDensity) == (plain["sde"] is None)
@@ -76,7 +76,7 @@ def test_every_sampler_samples(option):
     plain = OmegaConf.to_container(
         config("task=score", f"sampler={option}", f"sde={sde}", "output_dir=x"), resolve=True
     )
-    density = build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.data.transforms.Affine"}})
+    density = build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.transforms.Affine"}})
     assert isinstance(density.sampler, Sampler)
     assert density.sample(2).shape == (2, 2)
 
@@ -91,7 +91,7 @@ def test_every_sampler_samples(option):
 def test_samplers_that_do_not_fit_are_refused(overrides, message):
     plain = OmegaConf.to_container(config("task=score", *overrides, "output_dir=x"), resolve=True)
     with pytest.raises(ConfigError, match=message):
-        build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.data.transforms.Affine"}})
+        build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.transforms.Affine"}})
 
 
 def test_score_matching_of_digits_has_settings_of_its_own():

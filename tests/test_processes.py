@@ -142,7 +142,7 @@ def test_a_solve_begins_no_collective_and_a_step_is_one_forward_pass_of_ddp(tmp_
     """With collectives that fail inside `evaluate`, one process of a group of one trains all the same."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from divflow.tasks.density import FlowDensity
+    from divflow.density import FlowDensity
 
     depth, forwards, counted = [], [], []
     evaluate, forward = FlowDensity.evaluate, DistributedDataParallel.forward

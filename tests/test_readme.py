@@ -30,7 +30,7 @@ def test_nothing_is_left_out():
 
 def test_python_blocks_in_their_order(tmp_path, monkeypatch, capsys):
     """They share their names, as a reader's session would; the trained flow they load is made first."""
-    train(config(*FAST, *SMALL_TOY, f"output_dir={tmp_path}/outputs/two_moons"))
+    train(config(*FAST, *SMALL_TOY, f"output_dir={tmp_path}/outputs/latest"))
     monkeypatch.chdir(tmp_path)
     namespace = run_python(README)
     assert namespace["samples"].shape == (1000, 2)
@@ -62,7 +62,7 @@ def test_commands_run(tmp_path, monkeypatch, command):
     kept = [o for o in settings if not o.startswith(("device", "trainer.max_steps", "compile"))]
     kept += [o for o in settings if o.startswith("device.precision")]
     if any(o.startswith("ckpt_path") for o in kept):
-        train(config(*fast, *toy, f"output_dir={tmp_path}/outputs/two_moons"))
+        train(config(*fast, *toy, f"output_dir={tmp_path}/outputs/latest"))
         fast = [f.replace("max_steps=4", "max_steps=6") for f in fast]
     results = train(config(*fast, *toy, *kept, f"output_dir={tmp_path}/run"))
     assert ("test/loss" if "sde=none" in command else "test/nll") in results

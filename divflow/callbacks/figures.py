@@ -1,6 +1,7 @@
 """Figures of the density while it trains, and at the end."""
 
 import contextlib
+import time
 from pathlib import Path
 
 import lightning as L
@@ -10,41 +11,61 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 from divflow.callbacks.averaging import WeightAverage
-from divflow.figures import plot_images, plot_marginals, plot_plane
-from divflow.tasks.density import FlowDensity
+from divflow.density import FlowDensity
+from divflow.figures import plot_curves, plot_images, plot_pairs, plot_plane
+from divflow.loggers import log_figure
 from divflow.tasks.task import Task
 
 __all__ = ["Figures"]
 
 
 class Figures(L.Callback):
-    """Write `figures/epoch_0010.png`, ... every N epochs, and `figures/final.png` after the test.
+    """Write `figures/step_000100.png`, ... while training, `figures/final.png` after the test, and the learning curve.
 
-    In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for other data the
-    histograms of the columns. Always of the averaged weights, where there are such. The last figure's samples are left in
-    `samples.npy`, too, in the units of the data.
+    In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for other data
+    histograms and pairs of columns. Always of the averaged weights, where there are such. The last figure's samples are left in
+    `samples.npy`, too, in the units of the data. The learning curve is drawn from `metrics.csv`.
+
+    Figures while training are left out where they would take more than their share of the time: the first is drawn when
+    training has lasted long enough for one that takes a second.
 
     Args:
-        every_n_epochs: 0 for none but the last.
+        every_n_steps: of the optimizer; 0 for none but the last.
+        share: of the time since training began, that figures may take while it goes on.
         num_samples: drawn for a figure; images are 64.
         dpi: dots per inch.
     """
 
-    def __init__(self, every_n_epochs: int = 10, num_samples: int = 4_000, dpi: int = 150) -> None:
-        self.every_n_epochs, self.num_samples, self.dpi = every_n_epochs, num_samples, dpi
+    def __init__(self, every_n_steps: int = 100, share: float = 0.03, num_samples: int = 4_000, dpi: int = 150) -> None:
+        self.every_n_steps, self.share, self.num_samples, self.dpi = every_n_steps, share, num_samples, dpi
+        self._began, self._spent, self._last = 0.0, 0.0, 1.0
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """One more figure, if it is time."""
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs and epoch % self.every_n_epochs == 0 and trainer.is_global_zero:
-            average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), None)
-            with average.averaged(pl_module) if average else contextlib.nullcontext():
-                self._save(trainer, pl_module, f"epoch_{epoch:04d}")
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count time from here."""
+        self._began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """One more figure, if it is due and there is time for it."""
+        step = trainer.global_step
+        stepped = step and not trainer.fit_loop.epoch_loop._should_accumulate()
+        if not (stepped and self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero):
+            return
+        now = time.monotonic()
+        if self._spent + self._last > self.share * (now - self._began):
+            return
+        average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), None)
+        with average.averaged(pl_module) if average else contextlib.nullcontext():
+            self._save(trainer, pl_module, f"step_{step:06d}")
+        self._last = time.monotonic() - now
+        self._spent += self._last
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last figure, of the weights that were tested."""
+        """The last figure, of the weights that were tested, and the learning curve."""
         if trainer.is_global_zero:
             self._save(trainer, pl_module, "final")
+            self._save_curve(trainer)
 
     def _save(self, trainer: L.Trainer, task: Task, name: str) -> None:
         if task.data is None or trainer.fast_dev_run:
@@ -55,11 +76,20 @@ class Figures(L.Callback):
         samples = task.judged.sample(count, generator=Generator(task.device).manual_seed(0))
         figure = self._draw(task, samples)
         task.train(training)
-        root = Path(trainer.default_root_dir)
-        (root / "figures").mkdir(parents=True, exist_ok=True)
-        figure.savefig(root / "figures" / f"{name}.png", dpi=self.dpi)
+        self._write(trainer, figure, name)
         if name == "final":
-            np.save(root / "samples.npy", samples.cpu().numpy())
+            np.save(Path(trainer.default_root_dir) / "samples.npy", samples.cpu().numpy())
+
+    def _write(self, trainer: L.Trainer, figure: Figure, name: str) -> None:
+        path = Path(trainer.default_root_dir) / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=self.dpi)
+        log_figure(trainer, name.partition("_")[0], figure, path)
+
+    def _save_curve(self, trainer: L.Trainer) -> None:
+        table = Path(trainer.default_root_dir) / "metrics.csv"
+        if table.is_file() and (figure := plot_curves({"": table})) is not None:
+            self._write(trainer, figure, "curve")
 
     @torch.no_grad()
     def _draw(self, task: Task, samples: Tensor) -> Figure:
@@ -74,9 +104,9 @@ class Figures(L.Callback):
             # A score without SDE has no density; where the truth is known, the score is drawn over that.
             truth = data.log_prob if data.log_prob(rows[:1]) is not None else None
             return plot_plane(rows, samples, truth, score, name="True log-density")
-        return plot_marginals(
-            rows, samples, getattr(data, "columns", [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])])
-        )
+        rows, samples = rows.flatten(1), samples.flatten(1)
+        names = getattr(data, "columns", None) or [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])]
+        return plot_pairs(rows, samples, names)
 
 
 def _paths(density: FlowDensity, count: int = 60) -> Tensor:

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 
 from divflow.data.module import DataError, Rows, TensorDataModule, split_rows
 from divflow.data.order import combined_seed
-from divflow.data.transforms import Affine, Compose, Logit
+from divflow.transforms import Affine, Compose, Logit
 
 __all__ = ["Digits"]
 
@@ -56,6 +55,8 @@ class Digits(TensorDataModule):
         self.event_shape = tuple(event_shape)
         if self.event_shape not in ((64,), (1, 8, 8)):
             raise DataError(f"digits are events of shape (64,) or (1, 8, 8), not {self.event_shape}")
+        from sklearn.datasets import load_digits  # here, since it takes half a second to import
+
         images = torch.as_tensor(load_digits().data, dtype=torch.float32).view(-1, *self.event_shape)
         train, val, test = split_rows(images, val_fraction, test_fraction, seed)
         noise = Generator().manual_seed(seed)

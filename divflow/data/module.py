@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from divflow.data.order import ShuffledRows, combined_seed
-from divflow.data.transforms import Affine, Transform
 from divflow.errors import DivflowError
+from divflow.transforms import Affine, Transform
 
 __all__ = ["DataError", "Rows", "TensorDataModule", "check_finite", "split_rows"]
 

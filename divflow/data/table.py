@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from divflow.data.module import DataError, Rows, TensorDataModule, check_finite, split_rows
-from divflow.data.transforms import Affine
+from divflow.transforms import Affine
 
 __all__ = ["Table"]
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from divflow.data.transforms import Affine
+from divflow.density import FlowDensity
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.likelihood import PENALTIES
-from divflow.tasks.density import FlowDensity
 from divflow.tasks.task import Task
+from divflow.transforms import Affine
 
 __all__ = ["FlowTask"]
 

@@ -8,13 +8,13 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from divflow.data.transforms import Affine
+from divflow.density import ScoreDensity, UnnormalizedDensity
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow
 from divflow.score.objectives import Objective, TimeConditionalScoreMatching
 from divflow.score.probability_flow import probability_flow
-from divflow.tasks.density import ScoreDensity, UnnormalizedDensity
 from divflow.tasks.task import Task
+from divflow.transforms import Affine
 
 __all__ = ["ScoreTask"]
 

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from divflow.data.module import TensorDataModule
 from divflow.data.order import combined_seed
+from divflow.density import FlowDensity
 from divflow.errors import DivflowError
-from divflow.tasks.density import FlowDensity
 from divflow.tasks.metrics import MeanWithStandardError
 
 __all__ = ["Task", "TrainingError"]

@@ -11,14 +11,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from divflow.callbacks import LastCheckpoint
-from divflow.data.transforms import Affine, Compose, Logit
+from divflow.density import ScoreDensity, UnnormalizedDensity
 from divflow.divergence import FieldError
 from divflow.networks import MLP
 from divflow.score import ScaledScore, SDEError, VarianceExploding, VariancePreserving, probability_flow
 from divflow.score.objectives import DenoisingScoreMatching, ImplicitScoreMatching, TimeConditionalScoreMatching
 from divflow.score.sampling import AnnealedLangevin, ReverseSDE
 from divflow.tasks import ScoreTask, TrainingError
-from divflow.tasks.density import ScoreDensity, UnnormalizedDensity
+from divflow.transforms import Affine, Compose, Logit
 
 
 def loader(rows, batch_size=100):

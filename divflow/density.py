@@ -5,11 +5,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from divflow.data.transforms import Transform
 from divflow.divergence.field import checked_state
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.score.field import AtTime, Score, as_field, tensor_settings
 from divflow.score.sampling import ProbabilityFlowODE, Sampler
+from divflow.transforms import Transform
 
 __all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
 

@@ -55,7 +55,7 @@ class Affine(Transform):
     def config(self) -> dict[str, Any]:
         """The class, shift and scale."""
         return {
-            "_target_": "divflow.data.transforms.Affine",
+            "_target_": "divflow.transforms.Affine",
             "shift": self.shift.tolist(),
             "scale": self.scale.tolist(),
         }
@@ -87,7 +87,7 @@ class Logit(Transform):
 
     def config(self) -> dict[str, Any]:
         """The class and the margin."""
-        return {"_target_": "divflow.data.transforms.Logit", "margin": self.margin}
+        return {"_target_": "divflow.transforms.Logit", "margin": self.margin}
 
 
 class Compose(Transform):
@@ -113,4 +113,4 @@ class Compose(Transform):
 
     def config(self) -> dict[str, Any]:
         """The class and the parts."""
-        return {"_target_": "divflow.data.transforms.Compose", "parts": [part.config() for part in self.parts]}
+        return {"_target_": "divflow.transforms.Compose", "parts": [part.config() for part in self.parts]}

@@ -1,0 +1,63 @@
+"""What a run is logged to: `metrics.csv`, and beside it what the user names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+
+from divflow.build import ConfigError
+
+__all__ = ["build_loggers", "log_figure", "log_settings"]
+
+
+def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
+    """The logger of `metrics.csv`, and that of a config, unless that is the same.
+
+    Raises:
+        ConfigError: it needs a package that is not installed.
+    """
+    table = CSVLogger(output, name="", version="")
+    if config is None or config._target_.endswith(".CSVLogger"):
+        return [table]
+    try:
+        return [table, instantiate(config, _convert_="all")]
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        package = config._target_.rpartition(".")[2].removesuffix("Logger").lower()
+        raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
+
+
+def log_settings(trainer: L.Trainer, config: DictConfig) -> None:
+    """Give the settings of a run to the loggers that show them; `config.yaml` has them for `metrics.csv`."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    for logger in trainer.loggers:
+        if not isinstance(logger, CSVLogger):
+            logger.log_hyperparams(_flat(plain))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def log_figure(trainer: L.Trainer, name: str, figure: Figure, path: Path) -> None:
+    """Give a figure, which has been saved under a path, to the loggers that show figures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, trainer.global_step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=trainer.global_step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(path), "figures")

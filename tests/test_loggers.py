@@ -1,0 +1,30 @@
+"""Loggers beside `metrics.csv` get settings and figures; `metrics.csv` is always there."""
+
+import os
+
+from run import FAST, SMALL_TOY, config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from divflow.experiment import train
+from divflow.loggers import build_loggers
+
+SMALL = [*FAST, *SMALL_TOY, "callbacks.figures.num_samples=50"]
+
+
+def test_tensorboard_gets_metrics_settings_and_figures(tmp_path):
+    train(config(*SMALL, "logger=tensorboard", f"output_dir={tmp_path}"))
+    assert (tmp_path / "metrics.csv").is_file()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"final", "curve"}
+    assert {"train/nll", "val/nll", "test/nll"} <= set(events.Tags()["scalars"])
+    text = (tmp_path / "tensorboard" / "hparams.yaml").read_text()
+    assert "estimator._target_: divflow.divergence.Exact" in text
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_one_table_of_metrics(tmp_path):
+    settings = config("logger=csv", f"output_dir={tmp_path}")
+    (logger,) = build_loggers(settings.logger, tmp_path)
+    assert os.path.samefile(logger.log_dir, tmp_path)
+    assert len(build_loggers(None, tmp_path)) == 1
