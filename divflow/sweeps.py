@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 __all__ = ["swept"]
@@ -11,13 +12,18 @@ _LONGEST = 200
 
 
 def swept(overrides: Sequence[str], number: int) -> str:
-    """The settings of a run that were not given as they are, such as `seed=1,estimator=exact`.
+    """The settings of a run that have other values in the sweep's other runs, such as `seed=1,estimator=exact`.
 
     Args:
         overrides: all settings of the run.
         number: of the run in its sweep, which tells runs of long names apart.
     """
-    name = ",".join(override for override in overrides if override not in sys.argv).replace("/", "_")
+    parser = OverridesParser.create()
+    given = parser.parse_overrides([argument for argument in sys.argv[1:] if "=" in argument and argument[0] != "-"])
+    fixed = {override.get_key_element() for override in given if not override.is_sweep_override()}
+    own = parser.parse_overrides(list(overrides))
+    name = ",".join(override.input_line for override in own if override.get_key_element() not in fixed)
+    name = name.replace("/", "_")
     return f"{name[:_LONGEST]}_{number}" if not name or len(name) > _LONGEST else name
 
 
