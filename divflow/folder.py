@@ -19,6 +19,7 @@ __all__ = ["claim", "earlier_metrics", "link_latest", "save_config", "save_resul
 
 _RESULTS = ("checkpoints/*.ckpt", "samples.npy", "results.json", "figures/*.png")
 _OTHERS = ("config.yaml", "metrics.csv")
+_FOLDER = "<output_dir>"
 # Where a run that is started again from its config.yaml leaves what it makes: in a folder of its own.
 _AGAIN = "outputs/again/${now:%Y-%m-%d_%H-%M-%S-%f}"
 
@@ -63,8 +64,9 @@ def save_config(config: DictConfig, output: Path, resumed: str = "") -> None:
         output: the run's folder.
         resumed: what the run goes on from, which is noted; started again, it is trained from the beginning.
     """
-    plain = OmegaConf.to_container(config, resolve=True)
-    plain = _replaced(plain, str(plain["output_dir"]), "${output_dir}")
+    marked = config.copy()
+    marked.output_dir = _FOLDER
+    plain = _replaced(OmegaConf.to_container(marked, resolve=True), _FOLDER, "${output_dir}")
     for place, key in ((plain["data"], "path"), (plain, "init_from")):
         if place.get(key) is not None:
             place[key] = str(Path(place[key]).expanduser().absolute())
