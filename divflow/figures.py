@@ -117,7 +117,8 @@ def _extent(data: Tensor) -> tuple[list[float], list[float]]:
 
 
 def _scatter(ax: Axes, points: Tensor) -> None:
-    ax.scatter(*points.float().cpu().numpy().T, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
+    x, y = points.float().cpu().numpy().T
+    ax.scatter(x, y, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
 
 
 def _grid(count: int, low: Sequence[float], high: Sequence[float], device: torch.device) -> Tensor:
@@ -158,8 +159,8 @@ def _draw_score(ax: Axes, score: Field, data: Tensor, low: Sequence[float], high
 def _draw_paths(ax: Axes, paths: Tensor) -> None:
     points = paths.float().cpu().numpy()
     ax.plot(points[:, :, 0], points[:, :, 1], color="0.6", linewidth=0.6, zorder=1)
-    ax.scatter(*points[0].T, s=7, color="C1", label="base", zorder=2)
-    ax.scatter(*points[-1].T, s=7, color="C0", label="data", zorder=2)
+    ax.scatter(points[0, :, 0], points[0, :, 1], s=7, color="C1", label="base", zorder=2)
+    ax.scatter(points[-1, :, 0], points[-1, :, 1], s=7, color="C0", label="data", zorder=2)
     ax.set_title("Trajectories")
     ax.legend(frameon=False, fontsize="small", loc="upper right", handletextpad=0.2)
 

@@ -1,7 +1,9 @@
 """Figures of the density while it trains, and at the end."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import numpy as np
@@ -10,6 +12,8 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 from divflow.callbacks.averaging import WeightAverage
+from divflow.callbacks.declared import declared
+from divflow.data.module import TensorDataModule
 from divflow.figures import plot_images, plot_marginals, plot_plane
 from divflow.tasks.density import FlowDensity
 from divflow.tasks.task import Task
@@ -37,23 +41,24 @@ class Figures(L.Callback):
         """One more figure, if it is time."""
         epoch = trainer.current_epoch + 1
         if self.every_n_epochs and epoch % self.every_n_epochs == 0 and trainer.is_global_zero:
-            average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), None)
+            average = next((c for c in declared(trainer).callbacks if isinstance(c, WeightAverage)), None)
             with average.averaged(pl_module) if average else contextlib.nullcontext():
-                self._save(trainer, pl_module, f"epoch_{epoch:04d}")
+                self._save(trainer, cast(Task, pl_module), f"epoch_{epoch:04d}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last figure, of the weights that were tested."""
         if trainer.is_global_zero:
-            self._save(trainer, pl_module, "final")
+            self._save(trainer, cast(Task, pl_module), "final")
 
     def _save(self, trainer: L.Trainer, task: Task, name: str) -> None:
-        if task.data is None or trainer.fast_dev_run:
+        data = task.data
+        if data is None or declared(trainer).fast_dev_run:
             return
         training = task.training
         task.eval()
-        count = 64 if task.data.images else self.num_samples
+        count = 64 if data.images else self.num_samples
         samples = task.judged.sample(count, generator=Generator(task.device).manual_seed(0))
-        figure = self._draw(task, samples)
+        figure = self._draw(task, data, samples)
         task.train(training)
         root = Path(trainer.default_root_dir)
         (root / "figures").mkdir(parents=True, exist_ok=True)
@@ -62,8 +67,8 @@ class Figures(L.Callback):
             np.save(root / "samples.npy", samples.cpu().numpy())
 
     @torch.no_grad()
-    def _draw(self, task: Task, samples: Tensor) -> Figure:
-        data, density = task.data, task.judged
+    def _draw(self, task: Task, data: TensorDataModule, samples: Tensor) -> Figure:
+        density = task.judged
         rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)
@@ -72,7 +77,7 @@ class Figures(L.Callback):
             if isinstance(density, FlowDensity):
                 return plot_plane(rows, samples, density.log_prob, score, _paths(density))
             # A score without SDE has no density; where the truth is known, the score is drawn over that.
-            truth = data.log_prob if data.log_prob(rows[:1]) is not None else None
+            truth = cast(Callable[[Tensor], Tensor], data.log_prob) if data.log_prob(rows[:1]) is not None else None
             return plot_plane(rows, samples, truth, score, name="True log-density")
         return plot_marginals(
             rows, samples, getattr(data, "columns", [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])])
