@@ -59,7 +59,7 @@ def checked_event_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: naming the value.
     """
-    sizes = (shape,) if isinstance(shape, Integral) else shape
+    sizes: object = (shape,) if isinstance(shape, Integral) else shape
     if isinstance(sizes, str) or not isinstance(sizes, Sequence):
         raise ValueError(f"event_shape must be an int or a sequence of ints, but is {shape!r}")
     for size in sizes:

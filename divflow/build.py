@@ -72,7 +72,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
     return ScoreDensity(probability_flow(score, sde, **build_ways(config)), transform, sampler)
 
 
-def build_objective(config: Mapping[str, Any], density: nn.Module) -> Objective:
+def build_objective(config: Mapping[str, Any], density: ScoreDensity | UnnormalizedDensity) -> Objective:
     """The score-matching objective of a config: `objective`, over the density's SDE, if it has one, by `times`.
 
     Raises:
@@ -86,7 +86,7 @@ def build_objective(config: Mapping[str, Any], density: nn.Module) -> Objective:
                 f"noise_levels={levels} are for objective=denoising, which takes them as its sigma; one for others"
             )
         return objective
-    return TimeConditionalScoreMatching(density.flow.velocity.sde, objective, **config["times"])
+    return TimeConditionalScoreMatching(density.sde, objective, **config["times"])
 
 
 def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """What tasks train and `divflow.load` returns: densities of data, through the preprocessing of the data."""
 
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
 
-from divflow.divergence.field import checked_state
+from divflow.divergence.field import Field, checked_state
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.score.field import AtTime, Score, as_field, tensor_settings
+from divflow.score.probability_flow import ProbabilityFlow
 from divflow.score.sampling import ProbabilityFlowODE, Sampler
+from divflow.score.sde import SDE
 from divflow.transforms import Transform
 
 __all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
@@ -85,22 +88,28 @@ class ScoreDensity(FlowDensity):
     def __init__(self, flow: ContinuousFlow, transform: Transform, sampler: Sampler | None = None) -> None:
         super().__init__(flow, transform)
         self.sampler = sampler
-        if sampler is not None and sampler.sde != flow.velocity.sde:
-            raise ValueError(f"the score is over {flow.velocity.sde}, but the sampler over {sampler.sde}")
+        over = getattr(sampler, "sde", None)
+        if sampler is not None and over != self.sde:
+            raise ValueError(f"the score is over {self.sde}, but the sampler over {over}")
 
     @property
-    def score_field(self) -> nn.Module:
+    def sde(self) -> SDE:
+        """Whose marginals the score is of."""
+        return cast(ProbabilityFlow, self.flow.velocity).sde
+
+    @property
+    def score_field(self) -> Field:
         """The trained score s(t, y) of the transformed data."""
-        return self.flow.velocity.score
+        return cast(ProbabilityFlow, self.flow.velocity).score
 
     def score(self, x: Tensor) -> Tensor:
         """The score of the data, grad log p(x), `(k, *event)`: the model's at its earliest time, sde.epsilon."""
-        return _score_of_data(self.score_field, self.flow.velocity.sde.epsilon, x, self.transform, self.dtype)
+        return _score_of_data(self.score_field, self.sde.epsilon, x, self.transform, self.dtype)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples of the data `(num_samples, *event)` by the sampler, without gradient; scores take no context."""
-        sampler = self.sampler or ProbabilityFlowODE(self.flow.velocity.sde, self.flow.solver)
+        sampler = self.sampler or ProbabilityFlowODE(self.sde, self.flow.solver)
         return self.transform.inverse(sampler(self.score_field, num_samples, generator).samples)
 
     def with_flow(self, flow: ContinuousFlow) -> "ScoreDensity":
@@ -132,10 +141,9 @@ class UnnormalizedDensity(nn.Module):
         super().__init__()
         self.score_field, self.transform, self.sampler = as_field(score), transform, sampler
         self.levels = None if levels is None else tuple(levels)
-        if levels is not None and sampler is not None and set(sampler.sigmas) - set(levels):
-            raise ValueError(
-                f"the score was trained at the levels {self.levels}, but the sampler takes {sampler.sigmas}"
-            )
+        taken = getattr(sampler, "sigmas", ())
+        if levels is not None and set(taken) - set(levels):
+            raise ValueError(f"the score was trained at the levels {self.levels}, but the sampler takes {taken}")
 
     def score(self, x: Tensor) -> Tensor:
         """The score of the data, grad log p(x), `(k, *event)`."""
@@ -156,7 +164,7 @@ class UnnormalizedDensity(nn.Module):
         return self.transform.inverse(self.sampler(score, num_samples, generator).samples)
 
 
-def _score_of_data(score: nn.Module, t: float, x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
+def _score_of_data(score: Field, t: float, x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
     """grad_x log p(x) = (dT/dx)^T s(t, T(x)) + grad_x log |det dT/dx|."""
     with torch.inference_mode(False), torch.enable_grad():
         x = checked_state(x).detach().clone().requires_grad_()

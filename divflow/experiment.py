@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -15,11 +16,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from divflow.build import ConfigError, build_density, build_objective, build_ways
+from divflow.callbacks.declared import declared
 from divflow.checkpoint import check_state, load_state, read_checkpoint
 from divflow.data.module import TensorDataModule
-from divflow.density import UnnormalizedDensity
+from divflow.density import ScoreDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
 from divflow.folder import claim, earlier_metrics, link_latest, save_config, save_results, take_along
 from divflow.loggers import build_loggers, log_settings
@@ -81,12 +84,12 @@ def train(config: DictConfig) -> dict[str, float]:
         raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
     seconds = time.perf_counter() - started
     # A checkpoint of the last step was saved before Lightning counted its epoch as completed.
-    epochs = trainer.fit_loop.epoch_progress.current
+    epochs: Any = trainer.fit_loop.epoch_progress.current
     epochs.completed = epochs.processed
 
     # Processes that were started by themselves may each have thought of a folder; the first one's is the run's.
     best = Path(trainer.strategy.broadcast(str(output / "checkpoints" / "best.ckpt")))
-    if best.is_file() and not trainer.fast_dev_run:
+    if best.is_file() and not declared(trainer).fast_dev_run:
         load_state(task, read_checkpoint(best)["state_dict"], best)
     metrics = trainer.test(task, datamodule=data, verbose=False)[0]
     results = {name: float(value) for name, value in metrics.items()}
@@ -97,7 +100,7 @@ def train(config: DictConfig) -> dict[str, float]:
 
 
 def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = _plain(config)
     scored = "objective" in plain
     names = ("network", "estimator", "likelihood", "solver", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
@@ -108,19 +111,21 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
     make = functools.partial(make, density, config=density_config | plain["evaluation"])
     if config.compile:
         network = density.score_field if isinstance(density, UnnormalizedDensity) else density.flow.velocity
-        network.compile()
+        cast(nn.Module, network).compile()
     if isinstance(density, UnnormalizedDensity):
         return make(objective=build_objective(plain, density))
     evaluation = density.flow.replace(**build_ways(plain["evaluation"]))
-    if scored:
+    if isinstance(density, ScoreDensity):
         return make(objective=build_objective(plain, density), evaluation=evaluation)
     return make(evaluation=evaluation)
 
 
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
 def _build_trainer(config: DictConfig) -> L.Trainer:
-    settings = OmegaConf.to_container(config.device, resolve=True) | OmegaConf.to_container(
-        config.trainer, resolve=True
-    )
+    settings = _plain(config.device) | _plain(config.trainer)
     if settings["accelerator"] == "auto" and not torch.cuda.is_available():
         settings["accelerator"] = "cpu"  # MPS has no float64, in which torchdiffeq keeps time
     if settings["accelerator"] == "gpu":

@@ -5,6 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,13 +102,13 @@ def plot_pairs(data: Tensor, samples: Tensor, names: Sequence[str], columns: int
     count = min(columns, data.shape[1])
     size = max(4.5, 1.9 * count)
     figure = Figure(figsize=(size, size), layout="constrained")
-    axes = figure.subplots(count, count, squeeze=False, sharex="col")
+    axes: Any = figure.subplots(count, count, squeeze=False, sharex="col")
     tables = [table[:, :count].float().cpu().numpy() for table in (data, samples)]
     ranges = [_range(tables[0][:, i]) for i in range(count)]
     for i, j in np.ndindex(count, count):
         ax = axes[i, j]
         if i == j:
-            _draw_histograms(ax, *(table[:, i] for table in tables), ranges[i])
+            _draw_histograms(ax, tables[0][:, i], tables[1][:, i], ranges[i])
         else:
             points = tables[j > i][:, [j, i]]
             area = min(max(4_000 / len(points), 2.0), 12.0)
@@ -189,8 +190,9 @@ def _draw_histograms(ax: Axes, data: np.ndarray, samples: np.ndarray, limits: tu
     bins = np.histogram_bin_edges(inside, "fd", limits)
     if not 5 <= len(bins) <= 61:
         bins = np.linspace(*limits, min(max(len(bins), 5), 61))
-    ax.hist(data, bins, density=True, color=_COLORS[0])
-    ax.hist(samples, bins, density=True, histtype="step", color=_COLORS[1])
+    edges = bins.tolist()
+    ax.hist(data, edges, density=True, color=_COLORS[0])
+    ax.hist(samples, edges, density=True, histtype="step", color=_COLORS[1])
 
 
 def _extent(data: Tensor) -> tuple[list[float], list[float]]:
@@ -201,7 +203,8 @@ def _extent(data: Tensor) -> tuple[list[float], list[float]]:
 
 
 def _scatter(ax: Axes, points: Tensor) -> None:
-    ax.scatter(*points.float().cpu().numpy().T, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
+    x, y = points.float().cpu().numpy().T
+    ax.scatter(x, y, s=2, color="C0", alpha=0.35, linewidths=0, rasterized=True)
 
 
 def _grid(count: int, low: Sequence[float], high: Sequence[float], device: torch.device) -> Tensor:
@@ -246,13 +249,15 @@ def _draw_paths(ax: Axes, paths: Tensor) -> None:
     colors = colormaps["hsv"](angles / (2 * np.pi) + 0.5) * [0.85, 0.85, 0.85, 1]
     for i, color in enumerate(colors):
         ax.plot(*points[:, i].T, color=color, linewidth=0.8, zorder=1)
-    ax.scatter(*points[0].T, s=9, facecolors="white", edgecolors=colors, linewidths=0.8, label="base", zorder=2)
-    ax.scatter(*points[-1].T, s=9, c=colors, label="data", zorder=3)
+    hollow: dict[str, Any] = {"s": 9, "facecolors": "white", "linewidths": 0.8}
+    base, data = points[0].T, points[-1].T
+    ax.scatter(base[0], base[1], edgecolors=colors, zorder=2, **hollow)
+    ax.scatter(data[0], data[1], s=9, c=colors, zorder=3)
     low, high = _extent(paths.flatten(0, 1).float())
     ax.set(title="Trajectories", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    handles = ax.legend(frameon=False, fontsize="small", loc="upper right", handletextpad=0.2).legend_handles
-    handles[0].set(edgecolors="0.3", facecolors="white")
-    handles[1].set(color="0.3")
+    ax.scatter([], [], edgecolors="0.3", label="base", **hollow)
+    ax.scatter([], [], s=9, color="0.3", label="data")
+    ax.legend(frameon=False, fontsize="small", loc="upper right", handletextpad=0.2)
 
 
 def _tile(images: Tensor, rows: int) -> np.ndarray:

@@ -360,7 +360,7 @@ class _Base(nn.Module):
                 device=generator.device,
             )
             return (normal.loc + normal.scale * noise.to(normal.loc.device)).detach()
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
         with seeded(seed, devices):
             return self.distribution.sample((num_samples,))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from hydra.errors import InstantiationException
@@ -36,7 +36,7 @@ def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
 
 def log_settings(trainer: L.Trainer, config: DictConfig) -> None:
     """Give the settings of a run to the loggers that show them; `config.yaml` has them for `metrics.csv`."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger):
             logger.log_hyperparams(_flat(plain))

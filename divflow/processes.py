@@ -52,7 +52,7 @@ class Watch:
         self,
         rank: int,
         world_size: int,
-        share: Callable[[tuple[str, int] | None], tuple[str, int]],
+        share: Callable[[Any], Any],
         hint: Callable[[], str],
         release: Callable[[], None],
         interval: float = 1.0,
@@ -61,7 +61,7 @@ class Watch:
         self.rank, self.world_size, self.interval, self.limit = rank, world_size, interval, limit
         self.step = 0
         self._hint, self._release = hint, release
-        self._record = {
+        self._record: dict[str, Any] = {
             "state": "alive",
             "beat": 0,
             "pid": os.getpid(),

@@ -229,9 +229,10 @@ class _Monitor:
 
     def __init__(self, field: Callable, solver: Solver, evaluations: Evaluations, device: torch.device) -> None:
         self._field, self._solver, self._evaluations = field, solver, evaluations
-        self._calls, self._backward, self._time = 0, False, None
+        self._calls, self._backward = 0, False
+        self._time: Tensor | None = None
         self.inside_field = False
-        self._autocast = {
+        self._autocast: dict[str, Any] = {
             "device_type": device.type,
             "dtype": torch.get_autocast_dtype(device.type),
             "enabled": torch.is_autocast_enabled(device.type),

@@ -22,7 +22,7 @@ def swept(overrides: Sequence[str], number: int) -> str:
     given = parser.parse_overrides([argument for argument in sys.argv[1:] if "=" in argument and argument[0] != "-"])
     fixed = {override.get_key_element() for override in given if not override.is_sweep_override()}
     own = parser.parse_overrides(list(overrides))
-    name = ",".join(override.input_line for override in own if override.get_key_element() not in fixed)
+    name = ",".join(str(override.input_line) for override in own if override.get_key_element() not in fixed)
     name = name.replace("/", "_")
     return f"{name[:_LONGEST]}_{number}" if not name or len(name) > _LONGEST else name
 

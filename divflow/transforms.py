@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -95,7 +95,7 @@ class Compose(Transform):
 
     def __init__(self, parts: Sequence[Transform]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts = cast(Sequence[Transform], nn.ModuleList(parts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """The last transform's output and the sum of all log-determinants."""

@@ -1,12 +1,12 @@
 """Lightning's exponential moving average of the weights, made safe to interrupt."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["WeightAverage"]
@@ -15,6 +15,7 @@ __all__ = ["WeightAverage"]
 class _Average(AveragedModel):
     """torch's, which asks the device twice an update whether there has been one before; this one remembers."""
 
+    avg_fn: Callable[[Tensor, Tensor, Tensor | int], Tensor]  # which `EMAWeightAveraging` always gives
     _begun = False
 
     def update_parameters(self, model: nn.Module) -> None:
@@ -23,7 +24,8 @@ class _Average(AveragedModel):
             super().update_parameters(model)
             self._begun = True
             return
-        averaged, current = (list(module.parameters()) for module in (self.module, model))
+        averaged: list[Tensor] = list(self.module.parameters())
+        current: list[Tensor] = list(model.parameters())
         with torch.no_grad():
             if self.use_buffers:
                 averaged += self.module.buffers()

@@ -21,7 +21,10 @@ class BestCheckpoint(ModelCheckpoint):
         """Go on from the best value so far, in this folder."""
 
         def here(path: str) -> str:
-            return str(Path(self.dirpath) / Path(path).name) if path else path
+            if not path:
+                return path
+            assert self.dirpath is not None  # `setup` has set it
+            return str(Path(self.dirpath) / Path(path).name)
 
         paths = {name: here(state_dict.get(name, "")) for name in ("best_model_path", "kth_best_model_path")}
         models = {here(path): value for path, value in state_dict.get("best_k_models", {}).items()}

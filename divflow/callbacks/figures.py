@@ -2,7 +2,9 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import numpy as np
@@ -11,6 +13,8 @@ from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
 from divflow.callbacks.averaging import WeightAverage
+from divflow.callbacks.declared import declared
+from divflow.data.module import TensorDataModule
 from divflow.density import FlowDensity
 from divflow.figures import plot_curves, plot_images, plot_pairs, plot_plane
 from divflow.loggers import log_figure
@@ -55,26 +59,27 @@ class Figures(L.Callback):
         now = time.monotonic()
         if self._spent + self._last > self.share * (now - self._began):
             return
-        average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), None)
+        average = next((c for c in declared(trainer).callbacks if isinstance(c, WeightAverage)), None)
         with average.averaged(pl_module) if average else contextlib.nullcontext():
-            self._save(trainer, pl_module, f"step_{step:06d}")
+            self._save(trainer, cast(Task, pl_module), f"step_{step:06d}")
         self._last = time.monotonic() - now
         self._spent += self._last
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last figure, of the weights that were tested, and the learning curve."""
         if trainer.is_global_zero:
-            self._save(trainer, pl_module, "final")
+            self._save(trainer, cast(Task, pl_module), "final")
             self._save_curve(trainer)
 
     def _save(self, trainer: L.Trainer, task: Task, name: str) -> None:
-        if task.data is None or trainer.fast_dev_run:
+        data = task.data
+        if data is None or declared(trainer).fast_dev_run:
             return
         training = task.training
         task.eval()
-        count = 64 if task.data.images else self.num_samples
+        count = 64 if data.images else self.num_samples
         samples = task.judged.sample(count, generator=Generator(task.device).manual_seed(0))
-        figure = self._draw(task, samples)
+        figure = self._draw(task, data, samples)
         task.train(training)
         self._write(trainer, figure, name)
         if name == "final":
@@ -92,8 +97,8 @@ class Figures(L.Callback):
             self._write(trainer, figure, "curve")
 
     @torch.no_grad()
-    def _draw(self, task: Task, samples: Tensor) -> Figure:
-        data, density = task.data, task.judged
+    def _draw(self, task: Task, data: TensorDataModule, samples: Tensor) -> Figure:
+        density = task.judged
         rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)
@@ -102,7 +107,7 @@ class Figures(L.Callback):
             if isinstance(density, FlowDensity):
                 return plot_plane(rows, samples, density.log_prob, score, _paths(density))
             # A score without SDE has no density; where the truth is known, the score is drawn over that.
-            truth = data.log_prob if data.log_prob(rows[:1]) is not None else None
+            truth = cast(Callable[[Tensor], Tensor], data.log_prob) if data.log_prob(rows[:1]) is not None else None
             return plot_plane(rows, samples, truth, score, name="True log-density")
         rows, samples = rows.flatten(1), samples.flatten(1)
         names = getattr(data, "columns", None) or [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])]

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from divflow.callbacks.declared import declared
 from divflow.callbacks.processes import Processes
 from divflow.callbacks.whole import save_whole
 
@@ -55,7 +56,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """See whether N steps or M minutes are over; gradients that are being accumulated would be lost."""
         stepped = trainer.global_step != self._saved_step and not trainer.fit_loop.epoch_loop._should_accumulate()
-        stopped = any(callback.stop for callback in trainer.callbacks if isinstance(callback, Processes))
+        stopped = any(callback.stop for callback in declared(trainer).callbacks if isinstance(callback, Processes))
         self._due = self._due or (stepped and (stopped or self._is_due(trainer)))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,7 +86,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save where the run was stopped, unless that was in the middle of a step."""
-        between_steps = all(callback.stopping for callback in trainer.callbacks if isinstance(callback, Processes))
+        between_steps = all(
+            callback.stopping for callback in declared(trainer).callbacks if isinstance(callback, Processes)
+        )
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.training and between_steps:
             self._save(trainer)
 
@@ -101,7 +104,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         self._due = False
-        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
+        if trainer.global_step != self._saved_step and not declared(trainer).fast_dev_run:
             self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
             with save_whole(trainer, self.path) as part:
                 trainer.save_checkpoint(part, weights_only=False)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 
+from divflow.callbacks.declared import declared
 from divflow.processes import Watch
 
 __all__ = ["Processes"]
@@ -52,7 +53,7 @@ class Processes(L.Callback):
         self._world_size = self._was = trainer.world_size
         if trainer.world_size == 1 or self._watch is not None:
             return
-        launcher = trainer.strategy.launcher
+        launcher: Any = trainer.strategy.launcher  # some of its classes have processes
         self._watch = Watch(
             trainer.global_rank,
             trainer.world_size,
@@ -123,7 +124,7 @@ def _remedy(trainer: L.Trainer) -> str:
 
 
 def _changes(trainer: L.Trainer, was: int) -> str:
-    now, rows = trainer.world_size, getattr(trainer.datamodule, "batch_size", None)
+    now, rows = trainer.world_size, getattr(declared(trainer).datamodule, "batch_size", None)
     accumulated = trainer.accumulate_grad_batches
     batch = f"the global batch from {was * rows * accumulated} to {now * rows * accumulated} rows " if rows else ""
     keep = f"(data.batch_size={was * rows // now} keeps it)" if rows and was * rows % now == 0 else ""

@@ -5,6 +5,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
+from divflow.callbacks.declared import declared
+
 __all__ = ["ProgressBar"]
 
 # Not logged with `prog_bar=True`, with which Lightning fetches them at each step, and the host waits for it.
@@ -25,7 +27,7 @@ class ProgressBar(RichProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """What is shown."""
-        if trainer.training and trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.training and trainer.global_step % declared(trainer).log_every_n_steps == 0:
             logged = trainer.callback_metrics
             self._training = {name: logged[name].item() for name in _SHOWN if name in logged}
         shown = super().get_metrics(trainer, pl_module) | self._training

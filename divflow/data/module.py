@@ -1,6 +1,7 @@
 """What all data modules share: tensors split by seed, loaders for one process or several."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -59,6 +60,9 @@ class TensorDataModule(L.LightningDataModule):
     repeating any, so that averages are those of one process.
     """
 
+    train: Rows
+    val: Rows
+    test: Rows
     event_shape: tuple[int, ...]
     levels: int | None = None
     images: bool = False
@@ -121,7 +125,7 @@ class TensorDataModule(L.LightningDataModule):
         """All test rows, in order."""
         return self._evaluation_loader(self.test)
 
-    def _evaluation_loader(self, dataset: Dataset) -> DataLoader:
+    def _evaluation_loader(self, dataset: Rows) -> DataLoader:
         world, rank = self._processes()
         if len(dataset) < world:
             raise DataError(
@@ -134,7 +138,7 @@ class TensorDataModule(L.LightningDataModule):
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
 
-def _as_it_is(batch: Tensor) -> Tensor:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
+
+if TYPE_CHECKING:
+    from divflow.data.module import Rows
 
 __all__ = ["ShuffledRows", "combined_seed"]
 
@@ -24,6 +28,8 @@ class ShuffledRows(DistributedSampler):
         batch_size: rows a batch.
         position: the epoch, and how many of its batches have been taken.
     """
+
+    dataset: "Rows"
 
     def __init__(
         self,

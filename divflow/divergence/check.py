@@ -86,7 +86,7 @@ def _perturbed_copy(module: nn.Module) -> nn.Module:
     noise = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
         if parameter.numel() and not parameter.any():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=noise).to(parameter)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
     return module
 
 

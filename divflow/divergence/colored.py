@@ -8,7 +8,7 @@ of colours, about C (r + 1)^2 for C channels and receptive radius r in two dimen
 
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,6 +145,6 @@ class _plain_convolutions:  # noqa: N801 - used as a function
                 warnings.simplefilter("ignore")
                 self._flags.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._flags is not None:
             self._flags.__exit__(*error)

@@ -108,14 +108,15 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
     states = rng_states(x)
 
     def product(vector: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(lambda z: checked_value(g(t, z.clone()), x), (x,), (vector,))
+        return jvp(lambda z: checked_value(g(t, z.clone()), x), (x,), (vector,))[:2]
 
     for start, stop in _chunks(event_size(x), chunk_size):
         if start:
             set_rng_states(states)
         try:
             with _FORWARD_MODE:
-                value, columns = vmap(product, out_dims=(None, 0), randomness="same")(_basis(x, start, stop))
+                products = vmap(product, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type] # None is allowed
+                value, columns = products(_basis(x, start, stop))
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error) for word in ("forward", "vmap", "jvp", "functorch", "functional transform")):
                 raise  # the field's own

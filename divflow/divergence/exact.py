@@ -185,7 +185,7 @@ class Exact(Estimator):
                 raise
         if made is not None:
             return made
-        if not products:
+        if not products or followed is None:
             set_rng_states(states)
             before, verify = state_of(g), True
             followed = follow(g, t, x, products=True, verify=True)
@@ -203,10 +203,11 @@ class Exact(Estimator):
             return None
         try:
             cycles = followed.cycles() if choice.plan.method == "layered" else []
-            if verify and choice.coloring is None:
-                followed.verify(cycles)
-            elif verify:
-                colored.check(followed.field, x, choice.coloring.seen)
+            if verify:
+                if choice.coloring is None:
+                    followed.verify(cycles)
+                else:
+                    colored.check(followed.field, x, choice.coloring.seen)
         except (NoRule, colored.NotLocal):
             return None
         return _Made(choice, followed, cycles)
@@ -242,11 +243,11 @@ class Exact(Estimator):
             choices = _Choices()
             choices.add(None, _Choice(self._dense(x, "asked for" if settled else "there is nothing to gain")))
             return choices
-        choices = _CHOICES.get(g, self, *circumstances(t, x))
-        if choices is None:
-            choices = _Choices()
-            _CHOICES.keep(choices, g, self, *circumstances(t, x))
-        return choices
+        kept = _CHOICES.get(g, self, *circumstances(t, x))
+        if kept is None:
+            kept = _Choices()
+            _CHOICES.keep(kept, g, self, *circumstances(t, x))
+        return kept
 
     def _choose(self, g: Field, t: Tensor, x: Tensor, followed: Followed, changes_itself: bool) -> _Made:
         reasons = []

@@ -5,7 +5,7 @@ import functools
 import types
 import weakref
 from collections.abc import Hashable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +87,12 @@ def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
             return _joined("tuple", [], list(g), depth)
         if isinstance(g, nn.Module):
             if hasattr(type(g), "divflow_identity"):
-                return _joined(type(g), [], list(g.divflow_identity), depth)
+                return _joined(type(g), [], list(cast(tuple[object, ...], g.divflow_identity)), depth)
             return (id(g), g.training), [g]
     return id(g), [g]
 
 
-def _joined(tag: Hashable, own: list[object], parts: list[object], depth: int) -> tuple[Hashable, list[object]]:
+def _joined(tag: object, own: list[object], parts: list[object], depth: int) -> tuple[Hashable, list[object]]:
     identities = [_identity(part, depth + 1) for part in parts]
     return (tag, *(identity for identity, _ in identities)), own + [
         item for _, objects in identities for item in objects
@@ -108,7 +108,7 @@ def contents(function: types.FunctionType) -> list[object]:
     return found
 
 
-def circumstances(t: Tensor, x: Tensor) -> Hashable:
+def circumstances(t: Tensor, x: Tensor) -> tuple[Hashable, ...]:
     """What a plan depends on beside the field."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

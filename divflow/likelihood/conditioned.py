@@ -41,7 +41,7 @@ class ConditionedField(nn.Module):
 
     def differentiable_tensors(self) -> list[Tensor]:
         """What an adjoint differentiates in: the parameters, and a context that requires grad."""
-        tensors = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        tensors: list[Tensor] = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if self.context is not None and self.context.requires_grad:
             tensors.append(self.context)
         return tensors

@@ -63,8 +63,8 @@ def _kronrod_recurrence(n: int) -> np.ndarray:
         j = n - 1 - m + k
         s[j + 1] = np.cumsum(-b[k + n + 1] * s[j + 1] + b[m - k] * s[j + 2])
         if m % 2:
-            k = (m + 1) // 2
-            b[k + n + 1] = s[j[-1] + 1] / s[j[-1] + 2]
+            middle = (m + 1) // 2
+            b[middle + n + 1] = s[j[-1] + 1] / s[j[-1] + 2]
         s, t = t, s
     return b[1:]
 

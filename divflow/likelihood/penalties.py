@@ -25,6 +25,7 @@ def _jacobian_norm(estimate: Estimate, field: Field, t: Tensor, x: Tensor, gener
     products = estimate.products
     if products is None:
         products = Hutchinson().estimate(field, t, x, generator).products
+        assert products is not None  # a probe's
     return flatten_event(products, 2).square().sum(dim=2, dtype=accumulation_dtype(x)).mean(dim=0)
 
 

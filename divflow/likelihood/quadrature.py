@@ -87,7 +87,9 @@ class Quadrature(Likelihood):
         `diagnostics` asks for it.
         """
         along = _Trajectory(field, x, t_start, t_end, solver, evaluations)
-        intervals = [(0.0, 1.0)] if self.tolerance is None else self._refine(along, estimator, generator)
+        intervals = (
+            [(0.0, 1.0)] if self.tolerance is None else self._refine(along, self.tolerance, estimator, generator)
+        )
         rule = _composite_rule(self.nodes, intervals, x)
         states = along.states(rule.nodes)
         at_nodes = along.at_nodes(rule.nodes, states[1:-1], estimator, generator, penalties)
@@ -111,14 +113,16 @@ class Quadrature(Likelihood):
         )
 
     @torch.no_grad()
-    def _refine(self, along: "_Trajectory", estimator: Estimator, generator: Generator | None) -> list[Interval]:
+    def _refine(
+        self, along: "_Trajectory", tolerance: float, estimator: Estimator, generator: Generator | None
+    ) -> list[Interval]:
         """Bisect intervals until every sample's estimated errors add up to no more than the tolerance."""
         errors: dict[Interval, Tensor] = {}
         fresh = [(0.0, 1.0)]
         while fresh:
             if len(errors) + len(fresh) > self.max_intervals:
                 raise SolverError(
-                    f"the divergence could not be integrated to {self.tolerance:g} nats with {self.max_intervals} intervals; "
+                    f"the divergence could not be integrated to {tolerance:g} nats with {self.max_intervals} intervals; "
                     "raise max_intervals or the tolerance, tighten the solver, or use smooth activations"
                 )
             rule = _composite_rule(self.nodes, fresh, along.x)
@@ -129,9 +133,9 @@ class Quadrature(Likelihood):
             total = torch.stack(list(errors.values())).sum(dim=0)
             if not torch.isfinite(total).all():
                 raise SolverError("the divergence along the trajectory is not finite, so it can't be integrated")
-            missed = total > self.tolerance
+            missed = total > tolerance
             # Where the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
-            share = self.tolerance / len(errors)
+            share = tolerance / len(errors)
             coarse = [interval for interval, error in errors.items() if (error[missed] > share).any()]
             fresh = []
             for low, high in coarse:
@@ -229,7 +233,9 @@ class _Trajectory:
             chosen = slice(done, done + bundle)
             parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties))
             done += bundle
-        return _AtNodes(*(None if None in column else torch.cat(column, dim=-2) for column in zip(*parts, strict=True)))
+        return _AtNodes._make(
+            None if None in column else torch.cat(column, dim=-2) for column in zip(*parts, strict=True)
+        )
 
     @torch.no_grad()
     def smooth_error(
@@ -274,7 +280,7 @@ class _Trajectory:
             estimate.samples,
             torch.stack(integrands) if integrands else None,
         )
-        return _AtNodes(*(None if column is None else column.unflatten(-1, (count, batch)) for column in columns))
+        return _AtNodes._make(None if column is None else column.unflatten(-1, (count, batch)) for column in columns)
 
 
 class _AtNodes(NamedTuple):

@@ -47,13 +47,12 @@ class ConcatSquash(nn.Module):
         conditions = time_features(time_embedding) + context_features
         size = math.prod(self.event_shape)
         widths = [size, *hidden, size]
-        self.layers = nn.ModuleList(
-            _GatedLinear(before, after, conditions) for before, after in itertools.pairwise(widths)
-        )
+        layers = [_GatedLinear(before, after, conditions) for before, after in itertools.pairwise(widths)]
+        self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(activation() for _ in hidden)
         if zero_init:
-            zero_initialize(self.layers[-1].linear)
-            zero_initialize(self.layers[-1].shift)
+            zero_initialize(layers[-1].linear)
+            zero_initialize(layers[-1].shift)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's value at (t, x); see the class for the shapes."""

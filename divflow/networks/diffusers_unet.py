@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -89,12 +90,13 @@ class DiffusersUNet(nn.Module):
                 f"DiffusersUNet, or any of {sorted(possible)}"
             )
         try:
-            self.model = UNet2DModel(**arguments, **options)
+            # diffusers declares a placeholder for the class, which is no module.
+            self.model = cast(nn.Module, UNet2DModel(**arguments, **options))
         except ValueError as error:
             raise NetworkError(f"diffusers' UNet2DModel refused its arguments: {error}") from error
         self.time_scale = time_scale
         if zero_init:
-            zero_initialize(self.model.conv_out)
+            zero_initialize(self.model.get_submodule("conv_out"))
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's value at (t, x); see the class for the shapes."""

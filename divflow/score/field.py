@@ -53,14 +53,14 @@ def as_field(score: Score) -> Field:
     Raises:
         FieldError: its signature does not tell.
     """
-    inner = score
+    inner: Any = score
     while isinstance(inner, nn.Module) and isinstance(getattr(inner, "_orig_mod", None), nn.Module):
         inner = inner._orig_mod  # what torch.compile made of a module hides its signature
     call = inner.forward if isinstance(inner, nn.Module) else inner
     try:
-        parameters = inspect.signature(call).parameters.values()
+        parameters = list(inspect.signature(call).parameters.values())
     except (TypeError, ValueError):  # no function, or a built-in one
-        parameters = ()
+        parameters = []
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     several = len(required) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)

@@ -102,8 +102,8 @@ class SDE(ABC):
         # Forward mode takes no expanded tensors; at 0 itself a standard deviation such as sqrt(t) has no slope.
         t = t.contiguous().clamp_min(1e-30)
         ones = torch.ones_like(t)
-        alpha, alpha_slope = torch.func.jvp(self.mean_scale, (t,), (ones,))
-        variance, variance_slope = torch.func.jvp(lambda s: self.std(s).square(), (t,), (ones,))
+        alpha, alpha_slope = torch.func.jvp(self.mean_scale, (t,), (ones,))[:2]
+        variance, variance_slope = torch.func.jvp(lambda s: self.std(s).square(), (t,), (ones,))[:2]
         drift = alpha_slope / alpha
         return Coefficients(drift.to(t.dtype), (variance_slope - 2 * drift * variance).to(t.dtype))
 

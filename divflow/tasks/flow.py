@@ -53,6 +53,8 @@ class FlowTask(Task):
         TrainingError: while training, a loss or gradient that is not finite.
     """
 
+    density: FlowDensity
+
     def __init__(
         self,
         flow: ContinuousFlow | FlowDensity,
@@ -102,7 +104,8 @@ class FlowTask(Task):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the backward pass evaluated: something under an adjoint gradient, else nothing."""
-        self.log("train/nfe_backward", self.count(self._last.evaluations.backward))
+        if self._last is not None:
+            self.log("train/nfe_backward", self.count(self._last.evaluations.backward))
 
     def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
         """The log-density of a batch, and what is known of it."""

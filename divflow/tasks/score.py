@@ -42,10 +42,13 @@ class ScoreTask(Task):
         config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density.
 
     Raises:
-        ValueError: an objective over an SDE for a score without one, or the other way round, or over another.
+        ValueError: an objective over an SDE for a score without one, or the other way round, or over another; a flow
+            to evaluate a score without SDE.
         SDEError: a module is to be trained over an SDE that was given no event shape.
         TrainingError: while training, a loss or gradient that is not finite.
     """
+
+    density: ScoreDensity | UnnormalizedDensity
 
     def __init__(
         self,
@@ -57,6 +60,8 @@ class ScoreTask(Task):
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(_as_density(score, objective), optimizer, scheduler, config)
+        if evaluation is not None and isinstance(self.density, UnnormalizedDensity):
+            raise ValueError("evaluation is a flow, and an UnnormalizedDensity has none; leave it out")
         self.objective = objective
         # In a tuple, so that it is no submodule: it shares the trained score's parameters.
         self._evaluation = (evaluation,)
@@ -64,13 +69,14 @@ class ScoreTask(Task):
     @property
     def judged(self) -> ScoreDensity | UnnormalizedDensity:
         """The density as validation and test evaluate it."""
-        (flow,) = self._evaluation
-        return self.density if flow is None else self.density.with_flow(flow)
+        density, (flow,) = self.density, self._evaluation
+        return density.with_flow(flow) if isinstance(density, ScoreDensity) and flow is not None else density
 
     def check(self, batch: Tensor) -> None:
         """Before the first step: the score must be a field, and treat the samples independently."""
         y = self._transformed(batch)
-        time = self.objective.draw_times(y).t if self._over_sde else 0.5
+        objective = self.objective
+        time = objective.draw_times(y).t if isinstance(objective, TimeConditionalScoreMatching) else 0.5
         check_field(self.density.score_field, time, y)
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -89,11 +95,7 @@ class ScoreTask(Task):
         truth = None if self.data is None else self.data.score(batch)
         if truth is not None:
             values["fisher_divergence"] = (judged.score(batch) - truth).flatten(1).square().sum(dim=1) / 2
-        return values | (self.judge_likelihood(judged, batch) if self._over_sde else {})
-
-    @property
-    def _over_sde(self) -> bool:
-        return isinstance(self.density, ScoreDensity)
+        return values | (self.judge_likelihood(judged, batch) if isinstance(judged, ScoreDensity) else {})
 
     @torch.no_grad()
     def _transformed(self, batch: Tensor) -> Tensor:
@@ -103,17 +105,17 @@ class ScoreTask(Task):
 
 
 def _as_density(score: nn.Module, objective: Objective) -> ScoreDensity | UnnormalizedDensity:
-    over_sde = isinstance(objective, TimeConditionalScoreMatching)
+    sde = objective.sde if isinstance(objective, TimeConditionalScoreMatching) else None
     if not isinstance(score, ScoreDensity | UnnormalizedDensity):
-        if over_sde:
-            return ScoreDensity(probability_flow(score, objective.sde), Affine())
+        if sde is not None:
+            return ScoreDensity(probability_flow(score, sde), Affine())
         several = getattr(objective, "sigma", None)
         return UnnormalizedDensity(score, Affine(), levels=several if isinstance(several, tuple) else None)
-    if isinstance(score, ScoreDensity) != over_sde:
+    if isinstance(score, ScoreDensity) != (sde is not None):
         raise ValueError(
             f"{type(objective).__name__} can't train a {type(score).__name__}: a ScoreDensity takes "
             "TimeConditionalScoreMatching over its SDE, an UnnormalizedDensity any other objective"
         )
-    if over_sde and score.flow.velocity.sde != objective.sde:
-        raise ValueError(f"the score is over {score.flow.velocity.sde}, but the objective over {objective.sde}")
+    if isinstance(score, ScoreDensity) and score.sde != sde:
+        raise ValueError(f"the score is over {score.sde}, but the objective over {sde}")
     return score

@@ -8,13 +8,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from divflow.data.module import TensorDataModule
 from divflow.data.order import combined_seed
-from divflow.density import FlowDensity
+from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
 from divflow.tasks.metrics import MeanWithStandardError
 
@@ -57,7 +58,7 @@ class Task(L.LightningModule):
 
     @property
     @abstractmethod
-    def judged(self) -> nn.Module:
+    def judged(self) -> FlowDensity | UnnormalizedDensity:
         """The density as validation and test evaluate it."""
 
     @abstractmethod
@@ -78,7 +79,7 @@ class Task(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, TensorDataModule) else None
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerConfig | OptimizerLRSchedulerConfig:
         """The optimizer, and the schedule by steps."""
         optimizer = self._optimizer(self.parameters())
         if self._scheduler is None:
@@ -101,11 +102,11 @@ class Task(L.LightningModule):
             self._checked = True
         self._seed(_TRAINING, self.current_epoch, batch_idx)
 
-    def on_validation_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_validation_batch_start(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise at each validation."""
         self._seed(_JUDGING, batch_idx)
 
-    def on_test_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_test_batch_start(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise as in validation."""
         self._seed(_JUDGING, batch_idx)
 
@@ -215,8 +216,8 @@ class Task(L.LightningModule):
 
     def _log_error(self, name: str, error: Tensor) -> None:
         self.log(f"test/{name}", error)
-        if name.startswith("nll") and (bits := self.bits_per_dim(error)) is not None:
-            zero = self.bits_per_dim(torch.zeros_like(error))
+        bits, zero = self.bits_per_dim(error), self.bits_per_dim(torch.zeros_like(error))
+        if name.startswith("nll") and bits is not None and zero is not None:
             self.log(f"test/{name.replace('nll', 'bits_per_dim')}", bits - zero)
 
     def _stop_unless_finite(self, checked: list[tuple[str, int, Tensor]]) -> None:

@@ -307,6 +307,11 @@ def good(t, x):
         (lambda: DenoisingScoreMatching(float("nan")), ValueError, "nan"),
         (lambda: DenoisingScoreMatching(0.5, weighting="sigma"), ValueError, "'sigma'"),
         (lambda: DenoisingScoreMatching()(good, torch.ones(2, 2)), ValueError, r"no noise level.*sigma=0\.1"),
+        (
+            lambda: DenoisingScoreMatching().loss(good, torch.tensor(0.0), torch.ones(2, 2)),
+            ValueError,
+            "conditional_score",
+        ),
         (lambda: DenoisingScoreMatching([1.0, 0.1])(good, torch.ones(2, 2), 0.5), ValueError, "leave t out"),
         *[
             (lambda o=o: o(good, torch.ones(2, 2).long()), FieldError, "int64.*float")

@@ -223,6 +223,24 @@ def test_lightnings_own_checkpoint_is_named(tmp_path):
             ValueError,
             "ImplicitScoreMatching can't train a ScoreDensity",
         ),
+        (
+            lambda: ScoreTask(
+                nn.Linear(2, 2),
+                ImplicitScoreMatching(),
+                evaluation=probability_flow(nn.Linear(2, 2), VariancePreserving(event_shape=2)),
+            ),
+            ValueError,
+            "evaluation is a flow.*leave it out",
+        ),
+        (
+            lambda: ScoreDensity(
+                probability_flow(nn.Linear(2, 2), VariancePreserving(event_shape=2)),
+                Affine(),
+                AnnealedLangevin(2, [0.1]),
+            ),
+            ValueError,
+            "over VariancePreserving.*sampler over None",
+        ),
     ],
 )
 def test_errors(call, error, message):

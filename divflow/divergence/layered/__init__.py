@@ -122,13 +122,14 @@ def follow(g: Field, t: Tensor | float, x: Tensor, products: bool, verify: bool 
         products: whether the value's graph from x is needed, for `Followed.verify` and for products with the Jacobian.
         verify: whether what is known of each operation is compared with autograd.
     """
-    differentiable, seen = products or torch.is_grad_enabled(), []
+    differentiable = products or torch.is_grad_enabled()
+    seen: list[tuple[Tensor, Trace]] = []
 
     def watched(t: Tensor, z: Tensor) -> Tensor:
         trace = Trace(z, differentiable, verify)
         with trace:
             output = g(t, z)
-        seen.extend((output, trace))
+        seen.append((output, trace))
         return output
 
-    return Followed(linearize_field(watched, t, x, products), *seen)
+    return Followed(linearize_field(watched, t, x, products), *seen[0])

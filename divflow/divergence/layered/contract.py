@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ __all__ = ["cost", "memory", "shared_products", "trace"]
 # Elements of one bundle of rows in the longer products, as for dense products.
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**20, 2**26
 
+
+Item = TypeVar("Item")
 
 _KEPT: ContextVar[dict[Hashable, tuple[object, Tensor]] | None] = ContextVar("kept", default=None)
 
@@ -58,11 +60,11 @@ class _Way(NamedTuple):
 
 def cost(cycle: Cycle, batch: int) -> int:
     """Multiplications of `trace` for this cycle: those that depend on the batch, and those that do not."""
-    shapes, diagonal = [matrix.shape for matrix in cycle.matrices], [d is not None for d in cycle.diagonals]
+    shapes, diagonal = [tuple(matrix.shape) for matrix in cycle.matrices], [d is not None for d in cycle.diagonals]
     if not shapes:
         return 0
     if sum(diagonal) >= 3:
-        return _best_way(tuple(map(tuple, shapes)), tuple(diagonal), batch).multiplications
+        return _best_way(tuple(shapes), tuple(diagonal), batch).multiplications
     shared = _merging_cost(shapes, diagonal)
     per_sample = math.prod(shapes[i][0] for i, has in enumerate(diagonal) if has) if any(diagonal) else 1
     return shared + batch * per_sample
@@ -83,7 +85,7 @@ def _limit(tensor: Tensor) -> int:
     return _CPU_ELEMENTS if tensor.device.type == "cpu" else _ACCELERATOR_ELEMENTS
 
 
-def _merging_cost(shapes: list[tuple[int, int]], diagonal: list[bool]) -> int:
+def _merging_cost(shapes: list[tuple[int, ...]], diagonal: list[bool]) -> int:
     """Of multiplying together the matrices between diagonals, in order; closing the cycle is elementwise."""
     start = diagonal.index(True) if any(diagonal) else 0
     shapes, diagonal = shapes[start:] + shapes[:start], diagonal[start:] + diagonal[:start]
@@ -98,7 +100,7 @@ def _merging_cost(shapes: list[tuple[int, int]], diagonal: list[bool]) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _best_way(shapes: tuple[tuple[int, int], ...], diagonal: tuple[bool, ...], batch: int) -> _Way:
+def _best_way(shapes: tuple[tuple[int, ...], ...], diagonal: tuple[bool, ...], batch: int) -> _Way:
     ways = []
     for merged in (False, True):
         extra = 0
@@ -134,20 +136,19 @@ def trace(cycles: list[Cycle], batch: int, like: Tensor, chunk_size: int | None)
         for cycle in cycles:
             cycle = _converted(cycle, like)
             places = [i for i, diagonal in enumerate(cycle.diagonals) if diagonal is not None]
+            factors = [diagonal for diagonal in cycle.diagonals if diagonal is not None]
             if not cycle.matrices:
-                total = total + cycle.diagonals[0].sum(dim=-1)
+                total = total + factors[0].sum(dim=-1)
             elif len(places) >= 3:
                 total = total + _long(cycle, batch, chunk_size)
             elif len(places) == 2:
-                first, second = (cycle.diagonals[place] for place in places)
-                weights = _kept(cycle, places, lambda cycle=cycle, places=places: _bilinear_form(cycle, *places))
+                first, second = factors
+                weights = _kept(cycle, places, functools.partial(_bilinear_form, cycle, *places))
                 bilinear.setdefault((id(first), id(second)), [first, second]).append(weights)
             else:
                 start = places[0] if places else 0
-                weights = _kept(
-                    cycle, places, lambda cycle=cycle, start=start: _diagonal_of(_rotated(cycle.matrices, start))
-                )
-                total = total + (cycle.diagonals[start] @ weights if places else weights.sum())
+                weights = _kept(cycle, places, functools.partial(_diagonal_of, _rotated(cycle.matrices, start)))
+                total = total + (factors[0] @ weights if factors else weights.sum())
         for first, second, *matrices in bilinear.values():
             # Paths through the same two diagonals (residual connections) share one product.
             matrix = matrices[0] if len(matrices) == 1 else torch.stack(matrices).sum(dim=0)
@@ -163,10 +164,15 @@ def _converted(cycle: Cycle, like: Tensor) -> Cycle:
 def _kept(cycle: Cycle, places: list[int], compute: Callable[[], Tensor]) -> Tensor:
     """What is computed from a cycle's matrices, or was before, within `shared_products`."""
     kept = _KEPT.get()
-    if kept is None or not all(origin and isinstance(origin.tensor, nn.Parameter) for origin in cycle.origins):
+    origins = [origin for origin in cycle.origins if origin and isinstance(origin.tensor, nn.Parameter)]
+    if kept is None or len(origins) < len(cycle.origins):
         return compute()
-    origins = [(id(origin.tensor), *origin[1:]) for origin in cycle.origins]
-    key = *origins, *places, cycle.matrices[0].dtype, torch.is_grad_enabled()
+    key = (
+        *((id(origin.tensor), *origin[1:]) for origin in origins),
+        *places,
+        cycle.matrices[0].dtype,
+        torch.is_grad_enabled(),
+    )
     if key not in kept:
         kept[key] = cycle.origins, compute()  # with the tensors, so that their identities stay theirs
     return kept[key][1]
@@ -179,8 +185,8 @@ def _bilinear_form(cycle: Cycle, start: int, stop: int) -> Tensor:
     return _product(_between(cycle, start, stop)) * _product(back)
 
 
-def _rotated(matrices: list[Tensor], start: int) -> list[Tensor]:
-    return matrices[start:] + matrices[:start]
+def _rotated(items: list[Item], start: int) -> list[Item]:
+    return items[start:] + items[:start]
 
 
 def _between(cycle: Cycle, start: int, stop: int) -> list[Tensor]:

@@ -128,11 +128,9 @@ def add(*sums: list[Term]) -> list[Term]:
 
 
 def _sum(a: Diagonal, b: Diagonal) -> Tensor:
-    if a is None and b is None:
-        return torch.tensor(2.0)
-    if a is None or b is None:
-        return 1 + (b if a is None else a)
-    return a + b
+    if a is None:
+        return torch.tensor(2.0) if b is None else 1 + b
+    return 1 + a if b is None else a + b
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,7 +94,7 @@ class Operation(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tensors: list[Tensor]
-    summary: Hashable
+    summary: tuple[Hashable, ...]
 
     def __call__(self) -> Any:
         """Its value."""

@@ -78,10 +78,12 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
     # The first diagonal is the outer one at the meeting entries, times the inner one: they commute around the cycle.
     diagonals = [product(_take_diagonal(outer.diagonal, at_output), _take_diagonal(inner.diagonal, at_input))]
     diagonals += [term.diagonal for term in chain[1:-1]]
-    matrices, origins = [], []
+    matrices: list[Tensor] = []
+    origins: list[Origin | None] = []
     for i, (above, below) in enumerate(itertools.pairwise(chain)):
         rows = _compose(above.columns, at_output) if i == 0 else above.columns
         columns = _compose(below.rows, at_input) if i == len(chain) - 2 else below.rows
+        assert isinstance(above.base, Linear)  # all but the last of a chain
         matrix = above.base.matrix
         origins.append(Origin(matrix, 0 if matrix.is_inference() else matrix._version, rows, columns))
         matrices.append(take(take(matrix, rows, 0), columns, 1))

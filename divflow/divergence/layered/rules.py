@@ -81,10 +81,10 @@ def _find_movements(trace: "Trace", op: Operation) -> list[list[Movement]]:
         index = torch.where(entries, rows % total, -1)
         if ((rows // total != torch.arange(batch)[:, None]) & entries).any() or (index != index[:1]).any():
             raise NoRule(f"{op.name} between samples")
-        index, offset, parts = index[0].numpy(), 0, []
+        sources, offset, parts = index[0].numpy(), 0, []
         for size in sizes:
-            inside = (index >= offset) & (index < offset + size)
-            parts.append(Movement(size, np.where(inside, index - offset, -1)))
+            inside = (sources >= offset) & (sources < offset + size)
+            parts.append(Movement(size, np.where(inside, sources - offset, -1)))
             offset += size
         found.append(parts)
     return found

@@ -82,7 +82,7 @@ class Trace(TorchFunctionMode):
     def __init__(self, x: Tensor, differentiable: bool, verify: bool = False) -> None:
         super().__init__()
         self.batch, self.differentiable, self.start, self._verify = x.shape[0], differentiable, x.grad_fn, verify
-        self.signature: list[Hashable] = []
+        self.signature: list[tuple[Hashable, ...]] = []
         self.multiplications = self.elements = 0
         self.constants: list[Tensor] = []
         self.choices: list[str] = []
@@ -101,7 +101,7 @@ class Trace(TorchFunctionMode):
         self.elements += value.numel()
         return value
 
-    def depends(self, tensor: Tensor) -> bool:
+    def depends(self, tensor: Tensor | None) -> bool:
         """Whether a tensor is known to depend on x."""
         return id(tensor) in self._known
 
@@ -125,7 +125,8 @@ class Trace(TorchFunctionMode):
     ) -> Any:
         """Evaluate, and apply the rule of the operation where x takes part."""
         name = name_of(func)
-        kwargs, tensors = kwargs or {}, []
+        kwargs = kwargs or {}
+        tensors: list[Tensor] = []
         if name in _METADATA:
             return func(*args, **kwargs)
         # Where there is a rule, it finds anew at every call what depends on numbers.

@@ -83,5 +83,13 @@ class DenoisingScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """|s(t, x) - conditional_score|^2 / 2; see `Objective.loss`."""
+        """|s(t, x) - conditional_score|^2 / 2; see `Objective.loss`.
+
+        Raises:
+            ValueError: no conditional score, which this objective compares with.
+        """
+        if conditional_score is None:
+            raise ValueError(
+                "denoising needs the conditional_score of the noisy x; call the objective, which adds the noise"
+            )
         return half_squared_norm(evaluate(score, t, x) - conditional_score)

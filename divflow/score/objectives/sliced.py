@@ -103,7 +103,7 @@ class FiniteDifferenceScoreMatching(Objective):
         if torch.finfo(x.dtype).bits < 32:
             raise FieldError(f"finite differences of {x.dtype} values are noise; use float32, or SlicedScoreMatching")
         probes = Hutchinson(self.num_slices, self.distribution).freeze(x, generator).probes
-        total = 0.0
+        total = x.new_zeros(len(x), dtype=accumulation_dtype(x))
         for probe in probes:
             with torch.autocast(x.device.type, enabled=False):
                 forward, backward = (evaluate(score, t, x + step * probe) for step in (self.step, -self.step))
@@ -115,7 +115,8 @@ class FiniteDifferenceScoreMatching(Objective):
 
 def _sliced_norm(value: Tensor, probes: Tensor) -> Tensor:
     """The mean over probes `(m, k, *event)` of (v^T s)^2 / 2, `(k,)`."""
-    return sum(_inner(probe, value).square() for probe in probes) / (2 * len(probes))
+    squares = (_inner(probe, value).square() for probe in probes)
+    return sum(squares, value.new_zeros(())) / (2 * len(probes))
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
