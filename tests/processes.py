@@ -35,7 +35,7 @@ def members(group):
     return found
 
 
-def wait_for(condition, seconds=150):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
