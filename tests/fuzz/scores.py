@@ -45,7 +45,7 @@ def _typed(error: Exception, about: str, net: Generated, x: Tensor, mode: type) 
         return Outcome.TYPED
     try:
         with mode():
-            for sample in (x, x[:1]):
+            for sample in (x, x[:1], x.new_zeros(1, *x.shape[1:])):  # one sample, also where there are none
                 copy.deepcopy(net)(torch.tensor(0.3, dtype=x.dtype), sample.clone())
     except Exception as own:
         if type(own) is type(error):

@@ -1,4 +1,4 @@
-"""Generated calls from the command line: python tests/fuzz/run.py 10000 [first seed]."""
+"""Generated calls from the command line: python tests/fuzz/generate.py 10000 [first seed]."""
 
 import sys
 import warnings
