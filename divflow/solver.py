@@ -271,12 +271,20 @@ class _Monitor:
             "smooth activations or scaled data if it blows up"
         )
 
+    @torch.no_grad()
     def _remember(self, t: Tensor, state: State, step: Tensor) -> None:
+        """Before a step is taken: its time, for messages; and a length that torchdiffeq can cut.
+
+        A step that by itself ends exactly where it shall (of two equal intervals, the second) makes torchdiffeq (0.2.5)
+        overlook all later ends: it would step over them, interpolate coarsely, and evaluate beyond the last one.
+        """
         self._time = t.detach()
+        if METHODS[self._solver.method] == _ADAPTIVE:
+            step.mul_(1 + 1e-12)
 
     def _check_step(self, t: Tensor, state: State, step: Tensor) -> None:
         """What torchdiffeq asserts of a step; here because no one can catch it inside `.backward()`."""
-        self._time = t.detach()
+        self._remember(t, state, step)
         if not t.abs() + step.abs() > t.abs():
             raise SolverError(self.failure(f"underflow in the step size {float(step):g}"))
         if not _is_finite(state):

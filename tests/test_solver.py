@@ -44,6 +44,21 @@ def test_every_method_at_every_output_in_both_directions(method, direction):
         torch.testing.assert_close(state, exact(x, float(times[0]), t), rtol=COARSE.get(method, 1e-5), atol=0)
 
 
+@pytest.mark.parametrize("speed", range(10, 18))
+def test_steps_end_at_equally_spaced_outputs(speed):
+    """Where one step is as long as the next interval, too: there torchdiffeq by itself overlooks all later outputs."""
+    evaluated = []
+
+    def field(t, state):
+        evaluated.append(t.item())
+        return (speed * torch.cos(speed * t) * torch.ones_like(state[0]),)
+
+    times = torch.linspace(0, 1, 9, dtype=torch.float64)
+    (states,) = Solver("dopri8", 1e-6, 1e-6).solve(field, (torch.zeros(1, 1, dtype=torch.float64),), times)
+    torch.testing.assert_close(states[:, 0, 0], torch.sin(speed * times), rtol=0, atol=1e-7)
+    assert max(evaluated) <= 1
+
+
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun3", 3), ("rk4", 4)])
 def test_fixed_steps_keep_their_order_at_interpolated_outputs(method, order):
     x, times = torch.ones(1, 1, dtype=torch.float64), torch.tensor([0.0, 0.637, 1.0], dtype=torch.float64)
