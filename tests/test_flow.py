@@ -442,3 +442,11 @@ def test_one_dimension_against_the_change_of_variables():
     slope = math.exp(-1.0) / (torch.cos(x / 2) ** 2 + torch.sin(x / 2) ** 2 * math.exp(-2.0))[:, 0]
     expected = Normal(0.0, 1.0).log_prob(z) + slope.log()
     torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=1e-7)
+
+
+def test_zeros_do_not_hide_a_velocity_of_scalar_times():
+    """For two samples of two dimensions x / (1 + t^2) broadcasts times against the wrong one, which zeros would not show."""
+    flow = ContinuousFlow(lambda t, x: x / (1 + t**2), 2)
+    log_prob = flow.log_prob(torch.zeros(2, 2, dtype=torch.float64))
+    expected = torch.full((2,), -math.log(2 * math.pi) - 2 * math.atan(1), dtype=torch.float64)
+    torch.testing.assert_close(log_prob, expected)
