@@ -1,14 +1,15 @@
 """divflow: exact and estimated divergences, and the models trained or judged through them.
 
 `divflow.divergence` is the heart and needs torch alone; `divflow.flow` holds continuous normalizing
-flows; `divflow.load` brings a trained one back. Submodules are imported on first use.
+flows, those of `divflow.adapters` from models trained elsewhere; `divflow.load` brings a trained one back.
+Submodules are imported on first use.
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-__all__ = ["ContinuousFlow", "divergence", "load", "operators"]
+__all__ = ["ContinuousFlow", "adapters", "divergence", "load", "operators"]
 
 _ORIGIN = {"ContinuousFlow": "divflow.flow", "load": "divflow.checkpoint"}
 

@@ -5,6 +5,7 @@ On a machine with a CUDA device the tests run there, too: `pytest tests/test_dev
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import Generator, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import divflow
-from divflow import operators
+from divflow import adapters, operators
 from divflow.divergence import Hutchinson, HutchPlusPlus, XTrace, check_field, divergence
 from divflow.experiment import train
 from divflow.flow import ContinuousFlow
@@ -167,6 +168,38 @@ def test_samples_of_a_flow(device, source):
     close(flow.decode(flow.encode(first)), first.cpu(), rtol=1e-3, atol=1e-3)
     judged = flow.replace(estimator=Hutchinson(2)).evaluate(first, generator=Generator(source).manual_seed(1))
     assert judged.standard_error.device.type == judged.quadrature_error.device.type == device
+
+
+@each_device
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+def test_adapters_follow_the_model_to_its_device(device, kind):
+    """Without a `.to(device)` of the flow."""
+    config = SimpleNamespace(prediction_type=kind, num_train_timesteps=20)
+    scheduler = SimpleNamespace(alphas_cumprod=torch.linspace(0.99, 0.01, 20), config=config)
+    x, labels, model = torch.randn(3, 2, dtype=torch.float64), torch.tensor([0, 1, 1]), Labelled()
+    flows = [
+        adapters.from_diffusers(
+            copy.deepcopy(model).to(where),
+            scheduler,
+            2,
+            guidance_scale=2.0,
+            unconditional=torch.tensor([2], device=where),
+        )
+        for where in (device, "cpu")
+    ]
+    close(*(flow.log_prob(x.to(where), labels.to(where)) for flow, where in zip(flows, (device, "cpu"), strict=True)))
+    assert flows[0].sample(2, labels[:2].to(device)).device.type == device
+
+
+class Labelled(nn.Module):
+    """A field of x, t and a class."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.net = nn.Embedding(3, 2, dtype=torch.float64), Network((2,))
+
+    def forward(self, x, t, label):
+        return self.net(t / 20, x) + self.table(label)
 
 
 @each_device

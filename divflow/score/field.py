@@ -1,7 +1,7 @@
 """A score network as a field g(t, x)."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from divflow.divergence import Field, FieldError
 from divflow.divergence.field import checked_value
 
-__all__ = ["AtTime", "Score", "TimeFree", "as_field", "evaluate", "tensor_settings"]
+__all__ = ["AtTime", "Score", "TimeFree", "as_field", "evaluate", "parameters_of", "tensor_settings"]
 
 Score = Callable[..., Tensor]
 """`score(t, x)`, or `score(x)` where the time does not matter; returns a tensor of x's shape."""
@@ -53,14 +53,7 @@ def as_field(score: Score) -> Field:
     Raises:
         FieldError: its signature does not tell.
     """
-    inner: Any = score
-    while isinstance(inner, nn.Module) and isinstance(getattr(inner, "_orig_mod", None), nn.Module):
-        inner = inner._orig_mod  # what torch.compile made of a module hides its signature
-    call = inner.forward if isinstance(inner, nn.Module) else inner
-    try:
-        parameters = list(inspect.signature(call).parameters.values())
-    except (TypeError, ValueError):  # no function, or a built-in one
-        parameters = []
+    parameters = parameters_of(score)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     several = len(required) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -71,6 +64,18 @@ def as_field(score: Score) -> Field:
     raise FieldError(
         f"can't tell whether {score!r} is score(t, x) or score(x); wrap it, for instance as lambda t, x: score(x)"
     )
+
+
+def parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
+    """The parameters of a function or of a module's `forward`; none where the signature does not tell."""
+    inner: Any = function
+    while isinstance(inner, nn.Module) and isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+        inner = inner._orig_mod  # what torch.compile made of a module hides its signature
+    call = inner.forward if isinstance(inner, nn.Module) else inner
+    try:
+        return list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError):  # no function, or a built-in one
+        return []
 
 
 def evaluate(score: Field, t: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Denoisers, which tell data from noise at every noise level: the ODE of their marginals."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from divflow.adapters.foreign import AdapterError, Foreign, adapted_flow
+from divflow.arguments import checked_event_shape
+from divflow.divergence import Estimator
+from divflow.divergence.field import broadcast
+from divflow.flow import ContinuousFlow
+from divflow.likelihood import Likelihood, SemiLinear
+from divflow.solver import Solver
+
+__all__ = ["PREDICTIONS", "DenoisingVelocity", "Scaling", "denoising_flow", "from_denoiser"]
+
+# D = p y + q f for what a network f may predict, at s = log sigma.
+PREDICTIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "sample": lambda s: (torch.zeros_like(s), torch.ones_like(s)),
+    "epsilon": lambda s: (torch.ones_like(s), -s.exp()),
+    "v_prediction": lambda s: (torch.sigmoid(-2 * s), -torch.sigmoid(2 * s).sqrt()),
+}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The scale r(s) of noisy data y = x + sigma n, s = log sigma, at which z = r y hardly changes in size.
+
+        w = c^2 / (c^2 + sigma^2),   r(s)^2 = w(s) / w(log sigma_min)
+
+    Solvers take several times the evaluations for y itself, which grows with sigma. At sigma_min the two are one.
+
+    Args:
+        std: c, about the standard deviation of the data.
+        log_sigma_min: where r = 1.
+    """
+
+    std: float
+    log_sigma_min: float
+
+    def share(self, s: Tensor) -> Tensor:
+        """The signal's share w of the variance, of s's shape."""
+        return torch.sigmoid(2 * (math.log(self.std) - s))
+
+    def factor(self, s: Tensor) -> Tensor:
+        """The factor r, of s's shape."""
+        return (self.share(s) / self.share(torch.full_like(s, self.log_sigma_min))).sqrt()
+
+
+class DenoisingVelocity(SemiLinear):
+    """The velocity dz/ds of noisy data z = r y over s = log sigma, r a `Scaling` (Karras et al. 2022, equation 4).
+
+        dz/ds = w z - r D(z / r, sigma) = (w - p) z - r q f,   D = p y + q f
+
+    Args:
+        model: f, of s and z.
+        prediction: what f predicts, of `PREDICTIONS`: "sample", D itself, with p = 0 and q = 1; "epsilon", the noise
+            n = (y - D) / sigma, with p = 1 and q = -sigma; "v_prediction", (n - sigma D) / sqrt(1 + sigma^2), with
+            p = 1 / (1 + sigma^2) and q = -sigma / sqrt(1 + sigma^2).
+        scaling: r and w.
+    """
+
+    def __init__(self, model: Foreign, prediction: str, scaling: Scaling) -> None:
+        super().__init__()
+        self.model, self.prediction, self.scaling = model, prediction, scaling
+
+    @property
+    def nonlinear(self) -> Foreign:
+        """The network."""
+        return self.model
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers w - p and -r q at t = log sigma, of t's shape."""
+        p, q = PREDICTIONS[self.prediction](t)
+        return self.scaling.share(t) - p, -self.scaling.factor(t) * q
+
+
+class _Denoiser(Foreign):
+    signature = "D(x, sigma)"
+
+    def __init__(
+        self, model: Callable[..., Tensor], times: tuple[float, float], scaling: Scaling, name: str | None
+    ) -> None:
+        super().__init__(model, times, name)
+        self.scaling = scaling
+
+    def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy data, and their noise level."""
+        return x / broadcast(self.scaling.factor(t), x), t.exp()
+
+
+def from_denoiser(
+    D: Callable[..., Tensor],  # noqa: N803 - its name in the paper
+    event_shape: int | Sequence[int],
+    sigma_min: float,
+    sigma_max: float,
+    *,
+    data_std: float = 0.0,
+    context_name: str | None = None,
+    estimator: Estimator | None = None,
+    likelihood: Likelihood | None = None,
+    solver: Solver | None = None,
+) -> ContinuousFlow:
+    """The density of a denoiser D(x, sigma), the mean of the data given them with noise (Karras et al. 2022, arXiv:2206.00364).
+
+        dx/dsigma = (x - D(x, sigma)) / sigma,   data at sigma_min, noise at sigma_max     (equations 1 and 3)
+
+    It is solved over s = log sigma, the flow's time, for z = r x with r^2 = (c^2 + sigma_min^2) / (c^2 + sigma^2), which
+    hardly changes in size, and is x itself at sigma_min (c is data_std, or 1):
+
+        dz/ds = c^2 / (c^2 + sigma^2) z - r D(z / r, sigma)
+
+    The linear part's divergence is known; only that of D is estimated. The density is that of the data with noise of
+    sigma_min; the base is N(0, (sigma_max^2 + data_std^2) r^2 I), which leaves out the data's mean, of a relative size
+    of mean / sigma_max, and where data_std is not given their variance.
+
+    Args:
+        D: `D(x, sigma)`, sigma `()` or `(k,)`, with its preconditioning, such as EDM's `EDMPrecond`; a conditional one
+            takes the context, such as class labels, as its third argument, or by name.
+        event_shape: shape of one sample, without the batch; an int for vectors.
+        sigma_min: noise of the data, in their units, 0.002 in EDM.
+        sigma_max: noise at which nothing of them is left, 80 in EDM.
+        data_std: standard deviation of the data, if known, which the base then has besides the noise.
+        context_name: the model's argument that the context is, as "class_labels".
+        estimator: of the divergence; `Exact()` if None.
+        likelihood: `Quadrature(tolerance=1e-3)` if None.
+        solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
+
+    Raises:
+        AdapterError: not 0 < sigma_min < sigma_max, a negative data_std, the other order of arguments, a value of
+            another shape, or dropout or batch normalization in training mode.
+
+    Example:
+        >>> flow = from_denoiser(lambda x, sigma: x / (1 + sigma**2), 2, 0.01, 80.0, data_std=1.0)  # standard normal data
+        >>> flow.log_prob(torch.zeros(1, 2))
+        tensor([-1.8380])
+    """
+    if not (isinstance(sigma_min, Real) and isinstance(sigma_max, Real) and 0 < sigma_min < sigma_max < math.inf):
+        raise AdapterError(
+            f"need 0 < sigma_min < sigma_max, but got sigma_min={sigma_min!r} and sigma_max={sigma_max!r}"
+        )
+    if not (isinstance(data_std, Real) and 0 <= data_std < math.inf):
+        raise AdapterError(f"data_std must be zero, for unknown, or positive and finite, but is {data_std!r}")
+    times = math.log(sigma_min), math.log(sigma_max)
+    scaling = Scaling(data_std or 1.0, times[0])
+    return denoising_flow(
+        _Denoiser(D, times, scaling, context_name),
+        "sample",
+        scaling,
+        checked_event_shape(event_shape),
+        math.hypot(sigma_max, data_std),
+        estimator=estimator,
+        likelihood=likelihood,
+        solver=solver,
+    )
+
+
+def denoising_flow(
+    model: Foreign,
+    prediction: str,
+    scaling: Scaling,
+    event_shape: tuple[int, ...],
+    base_std: float,
+    *,
+    estimator: Estimator | None,
+    likelihood: Likelihood | None,
+    solver: Solver | None,
+) -> ContinuousFlow:
+    """The flow of a model over the log sigma that it knows, from noisy data y of standard deviation `base_std`."""
+    t_data, t_base = model.times
+    std = base_std * scaling.factor(torch.tensor(t_base, dtype=torch.float64)).item()
+    normal = Normal(torch.zeros(event_shape), torch.full(event_shape, std), validate_args=False)
+    return adapted_flow(
+        model,
+        DenoisingVelocity(model, prediction, scaling),
+        event_shape,
+        base=Independent(normal, len(event_shape)),
+        t_base=t_base,
+        t_data=t_data,
+        estimator=estimator,
+        likelihood=likelihood,
+        solver=solver,
+    )

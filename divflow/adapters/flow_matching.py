@@ -1,0 +1,75 @@
+"""Velocity models as flow_matching calls them: model(x, t, **extras)."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from divflow.adapters.foreign import Foreign, adapted_flow
+from divflow.arguments import checked_event_shape
+from divflow.divergence import Estimator
+from divflow.flow import ContinuousFlow
+from divflow.likelihood import Likelihood
+from divflow.solver import Solver
+
+__all__ = ["from_flow_matching"]
+
+
+class _FlowMatching(Foreign):
+    signature = "model(x, t)"
+
+    def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The flow's own."""
+        return x, t
+
+
+def from_flow_matching(
+    model: Callable[..., Tensor],
+    event_shape: int | Sequence[int],
+    *,
+    context_name: str | None = None,
+    base: Distribution | None = None,
+    estimator: Estimator | None = None,
+    likelihood: Likelihood | None = None,
+    solver: Solver | None = None,
+) -> ContinuousFlow:
+    """The density of a model trained by flow_matching (Lipman et al. 2022, arXiv:2210.02747; 2024, arXiv:2412.06264).
+
+        dx/dt = model(x, t),   noise at t = 0, data at t = 1
+
+    which is its own convention (`flow_matching.solver.ODESolver`), so that nothing is converted:
+
+        log p(x) = log N(x_0; 0, I) - integral from 0 to 1 of (div model)(x_t, t) dt
+
+    Args:
+        model: `model(x, t)`, such as a `flow_matching.utils.ModelWrapper`; a conditional one takes the context as its
+            third argument, `model(x, t, context)`, or by name. It must predict the velocity.
+        event_shape: shape of one sample, without the batch; an int for vectors.
+        context_name: the extra that the context is, as "label" in `model(x, t, label=context)`.
+        base: the source distribution that the model was trained with; the standard normal if None.
+        estimator: of the divergence; `Exact()` if None.
+        likelihood: `Quadrature(tolerance=1e-3)` if None.
+        solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
+
+    Raises:
+        AdapterError: the other order of arguments, a value of another shape, or dropout or batch normalization in
+            training mode.
+
+    Example:
+        >>> import torch
+        >>> flow = from_flow_matching(lambda x, t: -x, 2)
+        >>> flow.log_prob(torch.zeros(1, 2))
+        tensor([0.1621])
+    """
+    velocity = _FlowMatching(model, (0.0, 1.0), context_name)
+    return adapted_flow(
+        velocity,
+        velocity,
+        checked_event_shape(event_shape),
+        base=base,
+        t_base=0.0,
+        t_data=1.0,
+        estimator=estimator,
+        likelihood=likelihood,
+        solver=solver,
+    )

@@ -1,0 +1,246 @@
+"""A model trained elsewhere as a field f(t, x): called as its own library calls it, and refused where that fails."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributions import Distribution
+
+from divflow.divergence import Estimator, FieldError
+from divflow.divergence.field import checked_value
+from divflow.divergence.seeded import seeded
+from divflow.errors import DivflowError
+from divflow.flow import ContinuousFlow
+from divflow.likelihood import Likelihood, Quadrature
+from divflow.score.field import parameters_of, tensor_settings
+from divflow.solver import Solver
+
+__all__ = ["AdapterError", "Foreign", "adapted_flow"]
+
+# Names of a time among a model's arguments.
+_TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
+# What a model may raise that is called with what it does not take.
+_REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+
+
+class AdapterError(DivflowError, ValueError):
+    """A model, or what came with it, is not what an adapter takes; the message says what was expected."""
+
+
+class Foreign(nn.Module, ABC):
+    """A model as f(t, x), or f(t, x, context), for times of the flow and states of the flow.
+
+    The model is evaluated as it is; dropout or batch normalization in training mode are refused. It is given times as
+    they come, `()` or `(k,)`; one that takes no scalar gets one time a sample, as is found at its first call.
+
+    Args:
+        model: what the library calls.
+        times: the range of the flow's times that it was trained for.
+        context_name: the model's argument that the context is handed to; its third one if None.
+
+    Raises:
+        AdapterError: no callable. By a call: a time outside of the range, or what the model does not take.
+    """
+
+    signature: str
+    """How the model is called, for messages."""
+
+    time_first = False
+    """Whether the model takes its time before its state."""
+
+    def __init__(self, model: Callable[..., Any], times: tuple[float, float], context_name: str | None = None) -> None:
+        super().__init__()
+        if not callable(model):
+            raise AdapterError(f"expected a model, called as {self.signature}, but got {model!r}")
+        self.model, self.times, self.context_name = model, times, context_name
+        self._scalar_times: bool | None = None
+
+    @abstractmethod
+    def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """State and time in the model's own scale and units, for those of the flow."""
+
+    def known_context(self, count: int) -> Tensor | None:
+        """A context of `count` rows that the model is known to take, or None."""
+        return None
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The model's value at time t, `()` or `(k,)`, and state x `(k, *event)`."""
+        if len(x) == 0:
+            return x.clone()  # many a network can't reshape a batch of none
+        self._check_times(t)
+        _refuse_training(self.model)
+        if self._scalar_times is None:
+            self._learn(t.detach().reshape(-1)[0], x.detach().clone(), context)
+        return self._value(t if self._scalar_times else t.expand(len(x)), x, context)
+
+    def check(self, event_shape: tuple[int, ...]) -> None:
+        """Call the model once, at random, and refuse it where that tells that it is another than expected.
+
+        One that raises an error may have missed a context, or a dtype, which only its first use can tell.
+
+        Raises:
+            AdapterError: the other order of arguments, training mode, or a value of another shape.
+        """
+        self._check_names()
+        _refuse_training(self.model)
+        noise = torch.randn((2, *event_shape), generator=Generator().manual_seed(0))
+        x = noise.to(**tensor_settings(self.model))
+        t = x.new_full((), sum(self.times) / 2)
+        with seeded(0, [x.device] if x.is_cuda else []):
+            try:
+                self._learn(t, x, self.known_context(len(x)))
+            except (AdapterError, FieldError) as error:
+                if self._takes_the_other_order(t, x):
+                    raise AdapterError(self._other_order(str(error))) from error
+                if isinstance(error, AdapterError) and error.__cause__ is None:
+                    raise  # a shape: the model's own errors are causes, and a dtype is a FieldError
+
+    def call(self, state: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        """The model's output for its own state and time.
+
+        Raises:
+            AdapterError: in place of what the model raised.
+        """
+        given: tuple[Tensor, ...] = (time, state) if self.time_first else (state, time)
+        named = {}
+        if context is not None and self.context_name is not None:
+            named = {self.context_name: context}
+        elif context is not None:
+            given = (*given, context)
+        try:
+            return self.model(*given, **named)
+        except (DivflowError, torch.OutOfMemoryError):
+            raise
+        except _REFUSALS as error:
+            raise AdapterError(self._refusal(error, state, time, context)) from error
+
+    def extra_repr(self) -> str:
+        """How the model is called, and for which times."""
+        return f"{self.signature}, times={self.times}, context_name={self.context_name!r}"
+
+    def _value(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        value = self.call(*self.arguments(t, x), context)
+        if isinstance(value, Tensor) and value.shape != x.shape:
+            raise AdapterError(
+                f"{self.signature} returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}; expected a model "
+                "that returns x's shape, called in this order"
+            )
+        return checked_value(value, x)
+
+    def _learn(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+        """Find whether the model takes a scalar time, or one a sample."""
+        errors = []
+        for scalar in (True, False):
+            try:
+                self._value(t if scalar else t.expand(len(x)), x, context)
+            except (AdapterError, FieldError) as error:
+                errors.append(error)
+            else:
+                self._scalar_times = scalar
+                return
+        # That it returned something wrong says more than that it raised something itself.
+        raise next((error for error in errors if error.__cause__ is None), errors[0])
+
+    def _takes_the_other_order(self, t: Tensor, x: Tensor) -> bool:
+        for times in (t, t.expand(len(x))):
+            state, time = self.arguments(times, x)
+            try:
+                checked_value(self.model(*((state, time) if self.time_first else (time, state))), x)
+            except torch.OutOfMemoryError:
+                raise
+            except _REFUSALS:
+                continue
+            return True
+        return False
+
+    def _check_names(self) -> None:
+        """Arguments that say by their names that the order is another, which broadcasting would hide."""
+        names = [p.name for p in parameters_of(self.model) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        place = 0 if self.time_first else 1
+        if len(names) > 1 and names[1 - place] in _TIMES and names[place] not in _TIMES:
+            raise AdapterError(self._other_order(f"its arguments are ({', '.join(names[:2])})"))
+
+    def _check_times(self, t: Tensor) -> None:
+        low, high = self.times
+        slack = 1e-5 * (high - low)  # for rounding
+        if bool(((t.detach() < low - slack) | (t.detach() > high + slack)).any()):
+            raise AdapterError(
+                f"the model is known for times in [{low:g}, {high:g}] of the flow, but was asked for "
+                f"{t.min().item():g} to {t.max().item():g}; solve between flow.t_base and flow.t_data"
+            )
+
+    def _other_order(self, reason: str) -> str:
+        mine, other = ("t, x", "x, t") if self.time_first else ("x, t", "t, x")
+        adapter = "from_flow_matching" if self.time_first else "from_torchcfm"
+        return (
+            f"expected a model called as {self.signature}, but it takes its arguments in the other order ({reason}); wrap "
+            f"it, as lambda {mine}: model({other}), or if it is a velocity from noise at 0 to data at 1, use {adapter}"
+        )
+
+    def _refusal(self, error: Exception, state: Tensor, time: Tensor, context: Tensor | None) -> str:
+        said = str(error).splitlines()[0] if str(error) else "no message"
+        handed = "as its third argument" if self.context_name is None else f"as {self.context_name}="
+        given = (
+            "and no context (log_prob(x, context) gives one)"
+            if context is None
+            else f"and a context of shape {tuple(context.shape)} and {context.dtype} {handed} (context_name= names another)"
+        )
+        return (
+            f"the model could not be called: {type(error).__name__}: {said}. Expected {self.signature}; it was given a "
+            f"state of shape {tuple(state.shape)} and {state.dtype}, a time of shape {tuple(time.shape)} {given}. Order, "
+            f"context, image size and dtype (module.to({state.dtype})) are what to look at"
+        )
+
+
+def adapted_flow(
+    model: Foreign,
+    velocity: nn.Module,
+    event_shape: tuple[int, ...],
+    *,
+    base: Distribution | None,
+    t_base: float,
+    t_data: float,
+    estimator: Estimator | None,
+    likelihood: Likelihood | None,
+    solver: Solver | None,
+) -> ContinuousFlow:
+    """The flow of a velocity that is made of a model, which is checked; None stands for the default of each adapter.
+
+    How smooth a model is that was trained elsewhere is not known: intervals are divided to 1e-3 nats. The solver's own
+    error, which no estimate covers, is then the larger one at `Solver()` (some 1e-3 nats in 16 dimensions), and not at 1e-6.
+    The base is put where the model's parameters are, and in their precision.
+    """
+    model.check(event_shape)
+    flow = ContinuousFlow(
+        velocity,
+        event_shape,
+        estimator=estimator,
+        likelihood=Quadrature(tolerance=1e-3) if likelihood is None else likelihood,
+        solver=Solver(rtol=1e-6, atol=1e-6) if solver is None else solver,
+        base=base,
+        t_base=t_base,
+        t_data=t_data,
+    )
+    settings = tensor_settings(model.model)
+    if settings:
+        dtype = torch.promote_types(settings["dtype"], torch.float32)  # in which a model in half precision is solved
+        flow.base.to(device=settings["device"], dtype=dtype)
+    return flow
+
+
+def _refuse_training(model: object) -> None:
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if module.training and (dropout or normalizes):
+            raise AdapterError(
+                f"{name or 'the model'} is a {type(module).__name__} in training mode, so the model has no one value at "
+                "a point; adapters evaluate it as it is: call its .eval() first"
+            )
+        if normalizes and not module.track_running_stats:
+            raise AdapterError(
+                f"{name or 'the model'} is a {type(module).__name__} that normalizes over the batch, so that samples have "
+                "no density of their own; GroupNorm does not"
+            )
