@@ -450,3 +450,12 @@ def test_zeros_do_not_hide_a_velocity_of_scalar_times():
     log_prob = flow.log_prob(torch.zeros(2, 2, dtype=torch.float64))
     expected = torch.full((2,), -math.log(2 * math.pi) - 2 * math.atan(1), dtype=torch.float64)
     torch.testing.assert_close(log_prob, expected)
+
+
+def test_a_narrow_domain_does_not_hide_a_velocity_of_scalar_times():
+    """The same of a velocity that is NaN at states nearby: nothing is told from NaN."""
+    flow = ContinuousFlow(lambda t, x: 0 * (0.3001 - x).sqrt() + x / (1 + t**2), 2, solver=Solver(rtol=1e-8, atol=1e-8))
+    x = torch.tensor([[0.3, 0.1], [0.1, 0.2]], dtype=torch.float64)
+    z = x * math.exp(-math.atan(1))
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1) - 2 * math.atan(1)
+    torch.testing.assert_close(flow.log_prob(x), expected)
