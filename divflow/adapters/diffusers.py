@@ -40,7 +40,7 @@ def from_diffusers(
 
     log sigma being linear between steps, as in diffusers' `EulerDiscreteScheduler`; networks embed times as floats. D, the
     mean of the data given y, follows from the network's output f by the scheduler's `prediction_type` (Ho et al., equation
-    15; Salimans & Ho 2022, arXiv:2202.00512, section 4), and is put in, so that only f's divergence is estimated:
+    15; Salimans & Ho 2022, arXiv:2202.00512, section 4):
 
         epsilon         D = y - sigma f                                        dy/ds = sigma f
         v_prediction    D = y / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) f    dy/ds = (sigma^2 y + sigma sqrt(1 + sigma^2) f) / (1 + sigma^2)

@@ -1,4 +1,4 @@
-"""Denoisers D(x, sigma): log p of a mixture with noise of sigma_min in closed form; only D is estimated."""
+"""Denoisers D(x, sigma): log p of a mixture with noise of sigma_min in closed form, and what of it has no variance."""
 
 import math
 
@@ -8,7 +8,7 @@ from gaussian_mixtures import Mixture, over
 from torch import Generator
 
 from divflow.adapters import AdapterError, from_denoiser
-from divflow.divergence import Exact, Hutchinson, HutchPlusPlus
+from divflow.divergence import Exact, Hutchinson, HutchPlusPlus, XTrace
 from divflow.likelihood import Augmented, Quadrature
 from divflow.networks import MLP
 
@@ -63,19 +63,27 @@ def test_samples_are_noisy_data():
     assert abs(-data.log_prob(samples).mean() - expected.mean()) < 4 * error
 
 
-@pytest.mark.parametrize("estimator", [Hutchinson(1, "gaussian"), HutchPlusPlus(4)], ids=repr)
+@pytest.mark.parametrize("estimator", [Hutchinson(1), Hutchinson(1, "sphere"), XTrace(4)], ids=repr)
 @pytest.mark.parametrize("likelihood", [Quadrature(tolerance=1e-4), Augmented()], ids=repr)
-def test_a_constant_denoiser_has_no_variance(likelihood, estimator):
+def test_the_linear_part_has_no_variance(likelihood, estimator):
     """All data at one point m: D = m, and the density is N(m, sigma_min^2 I), whatever the probes."""
     m = torch.randn(6, dtype=torch.float64)
     x = m + torch.randn(3, 6, dtype=torch.float64)
     flow = from_denoiser(lambda x, sigma: m.expand_as(x), 6, 0.5, 1e5, estimator=estimator, likelihood=likelihood)
     expected = torch.distributions.Normal(m, 0.5).log_prob(x).sum(dim=1)
-    for seed in range(2):
-        log_prob = flow.log_prob(x, generator=Generator().manual_seed(seed))
-        torch.testing.assert_close(log_prob, expected, rtol=0, atol=1e-3)
-    again = flow.log_prob(x, generator=Generator().manual_seed(7))
-    torch.testing.assert_close(log_prob, again, rtol=0, atol=1e-9)
+    first, second = (flow.log_prob(x, generator=Generator().manual_seed(seed)) for seed in range(2))
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", [Hutchinson(1, "gaussian"), HutchPlusPlus(4), XTrace(4)], ids=repr)
+def test_normal_data_of_the_known_scale_have_no_variance(estimator):
+    """D = c^2 / (c^2 + sigma^2) x: the scaled data rest, and their divergence is zero whatever the probes."""
+    x = torch.randn(3, 6, dtype=torch.float64)
+    flow = from_denoiser(lambda x, s: x * 4 / (4 + over(s, x) ** 2), 6, 0.5, 80.0, data_std=2.0, estimator=estimator)
+    torch.testing.assert_close(flow.encode(x), x)
+    expected = torch.distributions.Normal(0.0, math.hypot(2, 0.5)).log_prob(x).sum(dim=1)
+    torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=1e-6)
 
 
 def test_standard_error_is_the_spread_of_estimates():
@@ -93,12 +101,12 @@ def test_exact_divergence_takes_the_cheap_way():
     """Through scaling, noise level and adapter, the closed form of the network is found."""
     network = MLP(8, hidden=(16, 16)).double()
     flow = from_denoiser(lambda x, sigma: network(sigma.log(), x), 8, 0.01, 80.0)
-    field, x = flow.field().estimated, torch.randn(4, 8, dtype=torch.float64)
+    x = torch.randn(4, 8, dtype=torch.float64)
     for t in (torch.tensor(0.3, dtype=torch.float64), torch.linspace(-1, 1, 4, dtype=torch.float64)):
-        assert Exact().explain(field, t, x).method == "layered"
-        estimate = flow.field().estimate(Exact(), t, x)
-        torch.testing.assert_close(estimate.divergence, Exact("reverse")(flow.velocity, t, x).divergence)
-        torch.testing.assert_close(estimate.value, flow.velocity(t, x))
+        assert Exact().explain(flow.velocity, t, x).method == "layered"
+        torch.testing.assert_close(
+            Exact()(flow.velocity, t, x).divergence, Exact("reverse")(flow.velocity, t, x).divergence
+        )
 
 
 @pytest.mark.parametrize(
