@@ -12,10 +12,12 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform
 
 from divflow.arguments import check_count, check_generator, checked_event_shape
+from divflow.distribution import FlowDistribution
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
 from divflow.divergence.seeded import seeded
+from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport
 from divflow.solver import Evaluations, Solver
 
@@ -169,13 +171,24 @@ class ContinuousFlow(nn.Module):
             context: one row a sample, `(num_samples, ...)`.
             generator: draws the base samples and the probes.
         """
-        if not self.base.distribution.has_rsample:
-            raise ValueError(
-                f"the base {self.base.distribution} has no reparameterised samples; use sample and log_prob"
-            )
         z = self.base.sample(num_samples, generator)
         carried = self._transport(z, context, self.t_base, self.t_data, generator, diagnostics=False)
         return carried.state, self.base.log_prob(z) - carried.log_det
+
+    def distribution(self, context: Tensor | None = None, context_dim: int = 1) -> FlowDistribution:
+        """The flow as a `torch.distributions.Distribution`, given one context or a batch of them."""
+        return FlowDistribution(self, context, context_dim)
+
+    def importance_weights(
+        self,
+        log_target: Callable[[Tensor], Tensor],
+        num_samples: int,
+        generator: Generator | None = None,
+        *,
+        context: Tensor | None = None,
+    ) -> ImportanceWeights:
+        """Samples weighted towards a target that is known up to a constant: `divflow.importance.importance_weights`."""
+        return importance_weights(self, log_target, num_samples, generator, context=context)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:

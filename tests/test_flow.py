@@ -9,7 +9,7 @@ import torch
 from catalogue import Network
 from closed_forms import LinearVelocity, carried_normal
 from torch import nn
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution, Uniform
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution
 from torch.distributions.transforms import AffineTransform
 
 from divflow.divergence import Autograd, Exact, FieldError, Hutchinson
@@ -428,10 +428,6 @@ def test_call_errors():
         flow.log_prob(torch.randn(4, 2), torch.ones(3, 1))
     with pytest.raises(FieldError, match=r"\(4, 1\).*\(4, 2\)"):
         ContinuousFlow(lambda t, x: x[:, :1], 2).log_prob(torch.randn(4, 2))
-    no_rsample = Independent(Uniform(torch.zeros(2), torch.ones(2)), 1)
-    assert no_rsample.has_rsample
-    with pytest.raises(ValueError, match="reparameterised"):
-        ContinuousFlow(Network((2,), torch.float32), 2, base=BASES["mixture"]()).rsample_and_log_prob(2)
 
 
 def test_one_dimension_against_the_change_of_variables():

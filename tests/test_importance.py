@@ -1,0 +1,118 @@
+"""Importance weights against targets whose normalization and moments are known."""
+
+import math
+
+import pytest
+import torch
+from closed_forms import LinearVelocity, carried_normal
+from torch import Generator
+from torch.distributions import MultivariateNormal
+
+from divflow.divergence import Hutchinson
+from divflow.flow import ContinuousFlow
+from divflow.importance import ImportanceError
+from divflow.solver import Solver
+
+N = 4_000
+
+
+def linear(event=(2,)):
+    velocity = LinearVelocity(event)
+    flow = ContinuousFlow(velocity, event, solver=Solver("dopri5", rtol=1e-8, atol=1e-8)).double()
+    return flow, carried_normal(velocity, 0.0, 1.0)
+
+
+def target(truth, log_z=3.0):
+    """A normal a little off the flow's own, times e^3."""
+    normal = MultivariateNormal(truth.loc + 0.3, 0.8 * truth.covariance_matrix)
+    return normal, lambda x: normal.log_prob(x.flatten(1)) + log_z
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("event", [(2,), (1, 2, 1)], ids=str)
+def test_normalization_and_moments_of_a_known_target(event):
+    flow, truth = linear(event)
+    normal, log_target = target(truth)
+    found = flow.importance_weights(log_target, N, Generator().manual_seed(0))
+    assert found.samples.shape == (N, *event)
+    weights = found.log_weights.exp()
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert 1 < found.effective_sample_size < N
+    assert 0 < found.standard_error < 0.05
+    assert abs(found.log_normalizer - 3.0) < 5 * found.standard_error
+    mean = weights @ found.samples.flatten(1)
+    error = normal.covariance_matrix.diagonal().sqrt() / found.effective_sample_size.sqrt()
+    assert ((mean - normal.loc).abs() < 5 * error).all()
+    assert not ((mean - truth.loc).abs() < 5 * error).all()
+
+
+@torch.no_grad()
+def test_the_standard_error_is_the_spread_of_repeated_estimates():
+    flow, truth = linear()
+    _, log_target = target(truth)
+    runs = [flow.importance_weights(log_target, 200, Generator().manual_seed(seed)) for seed in range(60)]
+    spread = torch.stack([run.log_normalizer for run in runs]).std()
+    claimed = torch.stack([run.standard_error for run in runs]).mean()
+    assert 0.7 < spread / claimed < 1.4
+    ratios = torch.stack([run.effective_sample_size for run in runs]) / 200
+    assert ratios.std() < 0.1
+
+
+@torch.no_grad()
+def test_a_flow_that_is_the_target_has_equal_weights():
+    flow, truth = linear()
+    found = flow.importance_weights(lambda x: truth.log_prob(x) - 7.0, 50)
+    torch.testing.assert_close(found.log_weights, torch.full((50,), -math.log(50)).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.effective_sample_size, torch.tensor(50.0).double())
+    torch.testing.assert_close(found.log_normalizer, torch.tensor(-7.0).double(), rtol=0, atol=1e-5)
+    assert found.standard_error < 1e-5
+
+
+@torch.no_grad()
+def test_a_target_of_bounded_support():
+    """The share of a standard normal in the right half plane is a half; a flow that is the normal itself."""
+    flow = ContinuousFlow(lambda t, x: 0 * x, 2)
+    found = flow.importance_weights(
+        lambda x: torch.where(x[:, 0] > 0, flow.base.log_prob(x), -math.inf), N, Generator().manual_seed(0)
+    )
+    assert abs(found.log_normalizer + math.log(2)) < 5 * found.standard_error
+    torch.testing.assert_close(found.effective_sample_size / N, torch.tensor(0.5), rtol=0, atol=0.05)
+    assert (found.samples[found.log_weights.isfinite(), 0] > 0).all()
+
+
+def test_the_bound_is_differentiable_in_the_flow():
+    flow, truth = linear()
+    flow.importance_weights(target(truth)[1], 20).log_normalizer.backward()
+    assert flow.velocity.A.grad.abs().sum() > 0
+
+
+def test_a_conditional_flow_takes_a_row_a_sample():
+    flow = ContinuousFlow(lambda t, x, context: 0 * x + context, 1)
+    context = torch.arange(6.0)[:, None]
+    found = flow.importance_weights(lambda x: -((x - context) ** 2).sum(dim=1) / 2, 6, context=context)
+    torch.testing.assert_close(
+        found.log_normalizer.detach(), torch.tensor(math.log(2 * math.pi) / 2), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("log_target", "message"),
+    [
+        (lambda x: x, r"\(4,\), but returned shape \(4, 2\)"),
+        (lambda x: 1.0, r"returned 1\.0"),
+        (lambda x: x[:, 0] * math.nan, "NaN"),
+        (lambda x: x[:, 0].abs() * math.inf, r"\+inf"),
+        (lambda x: x[:, 0].abs() * -math.inf, "vanishes at all 4"),
+    ],
+)
+def test_targets_that_give_no_weights(log_target, message):
+    with pytest.raises(ImportanceError, match=message):
+        linear()[0].importance_weights(log_target, 4)
+
+
+def test_estimated_densities_and_single_samples_are_refused():
+    flow, truth = linear()
+    with pytest.raises(ImportanceError, match=r"Hutchinson.*1 / p.*replace"):
+        flow.replace(estimator=Hutchinson(2)).importance_weights(truth.log_prob, 4)
+    with pytest.raises(ValueError, match="num_samples.*2.*1"):
+        flow.importance_weights(truth.log_prob, 1)
