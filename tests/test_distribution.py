@@ -214,7 +214,7 @@ def test_kl_refuses_what_would_be_wrong():
 def test_what_does_not_fit_is_refused():
     distribution = linear()[0].distribution()
     for one in (distribution, distribution.expand((5,))):
-        with pytest.raises(ValueError, match="event_shape"):
+        with pytest.raises(ValueError, match="event.shape"):
             one.log_prob(torch.zeros(5, 2).double())
     with pytest.raises(ValueError, match="support"):
         distribution.log_prob(torch.tensor([0.0, math.nan, 0.0]).double())
