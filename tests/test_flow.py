@@ -440,6 +440,22 @@ def test_one_dimension_against_the_change_of_variables():
     torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("centre", [0.2, 0.3, 0.7, 0.8])
+def test_intervals_that_are_divided_late_come_before_others(centre):
+    """A divergence with a narrow peak on one side and a wide one on the other, whose interval is divided a round later."""
+    peaks = ((0.75, 0.05), (centre, 0.3))
+    flow = ContinuousFlow(
+        lambda t, x: sum(torch.exp(-(((t - c) / w) ** 2)) for c, w in peaks).reshape(-1, 1) * x,
+        1,
+        likelihood=Quadrature(7, tolerance=1e-3),
+    )
+    for t_base, t_data in ((0.0, 1.0), (1.0, 0.0)):
+        flow.t_base, flow.t_data = t_base, t_data
+        integral = sum(w * math.sqrt(math.pi) / 2 * (math.erf((1 - c) / w) + math.erf(c / w)) for c, w in peaks)
+        log_det = flow.evaluate(torch.zeros(1, 1, dtype=torch.float64)).log_det.item()
+        assert log_det == pytest.approx(integral * (t_base - t_data), abs=1e-3)
+
+
 def test_zeros_do_not_hide_a_velocity_of_scalar_times():
     """For two samples of two dimensions x / (1 + t^2) broadcasts times against the wrong one, which zeros would not show."""
     flow = ContinuousFlow(lambda t, x: x / (1 + t**2), 2)

@@ -138,7 +138,7 @@ class Quadrature(Likelihood):
             share = tolerance / len(errors)
             coarse = [interval for interval, error in errors.items() if (error[missed] > share).any()]
             fresh = []
-            for low, high in coarse:
+            for low, high in sorted(coarse):  # in the order of time, in which they are solved
                 del errors[low, high]
                 fresh += [(low, (low + high) / 2), ((low + high) / 2, high)]
         return sorted(errors)
