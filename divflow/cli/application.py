@@ -1,0 +1,87 @@
+"""A command as a Hydra application: one config tree wherever divflow is installed, errors that end with their message."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import divflow
+from divflow.errors import DivflowError
+
+__all__ = ["config_dir", "run_application"]
+
+
+def config_dir() -> Path:
+    """The config tree: `divflow/configs` of an installed wheel, or `configs` at the top of the repository."""
+    package = Path(divflow.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def run_application(name: str, job: Callable[[DictConfig], float | None], arguments: Sequence[str]) -> None:
+    """Compose the config and run the job, or with `-m` a sweep of jobs.
+
+    Modules in the current folder can be named in settings, as with `python -m`, but hide no installed one.
+
+    Args:
+        name: of the config.
+        job: function of the composed config; what it returns is what a sweeper minimises or maximises.
+        arguments: as of a command line, without the command.
+
+    Raises:
+        SystemExit: with 1 and its message, what a user can mend; with 130, Ctrl-C.
+    """
+    given = sys.argv
+
+    def told(config: DictConfig) -> float | None:
+        # Lightning starts a run's further processes by the command line of this one.
+        with _command_line(given):
+            return _ending_with_messages(job, config)
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    with _command_line([given[0], *_with_absolute_config_path(arguments)]):
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(told)()
+
+
+def _ending_with_messages(job: Callable[[DictConfig], float | None], config: DictConfig) -> float | None:
+    try:
+        return job(config)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (DivflowError, OmegaConfBaseException) as error:
+        sys.exit(f"error: {error}")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ImportError):  # its own message names the class
+            sys.exit(f"error: {error}")
+        if not isinstance(error.__cause__, (DivflowError, ValueError, TypeError)):
+            raise
+        sys.exit(f"error: {error.__cause__}")
+
+
+def _with_absolute_config_path(arguments: Sequence[str]) -> list[str]:
+    """Hydra takes a relative --config-path from the folder of the program, in which a user has nothing."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-path", "-cp")
+    known, others = parser.parse_known_args(arguments)
+    if known.config_path is None:
+        return list(arguments)
+    path = known.config_path if "://" in known.config_path else str(Path(known.config_path).absolute())
+    return [f"--config-path={path}", *others]
+
+
+@contextlib.contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = arguments
+    try:
+        yield
+    finally:
+        sys.argv = before

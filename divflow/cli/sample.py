@@ -1,0 +1,81 @@
+"""`divflow sample`: samples of a trained density, in the units of its data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Generator, Tensor
+
+from divflow.cli.application import run_application
+
+__all__ = ["run"]
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Sample as `configs/sample.yaml` and the arguments say."""
+    run_application("sample", _sample, arguments)
+
+
+def _sample(config: DictConfig) -> None:
+    from divflow.build import ConfigError
+    from divflow.cli.output import check_output, write_figure, write_table
+    from divflow.cli.trained import check_model, data_config, load_trained
+
+    check_model(config)
+    out = check_output(config.out, (".csv", ".npy", ".png"), config.overwrite)
+    if config.num_samples < 1:
+        raise ConfigError(f"num_samples must be at least 1, but is {config.num_samples}")
+    trained = load_trained(config)
+    data = data_config(config, trained.columns) if out.suffix == ".png" else None  # refused before the work is done
+    samples = _drawn(trained.density, config.num_samples, config.batch_size, config.seed)
+    names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
+    if data is None:
+        write_table(out, names, samples.numpy())
+    else:
+        write_figure(out, _figure(data, trained.density, samples, names))
+    Console().print(f"{len(samples)} samples of {trained.name}: {out}", soft_wrap=True, highlight=False)
+
+
+@torch.no_grad()
+def _drawn(density: Any, number: int, size: int, seed: int) -> Tensor:
+    """Samples `(n, *event)`.
+
+    What follows a flow starts from noise that is drawn for all rows at once, so that a row is the same, as exactly as
+    the solver has it, in batches of any size. A sampler with noise of its own has its own seed for every batch.
+    """
+    from divflow.cli.output import batches
+    from divflow.data.order import combined_seed
+
+    device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
+    if getattr(density, "sampler", None) is None and hasattr(density, "flow"):
+        noise = density.flow.base.sample(number, Generator(device).manual_seed(seed))
+
+        def draw(part: slice, index: int) -> Tensor:
+            return density.transform.inverse(density.flow.decode(noise[part]))
+    else:
+
+        def draw(part: slice, index: int) -> Tensor:
+            own = Generator(device).manual_seed(combined_seed(seed, index))
+            return density.sample(part.stop - part.start, generator=own)
+
+    return torch.cat([draw(part, index).cpu() for index, part in enumerate(batches(number, size, "Sampling"))])
+
+
+def _figure(settings: dict[str, Any], density: Any, samples: Tensor, names: Sequence[str]) -> Any:
+    """The samples beside data that were held out."""
+    from hydra.utils import instantiate
+
+    from divflow.figures import plot_images, plot_pairs, plot_plane
+
+    data = instantiate(settings, _convert_="all")
+    data.prepare_data()
+    data.setup("test")
+    rows = data.test.__getitems__(list(range(min(len(samples), len(data.test)))))
+    if data.images:
+        return plot_images(rows, samples)
+    if tuple(data.event_shape) == (2,):
+        device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
+        return plot_plane(rows.to(device), samples, getattr(density, "log_prob", None))
+    return plot_pairs(rows.flatten(1), samples.flatten(1), names)
