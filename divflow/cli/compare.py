@@ -87,7 +87,8 @@ def _read(folder: Path) -> _Run:
             loaded = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         except YAMLError as error:
             raise ConfigError(f"{folder / 'config.yaml'} can't be read: {error}") from error
-        settings = _flat({key: value for key, value in loaded.items() if key not in _IGNORED})
+        flat = _flat({key: value for key, value in loaded.items() if key not in _IGNORED})
+        settings = dict(_named_class(key, value) for key, value in flat.items())
     shown = {name: _with_error(name, metrics) for name in metrics if f"{name}{_ERROR}" in metrics or "val/" in name}
     return _Run(folder, settings, shown | {"seconds": f"{seconds:.0f}", "steps": str(steps)})
 
@@ -122,6 +123,11 @@ def _table(runs: Mapping[str, _Run]) -> Any:
     for line in lines[1:]:
         table.add_row(*line)
     return table
+
+
+def _named_class(key: str, value: Any) -> tuple[str, Any]:
+    """`estimator._target_: divflow.divergence.Exact` is estimator: Exact to the reader."""
+    return (key.removesuffix("._target_"), value.rpartition(".")[2]) if key.endswith("._target_") else (key, value)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
