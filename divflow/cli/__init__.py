@@ -1,4 +1,4 @@
-"""The commands, `divflow train`, `evaluate`, `sample` and `compare`: each in a file of its own, imported when it is called."""
+"""The commands, `divflow train`, `evaluate`, `sample` and `compare`: each in a file of its own, imported when it runs."""
 
 import argparse
 import importlib
@@ -29,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in _COMMANDS:
-        importlib.import_module(f"divflow.cli.{given[0]}").run(given[1:])
+        command, *settings = given
+        if command == "compare":
+            importlib.import_module("divflow.cli.compare").run(settings)
+        else:
+            importlib.import_module("divflow.cli.application").run_application(command, settings)
         return
     parser = argparse.ArgumentParser(
         prog="divflow",

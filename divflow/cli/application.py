@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -12,7 +13,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import divflow
+import divflow.sweeps  # registers how the folders of a sweep are named
 from divflow.errors import DivflowError
 
 __all__ = ["config_dir", "run_application"]
@@ -25,14 +26,15 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def run_application(name: str, job: Callable[[DictConfig], float | None], arguments: Sequence[str]) -> None:
-    """Compose the config and run the job, or with `-m` a sweep of jobs.
+def run_application(name: str, arguments: Sequence[str]) -> None:
+    """Compose the config and run `divflow.cli.NAME.run` with it, or with `-m` a sweep of such jobs.
+
+    The module of the command is imported once there is a config: help needs no torch.
 
     Modules in the current folder can be named in settings, as with `python -m`, but hide no installed one.
 
     Args:
-        name: of the config.
-        job: function of the composed config; what it returns is what a sweeper minimises or maximises.
+        name: of the command and of its config; what its `run` returns is what a sweeper minimises or maximises.
         arguments: as of a command line, without the command.
 
     Raises:
@@ -43,7 +45,7 @@ def run_application(name: str, job: Callable[[DictConfig], float | None], argume
     def told(config: DictConfig) -> float | None:
         # Lightning starts a run's further processes by the command line of this one.
         with _command_line(given):
-            return _ending_with_messages(job, config)
+            return _ending_with_messages(name, config)
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -51,9 +53,9 @@ def run_application(name: str, job: Callable[[DictConfig], float | None], argume
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(told)()
 
 
-def _ending_with_messages(job: Callable[[DictConfig], float | None], config: DictConfig) -> float | None:
+def _ending_with_messages(name: str, config: DictConfig) -> float | None:
     try:
-        return job(config)
+        return importlib.import_module(f"divflow.cli.{name}").run(config)
     except KeyboardInterrupt:
         sys.exit(130)
     except (DivflowError, OmegaConfBaseException) as error:

@@ -1,7 +1,6 @@
 """`divflow evaluate`: the log-density of every row of some data under a trained density."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Generator, Tensor
 
-from divflow.cli.application import run_application
+from divflow.build import ConfigError
+from divflow.cli.output import batches, check_output, write_table
+from divflow.cli.trained import check_model, data_config, load_trained
+from divflow.density import FlowDensity, UnnormalizedDensity
+from divflow.report import metrics_table
 
 __all__ = ["run"]
 
@@ -19,17 +22,8 @@ _SPLITS = ("train", "val", "test", "all")
 _COLUMNS = ("log_prob", "standard_error", "quadrature_error")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Evaluate as `configs/evaluate.yaml` and the arguments say; a sweeper is given the negative log-likelihood."""
-    run_application("evaluate", _evaluate, arguments)
-
-
-def _evaluate(config: DictConfig) -> float:
-    from divflow.build import ConfigError
-    from divflow.cli.output import check_output, write_table
-    from divflow.cli.trained import check_model, data_config, load_trained
-    from divflow.density import UnnormalizedDensity
-
+def run(config: DictConfig) -> float:
+    """Evaluate, as `configs/evaluate.yaml` composes it, and return the mean negative log-likelihood in nats."""
     check_model(config)
     out = check_output(config.out, (".csv", ".npy"), config.overwrite)
     if config.split not in _SPLITS:
@@ -55,8 +49,7 @@ def _evaluate(config: DictConfig) -> float:
 
 def _rows(settings: dict[str, Any], split: str) -> tuple[Tensor, Any]:
     """The rows of a split and their data module. All rows of a file are those of the file, in its order."""
-    from divflow.build import ConfigError
-    from divflow.data import Table
+    from divflow.data import Table  # here, since it imports Lightning
     from divflow.data.module import TensorDataModule, check_finite
     from divflow.data.table import read_table
 
@@ -74,9 +67,8 @@ def _rows(settings: dict[str, Any], split: str) -> tuple[Tensor, Any]:
 
 
 @torch.no_grad()
-def _judged(density: Any, rows: Tensor, size: int, seed: int) -> dict[str, Tensor]:
+def _judged(density: FlowDensity, rows: Tensor, size: int, seed: int) -> dict[str, Tensor]:
     """What is known of every row, by name, `(n,)`; NaN where it is not."""
-    from divflow.cli.output import batches
     from divflow.data.order import combined_seed
 
     device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
@@ -116,8 +108,6 @@ def _metrics(
 
 
 def _print(metrics: dict[str, float], title: str, out: Path) -> None:
-    from divflow.report import metrics_table
-
     console = Console()
     console.print(metrics_table(metrics, title))
     console.print(f"Log-densities, in nats: {out}", soft_wrap=True, highlight=False)

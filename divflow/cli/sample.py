@@ -4,25 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Generator, Tensor
 
-from divflow.cli.application import run_application
+from divflow.build import ConfigError
+from divflow.cli.output import batches, check_output, write_figure, write_table
+from divflow.cli.trained import check_model, data_config, load_trained
+from divflow.density import FlowDensity, UnnormalizedDensity
+from divflow.figures import plot_images, plot_pairs, plot_plane
 
 __all__ = ["run"]
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Sample as `configs/sample.yaml` and the arguments say."""
-    run_application("sample", _sample, arguments)
-
-
-def _sample(config: DictConfig) -> None:
-    from divflow.build import ConfigError
-    from divflow.cli.output import check_output, write_figure, write_table
-    from divflow.cli.trained import check_model, data_config, load_trained
-
+def run(config: DictConfig) -> None:
+    """Sample, as `configs/sample.yaml` composes it."""
     check_model(config)
     out = check_output(config.out, (".csv", ".npy", ".png"), config.overwrite)
     if config.num_samples < 1:
@@ -39,17 +37,16 @@ def _sample(config: DictConfig) -> None:
 
 
 @torch.no_grad()
-def _drawn(density: Any, number: int, size: int, seed: int) -> Tensor:
+def _drawn(density: FlowDensity | UnnormalizedDensity, number: int, size: int, seed: int) -> Tensor:
     """Samples `(n, *event)`.
 
     What follows a flow starts from noise that is drawn for all rows at once, so that a row is the same, as exactly as
     the solver has it, in batches of any size. A sampler with noise of its own has its own seed for every batch.
     """
-    from divflow.cli.output import batches
     from divflow.data.order import combined_seed
 
     device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
-    if getattr(density, "sampler", None) is None and hasattr(density, "flow"):
+    if isinstance(density, FlowDensity) and getattr(density, "sampler", None) is None:
         noise = density.flow.base.sample(number, Generator(device).manual_seed(seed))
 
         def draw(part: slice, index: int) -> Tensor:
@@ -63,12 +60,10 @@ def _drawn(density: Any, number: int, size: int, seed: int) -> Tensor:
     return torch.cat([draw(part, index).cpu() for index, part in enumerate(batches(number, size, "Sampling"))])
 
 
-def _figure(settings: dict[str, Any], density: Any, samples: Tensor, names: Sequence[str]) -> Any:
+def _figure(
+    settings: dict[str, Any], density: FlowDensity | UnnormalizedDensity, samples: Tensor, names: Sequence[str]
+) -> Figure:
     """The samples beside data that were held out."""
-    from hydra.utils import instantiate
-
-    from divflow.figures import plot_images, plot_pairs, plot_plane
-
     data = instantiate(settings, _convert_="all")
     data.prepare_data()
     data.setup("test")

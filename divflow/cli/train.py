@@ -2,29 +2,21 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-import divflow.sweeps  # noqa: F401 - for the names of folders
-from divflow.cli.application import run_application
+from divflow.build import check_settings
 
 __all__ = ["run"]
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Train as `configs/train.yaml` and the arguments say; a sweeper is given the best value of what is monitored."""
-    run_application("train", _train, arguments)
-
-
-def _train(config: DictConfig) -> float | None:
+def run(config: DictConfig) -> float | None:
+    """Train, as `configs/train.yaml` composes it, and return the best value of what `callbacks.best` monitors."""
     config.output_dir = HydraConfig.get().runtime.output_dir  # a sweep, or hydra.run.dir=..., may have said another
     try:
-        from divflow.build import check_settings  # what is wrong is told before Lightning is imported
-
         check_settings(config)
-        from divflow.experiment import train
+        from divflow.experiment import train  # what is wrong is told before Lightning is imported
 
         results = train(config)
     finally:

@@ -29,10 +29,11 @@ def runs(tmp_path_factory):
 def test_a_sweeper_is_given_the_best_value_of_what_is_monitored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "returned_value.py").write_text(
+        "from pathlib import Path\n"
         "from hydra.experimental.callback import Callback\n"
         "class Note(Callback):\n"
         "    def on_job_end(self, config, job_return, **kwargs):\n"
-        "        open('returned.txt', 'w').write(str(job_return.return_value))\n"
+        "        Path('returned.txt').write_text(str(job_return.return_value))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     main(["train", *SMALL, "output_dir=run", "+hydra.callbacks.note._target_=returned_value.Note"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -25,7 +26,7 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def best(run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return run_folder / "checkpoints" / "best.ckpt"
@@ -163,8 +164,6 @@ def test_mistakes_are_told(best, kind, tmp_path):
     arguments, message = MISTAKES[kind]
     with pytest.raises(SystemExit) as stopped:
         main([argument.format(best=f"ckpt_path={best}") for argument in arguments])
-    import re
-
     assert re.search(message, str(stopped.value.code))
     assert (tmp_path / "there.csv").read_text() == "precious"
     assert {path.name for path in tmp_path.iterdir()} == {"there.csv"}
