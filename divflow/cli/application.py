@@ -1,6 +1,5 @@
 """A command as a Hydra application: one config tree wherever divflow is installed, errors that end with their message."""
 
-import argparse
 import contextlib
 import importlib
 import os
@@ -70,13 +69,19 @@ def _ending_with_messages(name: str, config: DictConfig) -> float | None:
 
 def _with_absolute_config_path(arguments: Sequence[str]) -> list[str]:
     """Hydra takes a relative --config-path from the folder of the program, in which a user has nothing."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-path", "-cp")
-    known, others = parser.parse_known_args(arguments)
-    if known.config_path is None:
-        return list(arguments)
-    path = known.config_path if "://" in known.config_path else str(Path(known.config_path).absolute())
-    return [f"--config-path={path}", *others]
+    given = list(arguments)
+    for i, argument in enumerate(arguments):
+        name, equals, path = argument.partition("=")
+        if name in ("--config-path", "-cp"):
+            if equals:
+                given[i] = f"{name}={_absolute(path)}"
+            elif i + 1 < len(given):
+                given[i + 1] = _absolute(given[i + 1])
+    return given
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).absolute())
 
 
 @contextlib.contextmanager
