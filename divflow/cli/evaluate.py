@@ -40,7 +40,7 @@ def run(config: DictConfig) -> float:
             "the columns, or data.event_shape, must be those of the training"
         )
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
-    values = _judged(trained.density, rows, size, config.seed)
+    values = _judged(trained.density, rows, size, torch.seed() if config.seed is None else config.seed)
     write_table(out, _COLUMNS, torch.stack([values[name] for name in _COLUMNS], dim=1).numpy())
     metrics = _metrics(values, None if data is None else data.log_prob(rows), getattr(data, "levels", None), shape)
     _print(metrics, f"{trained.name}: {len(rows)} rows, split {config.split}", out)

@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
 from divflow.build import ConfigError
+
+if TYPE_CHECKING:  # takes a while to import, and mistakes are told before
+    from matplotlib.figure import Figure
 
 __all__ = ["batches", "check_output", "write_figure", "write_table"]
 
@@ -44,7 +47,7 @@ def write_table(path: Path, names: Sequence[str], rows: np.ndarray) -> None:
             writer.writerows(rows.reshape(len(rows), -1).astype(str).tolist())
 
 
-def write_figure(path: Path, figure: Figure) -> None:
+def write_figure(path: Path, figure: "Figure") -> None:
     """A figure as `.png`."""
     with _whole(path) as part:
         figure.savefig(part, dpi=150, format="png")

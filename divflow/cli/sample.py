@@ -1,20 +1,20 @@
 """`divflow sample`: samples of a trained density, in the units of its data."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Generator, Tensor
 
-from divflow.build import ConfigError
 from divflow.cli.output import batches, check_output, write_figure, write_table
-from divflow.cli.trained import check_model, data_config, load_trained
+from divflow.cli.trained import check_least, check_model, data_config, load_trained
 from divflow.density import FlowDensity, UnnormalizedDensity
-from divflow.figures import plot_images, plot_pairs, plot_plane
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["run"]
 
@@ -23,11 +23,11 @@ def run(config: DictConfig) -> None:
     """Sample, as `configs/sample.yaml` composes it."""
     check_model(config)
     out = check_output(config.out, (".csv", ".npy", ".png"), config.overwrite)
-    if config.num_samples < 1:
-        raise ConfigError(f"num_samples must be at least 1, but is {config.num_samples}")
+    check_least("num_samples", config.num_samples, 1)
     trained = load_trained(config)
     data = data_config(config, trained.columns) if out.suffix == ".png" else None  # refused before the work is done
-    samples = _drawn(trained.density, config.num_samples, config.batch_size, config.seed)
+    seed = torch.seed() if config.seed is None else config.seed
+    samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed)
     names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
     if data is None:
         write_table(out, names, samples.numpy())
@@ -62,8 +62,10 @@ def _drawn(density: FlowDensity | UnnormalizedDensity, number: int, size: int, s
 
 def _figure(
     settings: dict[str, Any], density: FlowDensity | UnnormalizedDensity, samples: Tensor, names: Sequence[str]
-) -> Figure:
+) -> "Figure":
     """The samples beside data that were held out."""
+    from divflow.figures import plot_images, plot_pairs, plot_plane  # here, since it takes a while to import
+
     data = instantiate(settings, _convert_="all")
     data.prepare_data()
     data.setup("test")

@@ -16,7 +16,7 @@ from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.flow import ContinuousFlow
 from divflow.transforms import Affine
 
-__all__ = ["Trained", "check_model", "data_config", "load_trained"]
+__all__ = ["Trained", "check_least", "check_model", "data_config", "load_trained"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,20 @@ def check_model(config: DictConfig) -> None:
     for name, path in {"ckpt_path": config.ckpt_path, "data.path": config.data.get("path")}.items():
         if path is not None and not Path(path).expanduser().is_file():
             raise ConfigError(f"there is no file {path} (looked in {Path.cwd()}); {name} must be that of one")
-    if config.batch_size is not None and config.batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, but is {config.batch_size}")
+    if config.batch_size is not None:
+        check_least("batch_size", config.batch_size, 1)
+    if config.seed is not None:
+        check_least("seed", config.seed, 0)
+
+
+def check_least(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or less.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, but is {value!r}")
 
 
 def load_trained(config: DictConfig) -> Trained:

@@ -68,7 +68,7 @@ def test_a_folder_of_ones_own_joins_the_configs(installed, tmp_path):
     assert "- 3\n" in told
     (tmp_path / "mine" / "whole.yaml").write_text("answer: 42\n")
     whole = ["--config-path=mine", "--config-name=whole", "-c", "job"]  # relative to the current folder
-    assert printed("-m", "divflow", "train", *whole, cwd=tmp_path, path=installed) == "answer: 42\n\n"
+    assert printed("-m", "divflow", "train", *whole, cwd=tmp_path, path=installed) == "answer: 42\n"
 
 
 def test_the_script_starts_its_further_processes(installed, tmp_path):
@@ -115,6 +115,7 @@ def test_no_such_command(given, capsys):
         (["compare", "--help"], "torch"),
         (["train", "solver.method=dopri9"], "lightning"),
         (["evaluate", "ckpt_path=none.ckpt"], "lightning"),
+        (["evaluate", "ckpt_path=none.ckpt"], "matplotlib"),
         (["sample", "ckpt_path=none.ckpt"], "lightning"),
     ],
 )
