@@ -1,6 +1,6 @@
 """What the commands on a trained density share: the density, the data that it was trained on, and where it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from divflow.arguments import check_count
 from divflow.build import ConfigError, build_ways
 from divflow.checkpoint import CheckpointError, read_checkpoint, rebuild, which_weights
 from divflow.density import FlowDensity, UnnormalizedDensity
@@ -57,13 +58,15 @@ def check_model(config: DictConfig) -> None:
 
 
 def check_least(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or less.
+    """`check_count` of a setting.
 
     Raises:
         ConfigError: naming the setting.
     """
-    if not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, but is {value!r}")
+    try:
+        check_count(name, value, least)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def load_trained(config: DictConfig) -> Trained:
@@ -82,7 +85,7 @@ def load_trained(config: DictConfig) -> Trained:
         density, name, columns = _made(config.model), config.model._target_, None
     else:
         checkpoint = read_checkpoint(Path(config.ckpt_path).expanduser())
-        density = rebuild(checkpoint, config.ckpt_path, [get_class(allowed) for allowed in config.allow])
+        density = rebuild(checkpoint, config.ckpt_path, _classes(config.allow))
         name = which_weights(checkpoint, config.ckpt_path)
         columns = checkpoint["divflow"].get("columns") or _saved_data(config).get("columns")
     ways = build_ways(OmegaConf.to_container(config, resolve=True))
@@ -91,6 +94,13 @@ def load_trained(config: DictConfig) -> Trained:
     if ways:
         density = density.with_flow(density.flow.replace(**ways))
     return Trained(density.to(device).eval(), name, None if columns is None else [str(column) for column in columns])
+
+
+def _classes(names: Iterable[str]) -> list[type]:
+    try:
+        return [get_class(name) for name in names]
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"allow must name classes, such as [my_module.Velocity]: {error}") from error
 
 
 def data_config(config: DictConfig, columns: list[str] | None) -> dict[str, Any]:
