@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from divflow.errors import DivflowError
 
@@ -84,7 +84,7 @@ def _read(folder: Path) -> _Run:
     settings: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
         try:
-            loaded = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+            loaded = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
         except YAMLError as error:
             raise ConfigError(f"{folder / 'config.yaml'} can't be read: {error}") from error
         flat = _flat({key: value for key, value in loaded.items() if key not in _IGNORED})

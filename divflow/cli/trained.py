@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import get_class, get_object, instantiate
@@ -88,7 +88,7 @@ def load_trained(config: DictConfig) -> Trained:
         density = rebuild(checkpoint, config.ckpt_path, _classes(config.allow))
         name = which_weights(checkpoint, config.ckpt_path)
         columns = checkpoint["divflow"].get("columns") or _saved_data(config).get("columns")
-    ways = build_ways(OmegaConf.to_container(config, resolve=True))
+    ways = build_ways(_plain(config))
     if ways and isinstance(density, UnnormalizedDensity):
         raise ConfigError(f"{name} is a score without SDE, which has no flow: it takes no {', '.join(ways)}")
     if ways:
@@ -114,7 +114,7 @@ def data_config(config: DictConfig, columns: list[str] | None) -> dict[str, Any]
         ConfigError: neither are known, or other columns are asked for.
         CheckpointError: the run's data are of a class that is neither divflow's nor allowed.
     """
-    named = OmegaConf.to_container(config.data, resolve=True)
+    named = _plain(config.data)
     found = named if "_target_" in named else _saved_data(config) | named
     if "_target_" not in found:
         raise ConfigError(
@@ -132,6 +132,10 @@ def data_config(config: DictConfig, columns: list[str] | None) -> dict[str, Any]
     return found | {"columns": columns}
 
 
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
 def _saved_data(config: DictConfig) -> dict[str, Any]:
     """The data in the `config.yaml` of the checkpoint's run; nothing where there is none."""
     if config.ckpt_path is None:
@@ -139,7 +143,7 @@ def _saved_data(config: DictConfig) -> dict[str, Any]:
     file = Path(config.ckpt_path).expanduser().absolute().parent.parent / "config.yaml"
     if not file.is_file():
         return {}
-    data = OmegaConf.to_container(OmegaConf.load(file).data, resolve=True)
+    data = _plain(OmegaConf.load(file).data)
     _check_data_targets(data, set(config.allow), file)
     return data
 
