@@ -15,7 +15,16 @@ from divflow.build import build_density
 from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
 
-__all__ = ["CheckpointError", "check_state", "check_targets", "load", "load_state", "read_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "check_state",
+    "check_targets",
+    "load",
+    "load_state",
+    "read_checkpoint",
+    "rebuild",
+    "which_weights",
+]
 
 
 class CheckpointError(DivflowError, RuntimeError):
@@ -34,7 +43,8 @@ def load(
 
     Args:
         path: a checkpoint that `train.py` wrote, such as `checkpoints/best.ckpt`. Its weights are the averaged ones
-            where training averaged them.
+            where training averaged them, by which a run is judged; the current ones, from which it goes on, are in
+            the file for that alone.
         allow: further classes that may be built, such as a network of one's own.
         map_location: device to put it on.
 
@@ -46,7 +56,17 @@ def load(
         density.log_prob(x)
         density.sample(1000)
     """
-    checkpoint = read_checkpoint(path, map_location)
+    return rebuild(read_checkpoint(path, map_location), path, allow).to(map_location)
+
+
+def rebuild(
+    checkpoint: Mapping[str, Any], path: str | Path, allow: Iterable[type] = ()
+) -> FlowDensity | UnnormalizedDensity:
+    """The density of a checkpoint that has been read, in eval mode; `path` is for messages.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
     if "divflow" not in checkpoint:
         raise CheckpointError(
             f"{path} has no description of a density: it was not written by train.py (but by a task without config); "
@@ -62,7 +82,13 @@ def load(
         if name.startswith("density.")
     }
     load_state(density, state, path)
-    return density.to(map_location).eval()
+    return density.eval()
+
+
+def which_weights(checkpoint: Mapping[str, Any], path: str | Path) -> str:
+    """What `load` takes from a checkpoint, in words: `best.ckpt, averaged weights of step 1400`."""
+    kind = "averaged weights" if "averaging_state" in checkpoint else "weights"
+    return f"{Path(path).name}, {kind} of step {checkpoint['global_step']}"
 
 
 def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

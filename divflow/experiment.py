@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from divflow.build import ConfigError, build_density, build_objective, build_ways
+from divflow.callbacks import BestCheckpoint
 from divflow.callbacks.declared import declared
-from divflow.checkpoint import check_state, load_state, read_checkpoint
+from divflow.checkpoint import check_state, load_state, read_checkpoint, which_weights
 from divflow.data.module import TensorDataModule
 from divflow.density import ScoreDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
@@ -44,7 +45,7 @@ def train(config: DictConfig) -> dict[str, float]:
             started again), `metrics.csv`, `results.json`, `checkpoints/`, `figures/` and `samples.npy`.
 
     Returns:
-        The test metrics of the best checkpoint, by name.
+        The test metrics of the best checkpoint by name, and the validation's value by which it was the best.
 
     Raises:
         DivflowError: a setting, the data, the field or the solve is not what it needs to be.
@@ -89,13 +90,16 @@ def train(config: DictConfig) -> dict[str, float]:
 
     # Processes that were started by themselves may each have thought of a folder; the first one's is the run's.
     best = Path(trainer.strategy.broadcast(str(output / "checkpoints" / "best.ckpt")))
+    tested = f"weights of step {trainer.global_step}"
     if best.is_file() and not declared(trainer).fast_dev_run:
-        load_state(task, read_checkpoint(best)["state_dict"], best)
+        checkpoint = read_checkpoint(best)
+        load_state(task, checkpoint["state_dict"], best)
+        tested = which_weights(checkpoint, best)
     metrics = trainer.test(task, datamodule=data, verbose=False)[0]
-    results = {name: float(value) for name, value in metrics.items()}
+    results = {name: float(value) for name, value in metrics.items()} | _best_value(trainer)
     if trainer.is_global_zero:
         save_results(results, seconds, trainer.global_step, config.seed, output)
-        print_results(results, seconds, trainer.global_step, output)
+        print_results(results, seconds, trainer.global_step, output, tested)
     return results
 
 
@@ -135,6 +139,14 @@ def _build_trainer(config: DictConfig) -> L.Trainer:
     ]
     loggers = build_loggers(config.logger, Path(config.output_dir))
     return L.Trainer(default_root_dir=config.output_dir, logger=loggers, callbacks=callbacks, **settings)
+
+
+def _best_value(trainer: L.Trainer) -> dict[str, float]:
+    """The validation's value of the best checkpoint, by its name."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, BestCheckpoint) and callback.monitor and callback.best_model_score is not None:
+            return {callback.monitor: float(callback.best_model_score)}
+    return {}
 
 
 def _check_gpus(devices: int | str | list[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 __all__ = ["plot_curves", "plot_images", "plot_pairs", "plot_plane"]
@@ -137,13 +138,17 @@ def plot_curves(tables: Mapping[str, Path]) -> Figure | None:
     shown = [key for key in _CURVES if any(f"{stage}/{key}" in run for run in runs.values() for stage in _STAGES)]
     if not shown:
         return None
-    figure = Figure(figsize=(1 + 5 * len(shown), 3.6), layout="constrained")
+    named = [name for name in runs if name]
+    figure = Figure(figsize=(1 + 5 * len(shown), 3.6 + 0.2 * len(named)), layout="constrained")
     for key, ax in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-        for number, (name, run) in enumerate(runs.items()):
-            _draw_curve(ax, run, key, name, f"C{number % 10}")
+        for number, run in enumerate(runs.values()):
+            _draw_curve(ax, run, key, f"C{number % 10}")
         ax.set(xlabel="step", ylabel=_CURVES[key])
-        if ax.get_legend_handles_labels()[1]:
+        if not named and ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize="small")
+    if named:  # as long as they are, below the figure and not over its curves
+        lines = [Line2D([], [], color=f"C{number % 10}", label=name) for number, name in enumerate(runs)]
+        figure.legend(handles=lines, loc="outside lower left", frameon=False, fontsize="small")
     return figure
 
 
@@ -160,13 +165,12 @@ def _read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def _draw_curve(ax: Axes, run: Mapping[str, tuple[np.ndarray, np.ndarray]], key: str, name: str, color: str) -> None:
-    prefix = f"{name}: " if name else ""
+def _draw_curve(ax: Axes, run: Mapping[str, tuple[np.ndarray, np.ndarray]], key: str, color: str) -> None:
     if f"train/{key}" in run:
-        ax.plot(*run[f"train/{key}"], color=color, alpha=0.35, linewidth=0.8, label=None if name else "training")
+        ax.plot(*run[f"train/{key}"], color=color, alpha=0.35, linewidth=0.8, label="training")
     if f"val/{key}" in run:
         steps, values = run[f"val/{key}"]
-        ax.plot(steps, values, color=color, linewidth=1.5, label=f"{prefix}validation")
+        ax.plot(steps, values, color=color, linewidth=1.5, label="validation")
         best = int(np.argmin(values))
         ax.plot(steps[best], values[best], "*", color=color, markersize=11, label=f"best, step {steps[best]:.0f}")
     # What diverges for a while does not hide the rest.

@@ -55,7 +55,7 @@ def claim(output: Path, ckpt_path: str | None, overwrite: bool) -> None:
 def save_config(config: DictConfig, output: Path, resumed: str = "") -> None:
     """Write `config.yaml`, from which the run can be started again, here or elsewhere.
 
-        python train.py --config-path=FOLDER --config-name=config
+        divflow train --config-path=FOLDER --config-name=config
 
     All values are resolved but the run's folder, which is another each time; files are named by their whole path.
 
@@ -78,7 +78,7 @@ def save_config(config: DictConfig, output: Path, resumed: str = "") -> None:
     note = f"; it went on from {resumed}" if resumed else ""
     with open(output / "config.yaml", "w") as file:
         file.write(f"# A run of divflow {divflow.__version__}{note}. To start it again:\n")
-        file.write(f"# python train.py --config-path={output.absolute()} --config-name=config\n")
+        file.write(f"# divflow train --config-path={output.absolute()} --config-name=config\n")
         file.write(OmegaConf.to_yaml(again | plain))
 
 

@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""The table that a run, or a judgement of a trained density, ends with."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,19 +6,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_results"]
+__all__ = ["metrics_table", "print_results"]
 
 
-def print_results(results: Mapping[str, float], seconds: float, steps: int, output: Path) -> None:
-    """Print the test metrics with their standard errors, the evaluations and the time.
+def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
+    """Metrics with their standard errors, and the evaluations of the field.
 
     Args:
-        results: test metrics by the names that the tasks log.
-        seconds: of training.
-        steps: of the optimizer.
-        output: the run's folder.
+        metrics: by the names that the tasks log, without the stage: `nll`, `nll_standard_error`, ...
+        title: of the table.
     """
-    table = Table(title="Test", title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("quantity")
     table.add_column("value", justify="right")
     table.add_column("unit")
@@ -29,18 +27,34 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
         "objective": ("loss", "up to a constant"),
         "Fisher divergence": ("fisher_divergence", "units of 1/x²"),
     }
-    for title, (name, unit) in rows.items():
-        if f"test/{name}" in results:
-            error = results[f"test/{name}_standard_error"]
-            table.add_row(title, f"{results[f'test/{name}']:.4f} ± {error:.4f}", unit)
-            if results.get(f"test/{name}_estimator_error"):
-                table.add_row("  of that ±, by its probes", f"{results[f'test/{name}_estimator_error']:.1e}", unit)
-    for title, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
-        if results.get(f"test/{name}"):
-            table.add_row(title, f"{results[f'test/{name}']:.1e}", "nats per sample")
-    if "test/nfe" in results:
-        counts = f"{results['test/nfe']:.0f} + {results['test/nfe_divergence']:.0f}"
-        table.add_row("field evaluations", counts, "solve + divergence")
+    for name_shown, (name, unit) in rows.items():
+        if name in metrics:
+            error = metrics[f"{name}_standard_error"]
+            table.add_row(name_shown, f"{metrics[name]:.4f} ± {error:.4f}", unit)
+            if metrics.get(f"{name}_estimator_error"):
+                table.add_row("  of that ±, by its probes", f"{metrics[f'{name}_estimator_error']:.1e}", unit)
+    for name_shown, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
+        if metrics.get(name):
+            table.add_row(name_shown, f"{metrics[name]:.1e}", "nats per sample")
+    if "nfe" in metrics:
+        table.add_row(
+            "field evaluations", f"{metrics['nfe']:.0f} + {metrics['nfe_divergence']:.0f}", "solve + divergence"
+        )
+    return table
+
+
+def print_results(results: Mapping[str, float], seconds: float, steps: int, output: Path, tested: str) -> None:
+    """Print the test metrics, the time, and what the run left.
+
+    Args:
+        results: metrics by the names that the tasks log.
+        seconds: of training.
+        steps: of the optimizer.
+        output: the run's folder.
+        tested: which weights.
+    """
+    metrics = {name.removeprefix("test/"): value for name, value in results.items() if name.startswith("test/")}
+    table = metrics_table(metrics, f"Test of {tested}")
     table.add_row("training", f"{seconds:.0f}", f"seconds, {steps} steps")
     console = Console()
     console.print(table)

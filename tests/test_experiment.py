@@ -83,7 +83,7 @@ def test_score_matching_of_the_data(tmp_path, objective):
     results = run(tmp_path, "task=score", f"objective={objective}", "sde=none", "sampler.steps_per_level=5")
     assert set(results) == {
         f"test/{name}{error}" for name in ("loss", "fisher_divergence") for error in ("", "_standard_error")
-    }
+    } | {"val/loss"}
     density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
     assert density.sample(3).shape == density.score(torch.randn(3, 2)).shape == (3, 2)
     assert (tmp_path / "figures" / "final.png").is_file()

@@ -42,6 +42,7 @@ class WeightAverage(EMAWeightAveraging):
     """`EMAWeightAveraging` that puts the current weights back when validation is interrupted.
 
     Averaged and current weights are swapped for validation; a checkpoint saved then would hold one for the other.
+    What is tested after training are the averaged weights, also where a resumed run has no step left to train.
     """
 
     _swapped = False
@@ -68,6 +69,11 @@ class WeightAverage(EMAWeightAveraging):
         """Put the current weights back before the last checkpoint is saved."""
         if self._swapped:
             self.on_validation_epoch_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the averaged weights; Lightning does so at the end of training, which does not come without a step."""
+        if self._average_model is not None:
+            self._copy_average_to_current(pl_module)
 
     @contextlib.contextmanager
     def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:

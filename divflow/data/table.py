@@ -13,7 +13,7 @@ from torch import Tensor
 from divflow.data.module import DataError, Rows, TensorDataModule, check_finite, split_rows
 from divflow.transforms import Affine
 
-__all__ = ["Table"]
+__all__ = ["Table", "read_table"]
 
 
 class Table(TensorDataModule):
@@ -46,7 +46,7 @@ class Table(TensorDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        rows, self.columns = _read(Path(path).expanduser(), columns)
+        rows, self.columns = read_table(path, columns)
         check_finite(rows, self.columns)
         train, val, test = split_rows(rows, val_fraction, test_fraction, seed)
         constant = [name for name, deviation in zip(self.columns, train.std(dim=0), strict=True) if deviation == 0]
@@ -60,8 +60,17 @@ class Table(TensorDataModule):
         self.train, self.val, self.test = Rows(train), Rows(val), Rows(test)
 
 
-def _read(path: Path, columns: Sequence[str] | None) -> tuple[Tensor, list[str]]:
-    """The chosen columns as float64, and their names."""
+def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:
+    """The chosen columns of a file as float64, `(rows, columns)` in the file's order, and their names.
+
+    Args:
+        path: a `.csv` (with or without a header), `.parquet`, or `.npy` of shape (rows, columns).
+        columns: their names, in the order to take them; all if None.
+
+    Raises:
+        DataError: a missing file, another format, missing or non-numeric columns.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(
             f"there is no file {path} (looked in {Path.cwd()}); set data.path to a .csv, .npy or .parquet file"

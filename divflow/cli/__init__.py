@@ -1,0 +1,47 @@
+"""The commands, `divflow train`, `evaluate`, `sample` and `compare`: each in a file of its own, imported when it runs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import divflow
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "train": "train a density and test it; the run is left in a folder of its own",
+    "evaluate": "the log-density of every row of some data under a trained density",
+    "sample": "samples of a trained density, in the units of its data",
+    "compare": "the runs of a folder side by side",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: the command and its settings; those of this process if None.
+
+    Raises:
+        SystemExit: with 1 and a message, something that a user can mend; with 2, no such command; with 130 or 143, it
+            was interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in _COMMANDS:
+        command, *settings = given
+        if command == "compare":
+            importlib.import_module("divflow.cli.compare").run(settings)
+        else:
+            importlib.import_module("divflow.cli.application").run_application(command, settings)
+        return
+    parser = argparse.ArgumentParser(
+        prog="divflow",
+        description="Train and judge densities with exact or estimated divergences.",
+        epilog="divflow COMMAND --help lists the settings of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"divflow {divflow.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, does in _COMMANDS.items():
+        commands.add_parser(name, help=does)
+    parser.parse_args(given)

@@ -1,0 +1,78 @@
+"""`divflow sample`: samples of a trained density, in the units of its data."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Generator, Tensor
+
+from divflow.cli.output import batches, check_output, write_figure, write_table
+from divflow.cli.trained import check_least, check_model, data_config, load_trained
+from divflow.density import FlowDensity, UnnormalizedDensity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["run"]
+
+
+def run(config: DictConfig) -> None:
+    """Sample, as `configs/sample.yaml` composes it."""
+    check_model(config)
+    out = check_output(config.out, (".csv", ".npy", ".png"), config.overwrite)
+    check_least("num_samples", config.num_samples, 1)
+    trained = load_trained(config)
+    data = data_config(config, trained.columns) if out.suffix == ".png" else None  # refused before the work is done
+    seed = torch.seed() if config.seed is None else config.seed
+    samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed)
+    names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
+    if data is None:
+        write_table(out, names, samples.numpy())
+    else:
+        write_figure(out, _figure(data, trained.density, samples, names))
+    Console().print(f"{len(samples)} samples of {trained.name}: {out}", soft_wrap=True, highlight=False)
+
+
+@torch.no_grad()
+def _drawn(density: FlowDensity | UnnormalizedDensity, number: int, size: int, seed: int) -> Tensor:
+    """Samples `(n, *event)`.
+
+    What follows a flow starts from noise that is drawn for all rows at once, so that a row is the same, as exactly as
+    the solver has it, in batches of any size. A sampler with noise of its own has its own seed for every batch.
+    """
+    from divflow.data.order import combined_seed
+
+    device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
+    if isinstance(density, FlowDensity) and getattr(density, "sampler", None) is None:
+        noise = density.flow.base.sample(number, Generator(device).manual_seed(seed))
+
+        def draw(part: slice, index: int) -> Tensor:
+            return density.transform.inverse(density.flow.decode(noise[part]))
+    else:
+
+        def draw(part: slice, index: int) -> Tensor:
+            own = Generator(device).manual_seed(combined_seed(seed, index))
+            return density.sample(part.stop - part.start, generator=own)
+
+    return torch.cat([draw(part, index).cpu() for index, part in enumerate(batches(number, size, "Sampling"))])
+
+
+def _figure(
+    settings: dict[str, Any], density: FlowDensity | UnnormalizedDensity, samples: Tensor, names: Sequence[str]
+) -> "Figure":
+    """The samples beside data that were held out."""
+    from divflow.figures import plot_images, plot_pairs, plot_plane  # here, since it takes a while to import
+
+    data = instantiate(settings, _convert_="all")
+    data.prepare_data()
+    data.setup("test")
+    rows = data.test.__getitems__(list(range(min(len(samples), len(data.test)))))
+    if data.images:
+        return plot_images(rows, samples)
+    if tuple(data.event_shape) == (2,):
+        device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
+        return plot_plane(rows.to(device), samples, getattr(density, "log_prob", None))
+    return plot_pairs(rows.flatten(1), samples.flatten(1), names)

@@ -1,0 +1,26 @@
+"""`divflow train`: a run, from its settings to its results."""
+
+import contextlib
+import os
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from divflow.build import check_settings
+
+__all__ = ["run"]
+
+
+def run(config: DictConfig) -> float | None:
+    """Train, as `configs/train.yaml` composes it, and return the best value of what `callbacks.best` monitors."""
+    config.output_dir = HydraConfig.get().runtime.output_dir  # a sweep, or hydra.run.dir=..., may have said another
+    try:
+        check_settings(config)
+        from divflow.experiment import train  # what is wrong is told before Lightning is imported
+
+        results = train(config)
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(config.output_dir)  # where nothing was left
+    best = config.callbacks.get("best")
+    return None if best is None else results.get(best.monitor)

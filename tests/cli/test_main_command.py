@@ -1,0 +1,136 @@
+"""The commands wherever divflow is installed: from a wheel in an empty folder, in several processes, and how they start."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from run import FAST, ROOT, SMALL_TOY
+from setuptools import find_packages
+
+import divflow
+from divflow.cli import main
+from divflow.cli.application import config_dir
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What a wheel of the working tree holds, unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("divflow", "configs"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--wheel-dir", folder, folder / "source"], check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def printed(*command, cwd=None, path=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_wheel_has_the_configs_and_every_package(installed):
+    def tree(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.yaml")}
+
+    assert tree(installed / "divflow" / "configs") == tree(ROOT / "configs")
+    for package in find_packages(str(ROOT), include=["divflow*"]):
+        assert (installed / package.replace(".", "/") / "__init__.py").is_file()
+    assert not (installed / "configs").exists()
+
+
+def test_the_installed_command_is_train_py(installed, tmp_path):
+    settings = ["data=digits", "output_dir=x", "--cfg=job"]
+    here = printed("-m", "divflow", "train", *settings, cwd=tmp_path, path=installed)
+    assert here == printed(ROOT / "train.py", *settings, cwd=tmp_path)
+    assert "divflow.data.Digits" in here
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_ones_own_joins_the_configs(installed, tmp_path):
+    (tmp_path / "mine" / "network").mkdir(parents=True)
+    (tmp_path / "mine" / "network" / "tiny.yaml").write_text("_target_: divflow.networks.MLP\nhidden: [3]\n")
+    told = printed(
+        "-m", "divflow", "train", "--config-dir=mine", "network=tiny", "--cfg=job", cwd=tmp_path, path=installed
+    )
+    assert "- 3\n" in told
+    (tmp_path / "mine" / "whole.yaml").write_text("answer: 42\n")
+    whole = ["--config-path=mine", "--config-name=whole", "-c", "job"]  # relative to the current folder
+    assert printed("-m", "divflow", "train", *whole, cwd=tmp_path, path=installed) == "answer: 42\n"
+
+
+def test_the_script_starts_its_further_processes(installed, tmp_path):
+    """Lightning starts them by the command line: script, command and settings."""
+    script = tmp_path / "divflow"
+    script.write_text("import sys\nfrom divflow.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    settings = [*FAST, *SMALL_TOY, "trainer.max_steps=1", "trainer.val_check_interval=1", "callbacks.figures=null"]
+    told = printed(script, "train", *settings, "device=multi_process_cpu", cwd=tmp_path, path=installed)
+    assert told.count("negative log-likelihood") == 1
+    (flow,) = (tmp_path / "outputs").glob("flow_two_moons/*/results.json")
+    assert (tmp_path / "outputs" / "latest").resolve() == flow.parent
+
+
+def test_help_names_the_commands_and_what_they_do(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} +\w", text, re.MULTILINE) for name in ("train", "evaluate", "sample", "compare"))
+
+
+def test_the_version_is_the_packages(capsys, installed):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"divflow {divflow.__version__}\n"
+    assert list(installed.glob(f"divflow-{divflow.__version__}.dist-info"))
+
+
+@pytest.mark.parametrize("given", [["evalute"], []])
+def test_no_such_command(given, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], "hydra"),
+        (["train", "--help"], "torch"),
+        (["evaluate", "--help"], "torch"),
+        (["sample", "--help"], "torch"),
+        (["compare", "--help"], "torch"),
+        (["train", "solver.method=dopri9"], "lightning"),
+        (["evaluate", "ckpt_path=none.ckpt"], "lightning"),
+        (["evaluate", "ckpt_path=none.ckpt"], "matplotlib"),
+        (["sample", "ckpt_path=none.ckpt"], "lightning"),
+    ],
+)
+def test_help_and_mistakes_come_before_what_is_slow_to_import(arguments, heavy, tmp_path):
+    code = f"""
+import sys
+from divflow.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+print("loaded:", {heavy!r} in sys.modules)
+"""
+    assert printed("-c", code, cwd=tmp_path).endswith("loaded: False\n")
+
+
+def test_the_configs_are_those_of_the_repository_where_it_is_worked_on():
+    assert config_dir() == ROOT / "configs"

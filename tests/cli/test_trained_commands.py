@@ -1,0 +1,195 @@
+"""`divflow evaluate` and `divflow sample` on a trained density: the numbers of its run, in its files' terms."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from run import FAST, SMALL_TOY, config
+
+import divflow
+from divflow.cli import main
+from divflow.experiment import train
+
+ROWS = torch.tensor([[150 + i * 7 % 13, 50 + i % 7 + i * 3 % 5] for i in range(60)], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    table = folder / "people.csv"
+    table.write_text("height,weight\n" + "".join(f"{a:.0f},{b:.0f}\n" for a, b in ROWS.tolist()))
+    train(config(*FAST, "data=table", f"data.path={table}", f"output_dir={folder}", "callbacks.average.decay=0.5"))
+    return folder
+
+
+@pytest.fixture
+def best(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return run_folder / "checkpoints" / "best.ckpt"
+
+
+def read(path):
+    with open(path, newline="") as file:
+        names, *rows = csv.reader(file)
+    return names, np.array(rows, dtype=float)
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert str(stopped.value.code).startswith("error: ")
+    return str(stopped.value.code)
+
+
+def test_the_numbers_of_the_run_come_back(best, run_folder, capsys):
+    main(["evaluate", f"ckpt_path={best}"])
+    names, values = read("log_prob.csv")
+    assert names == ["log_prob", "standard_error", "quadrature_error"]
+    results = json.loads((run_folder / "results.json").read_text())["metrics"]
+    np.testing.assert_allclose(-values[:, 0].mean(), results["test/nll"], rtol=1e-6)
+    assert (values[:, 1] == 0).all()
+    table = " ".join(capsys.readouterr().out.split())
+    assert f"{results['test/nll']:.4f} ± {results['test/nll_standard_error']:.4f}" in table
+    assert "best.ckpt, averaged weights of step" in table
+
+
+def test_all_rows_of_a_file_are_judged_in_its_order(best):
+    main(["evaluate", f"ckpt_path={best}", "split=all", "out=all.npy"])
+    expected = divflow.load(best).log_prob(ROWS.float()).detach().numpy()
+    np.testing.assert_allclose(np.load("all.npy")[:, 0], expected, rtol=1e-5)
+
+
+def test_columns_are_taken_by_their_names(best, tmp_path):
+    (tmp_path / "swapped.csv").write_text("weight,id,height\n55,1,151\n52,2,160\n")
+    main(["evaluate", f"ckpt_path={best}", "data=table", "data.path=swapped.csv", "data.columns=[weight,height]",
+          "split=all"])  # fmt: skip
+    expected = divflow.load(best).log_prob(torch.tensor([[151.0, 55.0], [160.0, 52.0]])).detach()
+    if "columns" not in torch.load(best, weights_only=True)["divflow"]:
+        expected = divflow.load(best).log_prob(torch.tensor([[55.0, 151.0], [52.0, 160.0]])).detach()
+    np.testing.assert_allclose(read("log_prob.csv")[1][:, 0], expected, rtol=1e-5)
+
+
+def test_columns_that_a_checkpoint_knows_are_demanded(best, tmp_path):
+    known = torch.load(best, weights_only=True)
+    known["divflow"]["columns"] = ["height", "weight"]
+    torch.save(known, "known.ckpt")
+    (tmp_path / "swapped.csv").write_text("weight,id,height\n55,1,151\n52,2,160\n")
+    main(["evaluate", "ckpt_path=known.ckpt", "data=table", "data.path=swapped.csv", "split=all"])
+    expected = divflow.load(best).log_prob(torch.tensor([[151.0, 55.0], [160.0, 52.0]])).detach()
+    np.testing.assert_allclose(read("log_prob.csv")[1][:, 0], expected, rtol=1e-5)
+    (tmp_path / "other.csv").write_text("height,mass\n151,55\n160,52\n")
+    table = ["evaluate", "ckpt_path=known.ckpt", "overwrite=true", "data=table", "data.path=other.csv"]
+    assert "other.csv has no column weight; it has height, mass" in refused(*table)
+    assert "mass, weight in one of them only" in refused(*table, "data.columns=[height,mass]")
+    main(["sample", "ckpt_path=known.ckpt", "num_samples=3"])
+    assert read("samples.csv")[0] == ["height", "weight"]
+
+
+def test_the_evaluation_can_be_another(best):
+    main(["evaluate", f"ckpt_path={best}", "estimator=hutchinson", "estimator.num_probes=2", "solver=dopri5"])
+    _, values = read("log_prob.csv")
+    assert (values[:, 1] > 0).all()
+    main(["evaluate", f"ckpt_path={best}", "estimator=hutchinson", "estimator.num_probes=2", "solver=dopri5",
+          "out=again.csv"])  # fmt: skip
+    np.testing.assert_array_equal(values, read("again.csv")[1])
+
+
+def test_a_function_of_ones_own_makes_the_density(best, tmp_path):
+    (tmp_path / "own_density.py").write_text(
+        "from divflow.flow import ContinuousFlow\ndef shrink(rate):\n    return ContinuousFlow(lambda t, x: -rate * x, 2)\n"
+    )
+    np.save("points.npy", np.zeros((3, 2)))
+    main(["evaluate", "model._target_=own_density.shrink", "+model.rate=1.0", "data=table", "data.path=points.npy",
+          "split=all"])  # fmt: skip
+    expected = 2.0 - np.log(2 * np.pi)  # of N(0, e^-2) at its mode
+    np.testing.assert_allclose(read("log_prob.csv")[1][:, 0], expected, rtol=1e-4)
+    assert "made a dict" in refused("sample", "model._target_=builtins.dict", "out=x.npy")
+    assert "own_density" in refused("sample", "model._target_=own_density.nothing", "out=x.npy")
+
+
+def test_samples_are_those_of_the_density_whatever_the_batches(best):
+    main(["sample", f"ckpt_path={best}", "num_samples=50", "seed=3", "out=a.npy"])
+    expected = divflow.load(best).sample(50, generator=torch.Generator().manual_seed(3))
+    np.testing.assert_allclose(np.load("a.npy"), expected, rtol=1e-6)
+    main(["sample", f"ckpt_path={best}", "num_samples=50", "seed=3", "batch_size=7", "out=b.csv"])
+    np.testing.assert_allclose(np.load("a.npy"), read("b.csv")[1], rtol=1e-5)
+    main(["sample", f"ckpt_path={best}", "num_samples=50", "seed=4", "out=c.npy"])
+    assert (np.load("c.npy") != np.load("a.npy")).all()
+
+
+def test_a_figure_of_samples(best):
+    main(["sample", f"ckpt_path={best}", "num_samples=50", "out=a.png"])
+    with open("a.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+
+
+def test_scores_sample_by_their_sampler_and_have_a_density_over_an_sde_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [*FAST, *SMALL_TOY, "task=score", "callbacks.figures=null"]
+    train(config(*small, "sampler=reverse_sde", "sampler.num_steps=5", f"output_dir={tmp_path}/sde"))
+    best = "ckpt_path=sde/checkpoints/best.ckpt"
+    for name in ("a", "b"):
+        main(["sample", best, "num_samples=20", "batch_size=7", f"out={name}.npy"])
+    np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
+    assert len(np.unique(np.load("a.npy"), axis=0)) == 20  # no batch repeats another's noise
+    main(["evaluate", best])
+    train(config(*small, "sde=none", "sampler.steps_per_level=2", f"output_dir={tmp_path}/none"))
+    assert "no log-density" in refused("evaluate", "ckpt_path=none/checkpoints/best.ckpt", "overwrite=true")
+    main(["sample", "ckpt_path=none/checkpoints/best.ckpt", "num_samples=5"])
+
+
+MISTAKES = {
+    "no density": (["evaluate"], "give either ckpt_path=.*or.*model"),
+    "no file": (["evaluate", "ckpt_path=none.ckpt"], "there is no file none.ckpt"),
+    "split": (["evaluate", "{best}", "split=tset"], "no split 'tset'; it must be one of train, val, test, all"),
+    "suffix": (["evaluate", "{best}", "out=a.txt"], r"'\.txt'; it must end in \.csv or \.npy"),
+    "figure suffix": (["sample", "{best}", "out=a"], r"\(none\).*\.csv or \.npy or \.png"),
+    "there already": (["evaluate", "{best}", "out=there.csv"], "there.csv exists;.*overwrite=true"),
+    "other data": (["evaluate", "{best}", "data=digits"], r"shape \(64,\).* trained on \(2,\)"),
+    "batch size": (["evaluate", "{best}", "batch_size=0"], "batch_size must be a whole number of at least 1, but is 0"),
+    "samples": (["sample", "{best}", "num_samples=0"], "num_samples must be a whole number of at least 1, but is 0"),
+    "seed": (["sample", "{best}", "seed=zero"], "seed must be a whole number of at least 0, but is 'zero'"),
+    "allowed": (["sample", "{best}", "allow=[nowhere.Velocity]"], "allow must name classes.*nowhere"),
+    "processes": (["sample", "{best}", "device=multi_process_cpu"], "runs in one process"),
+    "precision": (["sample", "{best}", "device.precision=bf16-mixed"], "bf16-mixed is for training"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistakes_are_told(best, kind, tmp_path):
+    (tmp_path / "there.csv").write_text("precious")
+    arguments, message = MISTAKES[kind]
+    with pytest.raises(SystemExit) as stopped:
+        main([argument.format(best=f"ckpt_path={best}") for argument in arguments])
+    assert re.search(message, str(stopped.value.code))
+    assert (tmp_path / "there.csv").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"there.csv"}
+
+
+class Attack:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+def test_checkpoints_of_another_architecture_or_with_code_are_refused(best, run_folder, tmp_path):
+    changed = torch.load(best, weights_only=True)
+    changed["divflow"]["network"]["hidden"] = [8]
+    torch.save(changed, "other.ckpt")
+    assert "of another architecture" in refused("evaluate", "ckpt_path=other.ckpt")
+    torch.save({"divflow": Attack()}, "evil.ckpt")
+    assert "plain tensors" in refused("sample", "ckpt_path=evil.ckpt")
+    shutil.copytree(run_folder, tmp_path / "moved")
+    saved = tmp_path / "moved" / "config.yaml"
+    saved.write_text(saved.read_text().replace("divflow.data.Table", "os.system"))
+    assert "asks for 'os.system'" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
+    saved.write_text(saved.read_text().replace("os.system", "divflow.data.table.np.load"))
+    assert "none of divflow's data" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
+
+
+def test_a_checkpoint_away_from_its_run_needs_to_be_told_the_data(best):
+    shutil.copy(best, "alone.ckpt")
+    assert "give data=" in refused("evaluate", "ckpt_path=alone.ckpt")
