@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from divflow.build import ConfigError, build_density, build_objective, build_ways
-from divflow.checkpoint import check_state, load_state, read_checkpoint
+from divflow.checkpoint import check_state, init_weights, load_state, read_checkpoint
 from divflow.data.module import TensorDataModule
 from divflow.errors import DivflowError
 from divflow.report import print_results
@@ -48,6 +48,11 @@ def train(config: DictConfig) -> dict[str, float]:
         SystemExit: after Ctrl-C (130) or SIGTERM (143), `checkpoints/last.ckpt` written.
     """
     _quieten()
+    if config.init_from is not None and config.ckpt_path is not None:
+        raise ConfigError(
+            f"init_from={config.init_from} starts a run and ckpt_path={config.ckpt_path} goes on with one: give one of them, "
+            "and leave the other null"
+        )
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if config.seed is not None:
@@ -62,8 +67,11 @@ def train(config: DictConfig) -> dict[str, float]:
     resumed = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path)
     if resumed is not None:
         check_state(task, resumed["state_dict"], config.ckpt_path)
+    taken = None if config.init_from is None else init_weights(task.density, config.init_from)
     trainer = _build_trainer(config)
     if trainer.is_global_zero:
+        if taken is not None:
+            print(f"starting from {taken}; the optimizer starts anew")
         if resumed is not None:
             _take_along(Path(config.ckpt_path), output)
             _resume_metrics(trainer, Path(config.ckpt_path), resumed["global_step"], output)
