@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "check_state",
     "check_targets",
+    "init_weights",
     "load",
     "load_state",
     "read_checkpoint",
@@ -76,12 +77,7 @@ def rebuild(
     allowed = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in allow}
     check_targets(config, allowed)
     density = build_density(config)
-    state = {
-        name.removeprefix("density."): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith("density.")
-    }
-    load_state(density, state, path)
+    load_state(density, _density_state(checkpoint), path)
     return density.eval()
 
 
@@ -89,6 +85,30 @@ def which_weights(checkpoint: Mapping[str, Any], path: str | Path) -> str:
     """What `load` takes from a checkpoint, in words: `best.ckpt, averaged weights of step 1400`."""
     kind = "averaged weights" if "averaging_state" in checkpoint else "weights"
     return f"{Path(path).name}, {kind} of step {checkpoint['global_step']}"
+
+
+def init_weights(density: nn.Module, path: str | Path) -> str:
+    """Start a density, of whatever task, from the weights in another run's checkpoint: the averaged ones, if it averaged them.
+
+    The data's transform is among them, so that it starts as the very density of that run.
+
+    Returns:
+        What was taken, in words.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, or names or shapes that differ, with the first of them.
+    """
+    checkpoint = read_checkpoint(path)
+    state = _density_state(checkpoint)
+    load_state(density, state, path)
+    numbers = sum(value.numel() for value in state.values())
+    return f"{which_weights(checkpoint, path)} ({numbers:,} numbers in {len(state)} tensors)"
+
+
+def _density_state(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The state of the density in a task's."""
+    state = checkpoint.get("state_dict", {}).items()
+    return {name.removeprefix("density."): value for name, value in state if name.startswith("density.")}
 
 
 def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

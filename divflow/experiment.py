@@ -21,7 +21,7 @@ from torch import nn
 from divflow.build import ConfigError, build_density, build_objective, build_ways
 from divflow.callbacks import BestCheckpoint
 from divflow.callbacks.declared import declared
-from divflow.checkpoint import check_state, load_state, read_checkpoint, which_weights
+from divflow.checkpoint import check_state, init_weights, load_state, read_checkpoint, which_weights
 from divflow.data.module import TensorDataModule
 from divflow.density import ScoreDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
@@ -52,6 +52,11 @@ def train(config: DictConfig) -> dict[str, float]:
         SystemExit: after Ctrl-C (130) or SIGTERM (143), `checkpoints/last.ckpt` written.
     """
     _quieten()
+    if config.init_from is not None and config.ckpt_path is not None:
+        raise ConfigError(
+            f"init_from={config.init_from} starts a run and ckpt_path={config.ckpt_path} goes on with one: give one of them, "
+            "and leave the other null"
+        )
     output = Path(config.output_dir)
     if config.seed is not None:
         L.seed_everything(config.seed, workers=True, verbose=False)
@@ -65,10 +70,13 @@ def train(config: DictConfig) -> dict[str, float]:
     resumed = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path)
     if resumed is not None:
         check_state(task, resumed["state_dict"], config.ckpt_path)
+    taken = None if config.init_from is None else init_weights(task.density, config.init_from)
     trainer = _build_trainer(config)
     if trainer.is_global_zero:
         claim(output, config.ckpt_path, config.overwrite)
         link_latest(output)
+        if taken is not None:
+            print(f"starting from {taken}; the optimizer starts anew")
         if resumed is not None:
             take_along(Path(config.ckpt_path), output)
             _resume_metrics(trainer, earlier_metrics(Path(config.ckpt_path), resumed["global_step"], output))

@@ -18,7 +18,7 @@ from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
 from divflow.divergence.seeded import seeded
 from divflow.importance import ImportanceWeights, importance_weights
-from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport
+from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
 from divflow.solver import Evaluations, Solver
 
 __all__ = ["ContinuousFlow", "FlowEvaluation"]
@@ -299,13 +299,7 @@ class ContinuousFlow(nn.Module):
                 f"the flow's event shape is {tuple(self.event_shape)}, so x must have shape "
                 f"(k, {', '.join(map(str, self.event_shape))}), but has {tuple(x.shape)}"
             )
-        if context is not None and not isinstance(context, Tensor):
-            raise FieldError(f"the context must be a tensor of one row a sample, but is a {type(context).__name__}")
-        if context is not None and (context.ndim == 0 or len(context) != len(x)):
-            raise FieldError(
-                f"the context needs one row a sample, ({len(x)}, ...), but has shape {tuple(context.shape)}; "
-                f"repeat a single one by context.expand({len(x)}, ...)"
-            )
+        check_context(context, x)
         # Tensors made in inference mode can't enter the graphs that the estimators need.
         x = x.clone() if x.is_inference() else x
         context = context.clone() if context is not None and context.is_inference() else context

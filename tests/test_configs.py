@@ -11,6 +11,7 @@ from divflow.build import ConfigError, build_density, build_network, build_objec
 from divflow.density import UnnormalizedDensity
 from divflow.divergence import Estimator
 from divflow.likelihood import Likelihood
+from divflow.matching import ConditionalFlowMatching
 from divflow.score.objectives import TimeConditionalScoreMatching
 from divflow.score.sampling import Sampler
 from divflow.solver import METHODS, Solver
@@ -68,6 +69,27 @@ def test_every_objective_over_every_sde(objective, sde):
     assert isinstance(built, TimeConditionalScoreMatching) == (sde != "none")
     assert built(density.score_field, torch.randn(3, 2)).shape == (3,)
     assert density.sample(2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("path", options("path"))
+@pytest.mark.parametrize("coupling", options("coupling"))
+@pytest.mark.parametrize("times", options("times"))
+def test_every_way_of_flow_matching(path, coupling, times):
+    cfg = config("task=flow_matching", f"path={path}", f"coupling={coupling}", f"times={times}", "output_dir=x")
+    objective = instantiate(cfg.task.objective, _convert_="all")
+    assert isinstance(objective, ConditionalFlowMatching)
+    names = {"linear": "LinearPath", "trigonometric": "TrigonometricPath", "vp": "VariancePreservingPath"}
+    assert type(objective.path).__name__ == names[path]
+    for part, choice in ((objective.coupling, coupling), (objective.times, times)):
+        assert type(part).__name__.startswith(choice.title().replace("_", ""))
+    assert objective(lambda t, x: -x, torch.randn(3, 2)).shape == (3,)
+
+
+def test_flow_matching_of_digits_has_settings_of_its_own():
+    cfg = config("task=flow_matching", "data=digits")
+    assert cfg.trainer.max_steps > config("data=digits").trainer.max_steps
+    assert cfg.task.draws == 2
+    assert config("task=flow_matching", "data=digits", "trainer.max_steps=7").trainer.max_steps == 7
 
 
 @pytest.mark.parametrize("option", options("sampler"))
@@ -130,11 +152,21 @@ def test_what_the_user_says_beats_what_the_data_suggest():
         "solver.tolerance=1",
         "trainer.steps=1",
         "objective=implicit",
+        "coupling=independent",
     ],
 )
 def test_typos_are_refused(override):
     with pytest.raises(ConfigCompositionException):
         config(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["coupling=exact", "path=cosine", "times=beta", "coupling.rows=3", "path.sigma=0.1", "objective=implicit"],
+)
+def test_typos_of_flow_matching_are_refused(override):
+    with pytest.raises(ConfigCompositionException):
+        config("task=flow_matching", override)
 
 
 def test_a_velocity_must_be_a_module():

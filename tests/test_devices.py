@@ -21,6 +21,13 @@ from divflow.divergence import Hutchinson, HutchPlusPlus, XTrace, check_field, d
 from divflow.experiment import train
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
+from divflow.matching import (
+    ConditionalFlowMatching,
+    LogitNormalTimes,
+    OptimalTransportCoupling,
+    TrigonometricPath,
+    VariancePreservingPath,
+)
 from divflow.networks import MLP, ConcatSquash, ConvNet, GaussianFourierEmbedding, SinusoidalEmbedding, UNet
 from divflow.score import SubVariancePreserving, VarianceExploding, VariancePreserving, probability_flow
 from divflow.score.objectives import (
@@ -54,6 +61,9 @@ OBJECTIVES = {
     "over time": TimeConditionalScoreMatching(SDES[0]),
     "over time, importance": TimeConditionalScoreMatching(SDES[0], weighting="likelihood", importance=True),
     "implicit over time": TimeConditionalScoreMatching(SDES[0], ImplicitScoreMatching()),
+    "flow matching": ConditionalFlowMatching(),
+    "flow matching, optimal transport": ConditionalFlowMatching(TrigonometricPath(), OptimalTransportCoupling()),
+    "flow matching, logit-normal": ConditionalFlowMatching(VariancePreservingPath(), times=LogitNormalTimes()),
 }
 NETWORKS = {
     "MLP": (MLP((2,), hidden=(8,)), (2,)),
@@ -296,6 +306,7 @@ def test_operators(device):
 RUNS = {
     "flow": [*SMALL_TOY, "network.hidden=[16]"],
     "flow, estimated, augmented": [*SMALL_TOY, "network.hidden=[16]", "estimator=hutchinson", "likelihood=augmented"],
+    "flow matching": [*SMALL_TOY, "network.hidden=[16]", "task=flow_matching", "coupling=optimal_transport"],
     "score": [
         *SMALL_TOY,
         "network.hidden=[16]",

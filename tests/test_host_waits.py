@@ -32,3 +32,9 @@ def test_a_flow_waits_for_its_solver_and_once_more(device, overrides, tmp_path):
 def test_a_score_waits_once(device, overrides, tmp_path):
     waits = watched_step(device, 6, f"output_dir={tmp_path}", "task=score", *overrides).waits
     assert sum(waits.values()) == 1, waits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_flow_matching_waits_once(device, tmp_path):
+    waits = watched_step(device, 6, f"output_dir={tmp_path}", "task=flow_matching").waits
+    assert sum(waits.values()) == 1, waits

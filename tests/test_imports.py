@@ -33,8 +33,9 @@ def test_top_level_names():
         divflow.Flow  # noqa: B018
 
 
-def test_score_matching_imports_no_training_framework():
-    code = "import divflow.score.sampling, sys; print(sorted(m for m in sys.modules if '.' not in m))"
+@pytest.mark.parametrize("module", ["divflow.score.sampling", "divflow.matching"])
+def test_score_and_flow_matching_import_no_training_framework(module):
+    code = f"import {module}, sys; print(sorted(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     for heavy in ("lightning", "pytorch_lightning", "hydra", "matplotlib", "sklearn", "diffusers"):
         assert f"'{heavy}'" not in loaded

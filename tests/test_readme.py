@@ -84,5 +84,8 @@ def test_help_lists_the_groups():
         "objective",
         "sde",
         "sampler",
+        "path",
+        "coupling",
+        "times",
     ):
         assert f"{group}:" in done.stdout

@@ -4,9 +4,9 @@ log |det dx(t_end) / dx(t_start)| = integral from t_start to t_end of (div v)(t,
 """
 
 from divflow.likelihood.augmented import Augmented
-from divflow.likelihood.conditioned import ConditionedField
+from divflow.likelihood.conditioned import ConditionedField, check_context
 from divflow.likelihood.penalties import PENALTIES
 from divflow.likelihood.quadrature import Quadrature
 from divflow.likelihood.transport import Likelihood, Transport
 
-__all__ = ["PENALTIES", "Augmented", "ConditionedField", "Likelihood", "Quadrature", "Transport"]
+__all__ = ["PENALTIES", "Augmented", "ConditionedField", "Likelihood", "Quadrature", "Transport", "check_context"]

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from divflow.divergence.field import checked_value
+from divflow.divergence.field import FieldError, checked_value
 
-__all__ = ["ConditionedField"]
+__all__ = ["ConditionedField", "check_context"]
 
 
 class ConditionedField(nn.Module):
@@ -45,3 +45,18 @@ class ConditionedField(nn.Module):
         if self.context is not None and self.context.requires_grad:
             tensors.append(self.context)
         return tensors
+
+
+def check_context(context: Tensor | None, x: Tensor) -> None:
+    """Refuse a context that is no tensor of one row a sample.
+
+    Raises:
+        FieldError: naming its shape.
+    """
+    if context is not None and not isinstance(context, Tensor):
+        raise FieldError(f"the context must be a tensor of one row a sample, but is a {type(context).__name__}")
+    if context is not None and (context.ndim == 0 or len(context) != len(x)):
+        raise FieldError(
+            f"the context needs one row a sample, ({len(x)}, ...), but has shape {tuple(context.shape)}; "
+            f"repeat a single one by context.expand({len(x)}, ...)"
+        )

@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 
 from divflow.arguments import check_generator
 
-__all__ = ["integers_like", "normal_like", "permutation_like", "uniform_like"]
+__all__ = ["integers_like", "normal_like", "permutation_like", "uniform_like", "uniform_times_like"]
 
 
 def normal_like(x: Tensor, generator: Generator | None = None) -> Tensor:
@@ -30,6 +30,16 @@ def permutation_like(x: Tensor, generator: Generator | None = None) -> Tensor:
     """The numbers of x's rows in random order, `(k,)`, on x's device."""
     device = _device(x, generator)
     return torch.randperm(len(x), generator=generator, device=device).to(x.device)
+
+
+def uniform_times_like(x: Tensor, generator: Generator | None = None, *, stratified: bool) -> Tensor:
+    """Uniform draws in [0, 1), one for each row of x, `(k,)`, in float64 on x's device.
+
+    Stratified, they come from k equal parts, one each, in random order: each is uniform, but their mean varies far
+    less (as Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    """
+    u = uniform_like(torch.empty(len(x), device=x.device, dtype=torch.float64), generator)
+    return (permutation_like(x, generator) + u) / max(1, len(x)) if stratified else u
 
 
 def _device(x: Tensor, generator: Generator | None) -> torch.device:

@@ -13,13 +13,12 @@ from divflow.density import FlowDensity
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.likelihood import PENALTIES
-from divflow.tasks.task import Task
-from divflow.transforms import Affine
+from divflow.tasks.flow_density import FlowDensityTask
 
 __all__ = ["FlowTask"]
 
 
-class FlowTask(Task):
+class FlowTask(FlowDensityTask):
     """Maximum likelihood: the loss is the mean of -log p(x) over the batch, in nats.
 
     Log-densities are those of the data, not of what the data module's transform T makes of them:
@@ -64,25 +63,14 @@ class FlowTask(Task):
         evaluation: ContinuousFlow | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            flow if isinstance(flow, FlowDensity) else FlowDensity(flow, Affine()), optimizer, scheduler, config
-        )
-        # In a tuple, so that it is no submodule: it shares the trained flow's parameters.
-        self._evaluation = (self.density.flow if evaluation is None else evaluation,)
+        super().__init__(flow, optimizer, scheduler, evaluation, config)
         self._regularization = _checked_regularization(regularization or {})
         self._last: FlowEvaluation | None = None
 
-    @property
-    def judged(self) -> FlowDensity:
-        """The density as validation and test evaluate it."""
-        return self.density.with_flow(self._evaluation[0])
-
     def check(self, batch: Tensor) -> None:
         """Before the first step: the velocity must be a field, and treat the samples independently."""
-        with torch.no_grad():
-            x, _ = self.density.transform(batch)
         flow = self.density.flow
-        check_field(flow.field(), flow.times()[0], x.to(self.density.dtype))
+        check_field(flow.field(), flow.times()[0], self.transformed(batch))
 
     def loss(self, batch: Tensor) -> Tensor:
         """The loss of a batch `(k, *event)`, in nats: the mean of -log p(x), and the regularization."""
@@ -106,10 +94,6 @@ class FlowTask(Task):
         """Log what the backward pass evaluated: something under an adjoint gradient, else nothing."""
         if self._last is not None:
             self.log("train/nfe_backward", self.count(self._last.evaluations.backward))
-
-    def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
-        """The log-density of a batch, and what is known of it."""
-        return self.judge_likelihood(self.judged, batch)
 
 
 def _checked_regularization(weights: Mapping[str, float]) -> dict[str, float]:

@@ -16,6 +16,7 @@ RUN = [setting for setting in FAST if not setting.startswith(("trainer.max_steps
 RUN += ["trainer.max_steps=60", "trainer.val_check_interval=7", "callbacks.last.every_n_steps=5"]
 VARIANTS = {
     "flow": [*SMALL_TOY, "estimator=hutchinson"],
+    "flow matching": [*SMALL_TOY, "task=flow_matching", "coupling=optimal_transport"],
     "score": [*SMALL_TOY, "task=score"],
     "accumulated gradients": [*SMALL_TOY, "+trainer.accumulate_grad_batches=3"],
     "digits": ["data=digits", "estimator=hutchinson"],
@@ -27,7 +28,12 @@ KILLS = [
     for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     for seed in range(1 if variant == "two processes" else 2)
 ]
-EVERY_RUN = [("flow", signal.SIGKILL, 0), ("score", signal.SIGTERM, 0), ("accumulated gradients", signal.SIGINT, 1)]
+EVERY_RUN = [
+    ("flow", signal.SIGKILL, 0),
+    ("flow matching", signal.SIGKILL, 1),
+    ("score", signal.SIGTERM, 0),
+    ("accumulated gradients", signal.SIGINT, 1),
+]
 
 
 def started(variant, folder, *more):

@@ -12,7 +12,7 @@ from divflow.divergence import Field
 from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import as_time, checked_state
 from divflow.score.field import Score, as_field
-from divflow.score.noise import normal_like, permutation_like, uniform_like
+from divflow.score.noise import normal_like, uniform_times_like
 from divflow.score.objectives.denoising import DenoisingScoreMatching
 from divflow.score.objectives.objective import Objective
 from divflow.score.sde import SDE, broadcast
@@ -110,9 +110,7 @@ class TimeConditionalScoreMatching(Objective):
 
     def draw_times(self, x: Tensor, generator: Generator | None = None) -> "DrawnTimes":
         """A time for each row of x, and the density that it was drawn from."""
-        u = uniform_like(torch.empty(len(x), device=x.device, dtype=torch.float64), generator)
-        if self.stratified:
-            u = (permutation_like(x, generator) + u) / max(1, len(x))
+        u = uniform_times_like(x, generator, stratified=self.stratified)
         low, high = self.sde.epsilon, self.sde.T
         if self.importance:
             knots, cumulative = self._importance_table_on(x.device)

@@ -1,0 +1,26 @@
+"""Flow matching: a flow's velocity is learnt by regression, and its ODE is solved only when it is used.
+
+Noise x_0 at t = 0 and data x_1 at t = 1 are paired by a `Coupling` and joined by a `Path`; the velocity is fitted to that
+of the paths at times drawn from a `Times`, and learns their mean, which carries the density of the noise to that of the data.
+"""
+
+from divflow.matching.coupling import Coupling, IndependentCoupling, OptimalTransportCoupling
+from divflow.matching.objective import ConditionalFlowMatching
+from divflow.matching.path import LinearPath, Path, PathPoint, TrigonometricPath, VariancePreservingPath
+from divflow.matching.times import LogitNormalTimes, MatchingError, Times, UniformTimes
+
+__all__ = [
+    "ConditionalFlowMatching",
+    "Coupling",
+    "IndependentCoupling",
+    "LinearPath",
+    "LogitNormalTimes",
+    "MatchingError",
+    "OptimalTransportCoupling",
+    "Path",
+    "PathPoint",
+    "Times",
+    "TrigonometricPath",
+    "UniformTimes",
+    "VariancePreservingPath",
+]

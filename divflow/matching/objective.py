@@ -1,0 +1,128 @@
+"""Conditional flow matching: a velocity fitted to those of paths from noise to data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Generator, Tensor
+
+from divflow.divergence import FieldError, check_field
+from divflow.divergence.check import accepts_sample_times
+from divflow.divergence.estimator import accumulation_dtype
+from divflow.divergence.field import as_time, checked_state, flatten_event
+from divflow.likelihood import ConditionedField, check_context
+from divflow.matching.coupling import Coupling, IndependentCoupling
+from divflow.matching.path import LinearPath, Path
+from divflow.matching.times import Times, UniformTimes, check_times
+from divflow.score.noise import normal_like
+
+__all__ = ["ConditionalFlowMatching"]
+
+_LINEAR, _INDEPENDENT, _UNIFORM = LinearPath(), IndependentCoupling(), UniformTimes()
+
+
+@dataclass(frozen=True)
+class ConditionalFlowMatching:
+    """The mean squared distance of a velocity v from that of paths (Lipman et al. 2023, arXiv:2210.02747, equation 9; Tong et al. 2024).
+
+        loss of a sample = 1 / D * sum over entries i of (v(t, x_t)_i - (dx_t/dt)_i)^2
+
+    a mean, not a sum, over the D entries of the event, so that the mean over a batch is that over all entries: the loss
+    of the packages flow_matching and torchcfm. No ODE is solved and nothing is differentiated in x.
+
+    The minimiser is the mean of the paths' velocities at each t and x, whose flow has the density of x_t at each t: that of the data at
+    t = 1. The loss at the minimum is the variance of those velocities, not zero, so that its size says little about
+    the density: judge by likelihood.
+
+    Args:
+        path: from noise to data.
+        coupling: of noise and data.
+        times: density that t is drawn from; it is not divided out, and weighs the times.
+
+    Raises:
+        ValueError: one of them is none.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(8, 2)
+        >>> ConditionalFlowMatching()(lambda t, x: -x, x).shape
+        torch.Size([8])
+    """
+
+    path: Path = _LINEAR
+    coupling: Coupling = _INDEPENDENT
+    times: Times = _UNIFORM
+
+    def __post_init__(self) -> None:
+        for name, kind in (("path", Path), ("coupling", Coupling), ("times", Times)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be an instance of {kind.__name__}, but is {getattr(self, name)!r}")
+
+    def __call__(
+        self,
+        velocity: Callable[..., Tensor],
+        x: Tensor,
+        generator: Generator | None = None,
+        *,
+        context: Tensor | None = None,
+        t: Tensor | float | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The losses of a batch, `(k,)`, differentiable in the velocity's parameters.
+
+        Args:
+            velocity: `v(t, x)`, or `v(t, x, context)` where there is a context, of x's shape, t one time a sample, `(k,)`.
+            x: data `(k, *event)`, of a floating dtype.
+            generator: of noise and times; torch's default one if None.
+            context: one row a sample, `(k, ...)`.
+            t: times in [0, 1], a scalar or one a sample; drawn if None.
+            noise: of the flow's base density, `(k, *event)`, before the coupling; standard normal if None.
+
+        Raises:
+            FieldError: x, t, the noise, the context or the velocity's value has a wrong type, shape, dtype or device.
+            MatchingError: t outside [0, 1], or what optimal transport can't pair.
+        """
+        x = checked_state(x)
+        noise = normal_like(x, generator) if noise is None else _checked_noise(noise, x)
+        if t is None:
+            t = self.times.draw(x, generator)
+        else:
+            t = as_time(t, x).expand(len(x))
+            check_times(t)
+        check_context(context, x)
+        point = self.path(t, self.coupling(noise, x, context), x)
+        error = ConditionedField(velocity, context)(t, point.x) - point.velocity
+        entries = flatten_event(error).to(accumulation_dtype(error))
+        return entries.square().sum(dim=1) / max(1, entries.shape[1])
+
+    def check(self, velocity: Callable[..., Tensor], x: Tensor, context: Tensor | None = None) -> None:
+        """Refuse a velocity that mixes the samples of a batch, or takes none but scalar times; call it once before training.
+
+        Args:
+            velocity: as in a call.
+            x: data `(k, *event)`.
+            context: one row a sample.
+
+        Raises:
+            FieldError: naming what is wrong and the remedy.
+        """
+        x = checked_state(x)
+        check_context(context, x)
+        field = ConditionedField(velocity, context)
+        check_field(field, 0.5, x)
+        if len(x) == 1:  # one sample has one time, which a velocity of scalar times takes, too
+            field, x = field.repeat(2), x.repeat(2, *[1] * (x.ndim - 1))
+        if len(x) and not accepts_sample_times(field, 0.0, 1.0, x):
+            raise FieldError(
+                "flow matching draws a time for each sample, but the velocity takes scalar times only, or not every time in "
+                f"its row: with t of shape ({len(x)},) it fails, or differs from its values at these times one by one. Bring "
+                "t to the columns of x in it: t.reshape(-1, 1).expand(len(x), 1)"
+            )
+
+
+def _checked_noise(noise: Tensor, x: Tensor) -> Tensor:
+    if noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
+        raise FieldError(
+            f"the noise must be of x's shape, dtype and device, {tuple(x.shape)}, {x.dtype} and {x.device}, but is of "
+            f"{tuple(noise.shape)}, {noise.dtype} and {noise.device}"
+        )
+    return noise

@@ -1,0 +1,144 @@
+"""Paths from noise to data, whose velocities a flow learns."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from divflow.arguments import check_numbers
+from divflow.score.sde import broadcast
+
+__all__ = ["LinearPath", "Path", "PathPoint", "TrigonometricPath", "VariancePreservingPath"]
+
+
+class PathPoint(NamedTuple):
+    """A point of a path and the velocity there.
+
+    Attributes:
+        x: x_t, `(k, *event)`.
+        velocity: dx_t/dt with both ends held fixed, `(k, *event)`.
+    """
+
+    x: Tensor
+    velocity: Tensor
+
+
+class PathCoefficients(NamedTuple):
+    """alpha and sigma of a path, and their derivatives in time, all of t's shape."""
+
+    alpha: Tensor
+    sigma: Tensor
+    alpha_slope: Tensor
+    sigma_slope: Tensor
+
+
+class Path(ABC):
+    """A path from noise x_0 at t = 0 to a datum x_1 at t = 1 (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571).
+
+        x_t = alpha(t) x_1 + sigma(t) x_0,   dx_t/dt = alpha'(t) x_1 + sigma'(t) x_0
+
+    The mean of dx_t/dt over the paths through a point is the velocity of a flow whose density at each t is that of x_t.
+
+    One of your own is a frozen dataclass that implements `coefficients`.
+    """
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """alpha, sigma and their derivatives at times in [0, 1], `()` or `(k,)`; all finite."""
+
+    def __call__(self, t: Tensor, noise: Tensor, data: Tensor) -> PathPoint:
+        """The point at time t, and the velocity there.
+
+        Args:
+            t: in [0, 1], a scalar or one a sample, `(k,)`.
+            noise: x_0, `(k, *event)`.
+            data: x_1, `(k, *event)`.
+        """
+        alpha, sigma, alpha_slope, sigma_slope = (broadcast(value, data) for value in self.coefficients(t))
+        return PathPoint(alpha * data + sigma * noise, alpha_slope * data + sigma_slope * noise)
+
+
+@dataclass(frozen=True)
+class LinearPath(Path):
+    """Straight lines: x_t = t x_1 + (1 - (1 - sigma_min) t) x_0, at constant velocity x_1 - (1 - sigma_min) x_0.
+
+    Lipman et al. (2023, arXiv:2210.02747, equations 20 to 23); without sigma_min the rectified flow of Liu et al. (2023,
+    arXiv:2209.03003) and, with a coupling of choice, the conditional flow matching of Tong et al. (2024, arXiv:2302.00482).
+
+    Args:
+        sigma_min: what is left of the noise at t = 1: the flow then models x_1 + sigma_min x_0. Zero for the data
+            themselves; a little keeps the velocity smooth where data lie on a surface or are few.
+
+    Raises:
+        ValueError: sigma_min outside [0, 1).
+    """
+
+    sigma_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(sigma_min=self.sigma_min)
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(f"sigma_min must lie in [0, 1), but is {self.sigma_min!r}; 0 leaves no noise in the data")
+
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """t, 1 - (1 - sigma_min) t, 1 and sigma_min - 1."""
+        slope = self.sigma_min - 1
+        return PathCoefficients(t, 1 + slope * t, torch.ones_like(t), torch.full_like(t, slope))
+
+
+@dataclass(frozen=True)
+class TrigonometricPath(Path):
+    """Arcs: x_t = sin(pi t / 2) x_1 + cos(pi t / 2) x_0 (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571).
+
+    alpha^2 + sigma^2 = 1, so that x_t is as large as independent ends of one size are.
+    """
+
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """Sine and cosine of pi t / 2, and their derivatives."""
+        sine, cosine = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
+        return PathCoefficients(sine, cosine, math.pi / 2 * cosine, -math.pi / 2 * sine)
+
+
+@dataclass(frozen=True)
+class VariancePreservingPath(Path):
+    """The paths of diffusion models, alpha^2 + sigma^2 = 1 (Lipman et al. 2023, arXiv:2210.02747, equations 18 and 19).
+
+        alpha = exp(-B(s) / 2),   sigma = sqrt(1 - exp(-B(s))),   B(s) = beta_min s + (beta_max - beta_min) s^2 / 2
+
+    where diffusion time s = 1 - (1 - epsilon) t falls from 1 to epsilon: at s = 0 itself sigma has no slope, and the mean of
+    the squared velocity over t would be infinite. So a little noise is left at t = 1, sigma(epsilon), 0.010 at the
+    defaults, and a little of the data is there at t = 0, alpha(1) = 0.0066, which flows from a standard normal leave out.
+    Data should have a standard deviation of about 1. Velocities change fast near t = 1: a flow on this path takes more
+    evaluations than on a straight one.
+
+    Args:
+        beta_min: rate of noise at s = 0.
+        beta_max: rate of noise at s = 1.
+        epsilon: diffusion time of the data.
+
+    Raises:
+        ValueError: not 0 < beta_min < beta_max, or epsilon outside (0, 1).
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_numbers(beta_min=self.beta_min, beta_max=self.beta_max, epsilon=self.epsilon)
+        if not 0 < self.beta_min < self.beta_max < math.inf:
+            raise ValueError(f"need 0 < beta_min < beta_max, but got {self.beta_min!r} and {self.beta_max!r}")
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon must lie in (0, 1), but is {self.epsilon!r}: at 0 the velocity is infinite")
+
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """See the class; dB/dt = -(1 - epsilon) beta, alpha' = -alpha B' / 2 and sigma' = alpha^2 B' / (2 sigma)."""
+        speed = 1 - self.epsilon
+        s = 1 - speed * t
+        slope = self.beta_max - self.beta_min
+        integral, rate = self.beta_min * s + slope / 2 * s**2, -speed * (self.beta_min + slope * s)
+        alpha, sigma = torch.exp(-integral / 2), (-torch.expm1(-integral)).sqrt()
+        return PathCoefficients(alpha, sigma, -alpha * rate / 2, alpha.square() * rate / (2 * sigma))

@@ -1,0 +1,60 @@
+"""What tasks share whose density is a flow: validation and test by its exact likelihood, however it is trained."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from divflow.density import FlowDensity
+from divflow.flow import ContinuousFlow
+from divflow.tasks.task import Task
+from divflow.transforms import Affine
+
+__all__ = ["FlowDensityTask"]
+
+
+class FlowDensityTask(Task):
+    """A flow that is trained, and judged by its log-density. A subclass implements `loss` and `check`.
+
+    Args:
+        flow: what is trained and saved: a flow, or a `FlowDensity`, which adds the data's transform to it.
+        optimizer: function of the parameters that makes the optimizer.
+        scheduler: function of the optimizer that makes a learning rate schedule, or None.
+        evaluation: the flow that judges in validation and test, which shares the trained one's velocity; the trained
+            one itself if None.
+        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density.
+    """
+
+    density: FlowDensity
+
+    def __init__(
+        self,
+        flow: ContinuousFlow | FlowDensity,
+        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None,
+        evaluation: ContinuousFlow | None,
+        config: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(
+            flow if isinstance(flow, FlowDensity) else FlowDensity(flow, Affine()), optimizer, scheduler, config
+        )
+        # In a tuple, so that it is no submodule: it shares the trained flow's parameters.
+        self._evaluation = (self.density.flow if evaluation is None else evaluation,)
+
+    @property
+    def judged(self) -> FlowDensity:
+        """The density as validation and test evaluate it."""
+        return self.density.with_flow(self._evaluation[0])
+
+    def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
+        """The log-density of a batch, and what is known of it."""
+        return self.judge_likelihood(self.judged, batch)
+
+    @torch.no_grad()
+    def transformed(self, batch: Tensor) -> Tensor:
+        """What the flow models: T(x) of data x, in the flow's dtype."""
+        y, _ = self.density.transform(batch)
+        return y.to(self.density.dtype)

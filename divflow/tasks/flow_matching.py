@@ -1,0 +1,81 @@
+"""Training a continuous normalizing flow by flow matching."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from divflow.arguments import check_count
+from divflow.density import FlowDensity
+from divflow.flow import ContinuousFlow
+from divflow.matching import ConditionalFlowMatching
+from divflow.tasks.flow_density import FlowDensityTask
+
+__all__ = ["FlowMatchingTask"]
+
+_OBJECTIVE = ConditionalFlowMatching()
+
+
+class FlowMatchingTask(FlowDensityTask):
+    """Flow matching: the loss is the mean of `ConditionalFlowMatching` over the batch, in the units of the transformed data squared.
+
+    Training solves no ODE: a step costs one evaluation of the velocity, forward and backward. The flow is judged by the exact
+    likelihood of the data, as `FlowTask` judges, which solves it; validate seldom.
+
+    Logged: `train/loss`; in validation and test what `FlowTask` logs there: `/nll` (nats), `/bits_per_dim`, `/gap`, `/nfe`,
+    `/nfe_divergence`, `/quadrature_error`, `/estimator_error`; in the test also the standard errors.
+
+    Args:
+        flow: what is trained and saved: a flow with t_base = 0 and t_data = 1, whose base gives the noise, or a `FlowDensity`, which
+            adds the data's transform to it. Its velocity takes one time a sample.
+        objective: path, coupling and times.
+        draws: pairs of noise and time for each datum in a step, 1 or more: they cost less than more data, and lower the variance
+            of the gradient almost as well.
+        optimizer: function of the parameters that makes the optimizer.
+        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every
+            training step; None for none.
+        evaluation: the flow that judges in validation and test, such as one of another estimator or solver that
+            shares the trained one's velocity; the trained one itself if None.
+        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density.
+
+    Raises:
+        ValueError: a flow whose times are others than those of the paths, or no draws.
+        FieldError: when training begins, a velocity that mixes the batch, or takes none but scalar times.
+        TrainingError: while training, a loss or gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        flow: ContinuousFlow | FlowDensity,
+        objective: ConditionalFlowMatching = _OBJECTIVE,
+        draws: int = 1,
+        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] = torch.optim.Adam,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        evaluation: ContinuousFlow | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(flow, optimizer, scheduler, evaluation, config)
+        check_count("draws", draws)
+        self.objective, self.draws = objective, draws
+        t_base, t_data = self.density.flow.times()
+        if (t_base, t_data) != (0.0, 1.0):
+            raise ValueError(
+                f"the paths of flow matching begin with noise at t = 0 and end with data at t = 1, but the flow has t_base={t_base:g} "
+                f"and t_data={t_data:g}; leave both at their defaults, t_base=0.0 and t_data=1.0"
+            )
+
+    def check(self, batch: Tensor) -> None:
+        """Before the first step: the velocity must be a field, treat the samples independently, and take a time for each."""
+        self.objective.check(self.density.flow.velocity, self.transformed(batch))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """The mean of the objective over a batch `(k, *event)`."""
+        flow, x = self.density.flow, self.transformed(batch)
+        x = x.repeat(self.draws, *[1] * (x.ndim - 1))
+        noise = flow.base.sample(len(x), None).to(x)
+        loss = self.objective(flow.velocity, x, noise=noise).mean()
+        self.log("train/loss", loss.detach())
+        return loss
