@@ -26,6 +26,7 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
         "negative log-likelihood": ("nll", "nats"),
         "gap to the truth": ("gap", "nats"),
         "discrete data": ("bits_per_dim", "bits/dim"),
+        "discrete data, importance-weighted": ("bits_per_dim_importance_weighted", "bits/dim"),
         "objective": ("loss", "up to a constant"),
         "Fisher divergence": ("fisher_divergence", "units of 1/x²"),
     }
@@ -33,9 +34,15 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
         if f"test/{name}" in results:
             error = results[f"test/{name}_standard_error"]
             table.add_row(title, f"{results[f'test/{name}']:.4f} ± {error:.4f}", unit)
-            if results.get(f"test/{name}_estimator_error"):
-                table.add_row("  of that ±, by its probes", f"{results[f'test/{name}_estimator_error']:.1e}", unit)
-    for title, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
+            for part, kind in {"its probes": "estimator", "the dequantization": "dequantization"}.items():
+                if results.get(f"test/{name}_{kind}_error"):
+                    table.add_row(f"  of that ±, by {part}", f"{results[f'test/{name}_{kind}_error']:.1e}", unit)
+    errors = {
+        "quadrature error": "quadrature_error",
+        "estimator error": "estimator_error",
+        "dequantization error": "dequantization_error",
+    }
+    for title, name in errors.items():
         if results.get(f"test/{name}"):
             table.add_row(title, f"{results[f'test/{name}']:.1e}", "nats per sample")
     if "test/nfe" in results:
