@@ -27,7 +27,8 @@ def load(
 ) -> FlowDensity | UnnormalizedDensity:
     """A trained density, in eval mode: `log_prob` and `sample`, and `score` if it was trained by score matching.
 
-    Everything is in the units of its data; a score that was trained without an SDE has no `log_prob`.
+    Everything is in the units of its data, whose columns, where these have names, are `columns`; a score that was trained
+    without an SDE has no `log_prob`.
 
     The file is read with `weights_only=True`, so no code in it runs, and the density is rebuilt from the names of
     classes in it only where these belong to divflow or torch.nn, or are given in `allow`.
@@ -54,6 +55,7 @@ def load(
         )
     config = checkpoint["divflow"]
     allowed = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in allow}
+    columns = config.pop("columns", None)  # only names, whatever they look like
     check_targets(config, allowed)
     density = build_density(config)
     state = {
@@ -62,6 +64,7 @@ def load(
         if name.startswith("density.")
     }
     load_state(density, state, path)
+    density.columns = columns
     return density.to(map_location).eval()
 
 
