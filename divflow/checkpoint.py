@@ -37,7 +37,8 @@ def load(
 ) -> FlowDensity | UnnormalizedDensity:
     """A trained density, in eval mode: `log_prob` and `sample`, and `score` if it was trained by score matching.
 
-    Everything is in the units of its data; a score that was trained without an SDE has no `log_prob`.
+    Everything is in the units of its data, whose columns, where these have names, are `columns`; a score that was trained
+    without an SDE has no `log_prob`.
 
     The file is read with `weights_only=True`, so no code in it runs, and the density is rebuilt from the names of
     classes in it only where these belong to divflow or torch.nn, or are given in `allow`.
@@ -73,11 +74,13 @@ def rebuild(
             f"{path} has no description of a density: it was not written by train.py (but by a task without config); "
             "build the density yourself and use load_state_dict"
         )
-    config = checkpoint["divflow"]
+    config = dict(checkpoint["divflow"])
     allowed = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in allow}
+    columns = config.pop("columns", None)  # only names, whatever they look like
     check_targets(config, allowed)
     density = build_density(config)
     load_state(density, _density_state(checkpoint), path)
+    density.columns = columns
     return density.eval()
 
 

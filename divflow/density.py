@@ -25,7 +25,12 @@ class FlowDensity(nn.Module):
     Args:
         flow: of the transformed data.
         transform: from the data, with its log-determinant.
+
+    Attributes:
+        columns: the names of the data's columns, where it was loaded back and these have names; else None.
     """
+
+    columns: list[str] | None = None
 
     def __init__(self, flow: ContinuousFlow, transform: Transform) -> None:
         super().__init__()
@@ -127,9 +132,14 @@ class UnnormalizedDensity(nn.Module):
         levels: the noise levels that the score was trained at and takes for its time, the least of which stands for
             the data; None for a score of one time, t = 0, whatever step sizes the sampler takes.
 
+    Attributes:
+        columns: the names of the data's columns, as of `FlowDensity`.
+
     Raises:
         ValueError: a sampler of other levels.
     """
+
+    columns: list[str] | None = None
 
     def __init__(
         self,

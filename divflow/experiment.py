@@ -117,6 +117,8 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
     names = ("network", "estimator", "likelihood", "solver", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
     density_config |= {"event_shape": list(data.event_shape), "transform": data.transform.config()}
+    if hasattr(data, "columns"):
+        density_config["columns"] = list(data.columns)
     density = build_density(density_config)
     make = instantiate(config.task, _partial_=True, _convert_="all")
     # What is loaded back evaluates as the test did, and not as loosely as training.

@@ -24,6 +24,7 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
         "negative log-likelihood": ("nll", "nats"),
         "gap to the truth": ("gap", "nats"),
         "discrete data": ("bits_per_dim", "bits/dim"),
+        "discrete data, importance-weighted": ("bits_per_dim_importance_weighted", "bits/dim"),
         "objective": ("loss", "up to a constant"),
         "Fisher divergence": ("fisher_divergence", "units of 1/x²"),
     }
@@ -31,9 +32,15 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
         if name in metrics:
             error = metrics[f"{name}_standard_error"]
             table.add_row(name_shown, f"{metrics[name]:.4f} ± {error:.4f}", unit)
-            if metrics.get(f"{name}_estimator_error"):
-                table.add_row("  of that ±, by its probes", f"{metrics[f'{name}_estimator_error']:.1e}", unit)
-    for name_shown, name in {"quadrature error": "quadrature_error", "estimator error": "estimator_error"}.items():
+            for part, kind in {"its probes": "estimator", "the dequantization": "dequantization"}.items():
+                if metrics.get(f"{name}_{kind}_error"):
+                    table.add_row(f"  of that ±, by {part}", f"{metrics[f'{name}_{kind}_error']:.1e}", unit)
+    errors = {
+        "quadrature error": "quadrature_error",
+        "estimator error": "estimator_error",
+        "dequantization error": "dequantization_error",
+    }
+    for name_shown, name in errors.items():
         if metrics.get(name):
             table.add_row(name_shown, f"{metrics[name]:.1e}", "nats per sample")
     if "nfe" in metrics:

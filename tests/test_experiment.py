@@ -1,11 +1,13 @@
 """Whole runs of the real configs, for a few steps."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from run import FAST, SMALL_TOY, config
 
 import divflow
@@ -197,6 +199,30 @@ def test_digits_report_bits_per_dimension_of_the_discrete_data(tmp_path):
     error = results["test/nll_standard_error"] / (64 * math.log(2))
     np.testing.assert_allclose(results["test/bits_per_dim_standard_error"], error, rtol=1e-3)
     assert 2 < bits < 4.1  # log2(17) = 4.09 is the uniform distribution
+
+
+@pytest.mark.parametrize("estimator", ["exact", "hutchinson"])
+def test_a_folder_of_images_of_ones_own(tmp_path, estimator):
+    """The bits per dimension are those of the file's own bytes, however the noise was drawn."""
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
+    settings = ["dequantization=truncated_normal", "data.num_draws=3", f"estimator@evaluation.estimator={estimator}"]
+    settings += ["evaluation.estimator.num_probes=2"] if estimator == "hutchinson" else []
+    warned = pytest.warns(UserWarning, match="importance-weighted") if estimator == "hutchinson" else nullcontext()
+    with warned:
+        results = run(tmp_path / "run", "data=images", f"data.path={tmp_path}/photos", *settings, toy=False)
+    assert 7.9 < results["test/bits_per_dim"] < 11  # of noise: 8, and what is lost to the bound and to four rows
+    assert ("test/bits_per_dim_importance_weighted" in results) == (estimator == "exact")
+    if estimator == "exact":
+        assert 7.9 < results["test/bits_per_dim_importance_weighted"] < results["test/bits_per_dim"]
+    else:
+        assert results["test/bits_per_dim_estimator_error"] > 0
+    assert 0 < results["test/bits_per_dim_dequantization_error"] < results["test/bits_per_dim_standard_error"] * 3
+    density = divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert density.sample(2).shape == (2, 3, 4, 6)
+    assert (tmp_path / "run" / "figures" / "final.png").is_file()
 
 
 def test_images_through_a_convolutional_network(tmp_path):

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
@@ -12,14 +12,23 @@ from torch import Generator, Tensor
 
 from divflow.build import ConfigError
 from divflow.cli.output import batches, check_output, write_table
-from divflow.cli.trained import check_model, data_config, load_trained
+from divflow.cli.trained import check_model, data_config, launched, load_trained, named_device
 from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.report import metrics_table
+
+if TYPE_CHECKING:  # both import Lightning, and mistakes are told before
+    from lightning.fabric import Fabric
+
+    from divflow.data import TensorDataModule
 
 __all__ = ["run"]
 
 _SPLITS = ("train", "val", "test", "all")
+# The columns of the file; those that are known of discrete data only are left out for others.
 _COLUMNS = ("log_prob", "standard_error", "quadrature_error")
+_DISCRETE = ("bits_per_dim", "bits_per_dim_importance_weighted")
+_AVERAGED = ("nll", "gap", *_DISCRETE, "nfe", "nfe_divergence", "quadrature_error")
+_VARIANCES = ("estimator_variance", "dequantization_variance")
 
 
 def run(config: DictConfig) -> float:
@@ -28,6 +37,7 @@ def run(config: DictConfig) -> float:
     out = check_output(config.out, (".csv", ".npy"), config.overwrite)
     if config.split not in _SPLITS:
         raise ConfigError(f"there is no split {config.split!r}; it must be one of {', '.join(_SPLITS)}")
+    named_device(config.device, several=True)
     trained = load_trained(config)
     if isinstance(trained.density, UnnormalizedDensity):
         raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density; sample from it instead")
@@ -40,10 +50,14 @@ def run(config: DictConfig) -> float:
             "the columns, or data.event_shape, must be those of the training"
         )
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
-    values = _judged(trained.density, rows, size, torch.seed() if config.seed is None else config.seed)
-    write_table(out, _COLUMNS, torch.stack([values[name] for name in _COLUMNS], dim=1).numpy())
-    metrics = _metrics(values, None if data is None else data.log_prob(rows), getattr(data, "levels", None), shape)
-    _print(metrics, f"{trained.name}: {len(rows)} rows, split {config.split}", out)
+    fabric = launched(config.device)
+    values = _judged(fabric, trained.density, rows, data, size, config.seed)
+    metrics = _metrics(values, None if data is None else data.bit_per_dim)
+    if fabric.is_global_zero:
+        names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]
+        write_table(out, names, torch.stack([values[name] for name in names], dim=1).numpy())
+        _print(metrics, f"{trained.name}: {len(rows)} rows, split {config.split}", out)
+    fabric.barrier()
     return metrics["nll"]
 
 
@@ -54,7 +68,7 @@ def _rows(settings: dict[str, Any], split: str) -> tuple[Tensor, Any]:
     from divflow.data.table import read_table
 
     if split == "all" and settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table"):
-        rows, names = read_table(settings["path"], settings.get("columns"))
+        rows, names = read_table(settings["path"], settings.get("columns"), settings.get("separator", ","))
         check_finite(rows, names)
         return rows, None
     data = instantiate(settings, _convert_="all")
@@ -67,44 +81,43 @@ def _rows(settings: dict[str, Any], split: str) -> tuple[Tensor, Any]:
 
 
 @torch.no_grad()
-def _judged(density: FlowDensity, rows: Tensor, size: int, seed: int) -> dict[str, Tensor]:
-    """What is known of every row, by name, `(n,)`; NaN where it is not."""
+def _judged(
+    fabric: "Fabric", density: FlowDensity, rows: Tensor, data: "TensorDataModule | None", size: int, seed: int | None
+) -> dict[str, Tensor]:
+    """What is known of every row, by name, `(n,)`; NaN where it is not. Each process takes its share of the batches.
+
+    A batch has noise of its own, so that the numbers are the same for any number of processes.
+    """
     from divflow.data.order import combined_seed
+    from divflow.tasks.judging import judge_likelihood
 
-    device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
-    found: dict[str, list[Tensor]] = {name: [] for name in (*_COLUMNS, "nfe", "nfe_divergence")}
-    for number, part in enumerate(batches(len(rows), size, "Evaluating")):
-        generator = Generator(device).manual_seed(combined_seed(seed, number))
-        result = density.evaluate(rows[part].to(device), generator=generator)
-        for name in _COLUMNS:
-            value = getattr(result, name)
-            found[name].append(torch.full_like(result.log_prob, math.nan) if value is None else value)
-        for name, count in {"nfe": "forward", "nfe_divergence": "divergence"}.items():
-            found[name].append(torch.full_like(result.log_prob, getattr(result.evaluations, count)))
-    return {name: torch.cat(values).cpu() for name, values in found.items()}
+    seed = fabric.broadcast(torch.seed() if seed is None else seed)
+    density = density.to(fabric.device)
+    found = torch.zeros(len(rows), len(_AVERAGED) + len(_VARIANCES), dtype=torch.float64)
+    for number, part in enumerate(batches(len(rows), size, "Evaluating", shown=fabric.is_global_zero)):
+        if number % fabric.world_size != fabric.global_rank:
+            continue
+        generator = Generator(fabric.device).manual_seed(combined_seed(seed, number))
+        batch = rows[part].to(fabric.device)
+        judged = judge_likelihood(density, batch, data, 1 if data is None else data.num_draws, generator)
+        for i, name in enumerate((*_AVERAGED, *_VARIANCES)):
+            value = judged.get(name)
+            found[part, i] = math.nan if value is None else value.to(found)
+    gathered: Any = fabric.all_reduce(found.to(fabric.device), reduce_op="sum")
+    values = dict(zip((*_AVERAGED, *_VARIANCES), gathered.cpu().unbind(dim=1), strict=True))
+    return values | {"log_prob": -values["nll"], "standard_error": values["estimator_variance"].sqrt()}
 
 
-def _metrics(
-    values: dict[str, Tensor], truth: Tensor | None, levels: int | None, shape: tuple[int, ...]
-) -> dict[str, float]:
+def _metrics(values: dict[str, Tensor], bit_per_dim: float | None) -> dict[str, float]:
     """Means with their standard errors, by the names of a run's results."""
-    values = {name: value.double() for name, value in values.items()}
-    count, nll = len(values["log_prob"]), -values["log_prob"]
-    averaged = {"nll": nll} | ({} if truth is None else {"gap": truth.double() + nll})
-    metrics = {name: value.mean().item() for name, value in averaged.items()}
-    metrics |= {f"{name}_standard_error": (value.std() / count**0.5).item() for name, value in averaged.items()}
-    variance = values["standard_error"].square().mean().item()
-    if variance > 0:  # neither exact nor unknown
-        metrics |= {"estimator_error": variance**0.5, "nll_estimator_error": (variance / count) ** 0.5}
-    metrics |= {name: values[name].mean().item() for name in ("nfe", "nfe_divergence")}
-    if not values["quadrature_error"].isnan().any():
-        metrics["quadrature_error"] = values["quadrature_error"].mean().item()
-    if levels is not None:
-        unit = math.prod(shape) * math.log(2)
-        scaled = [name for name in metrics if name.startswith("nll_")]
-        metrics |= {name.replace("nll", "bits_per_dim"): metrics[name] / unit for name in scaled}
-        metrics["bits_per_dim"] = metrics["nll"] / unit + math.log2(levels)
-    return metrics
+    from divflow.tasks.metrics import MeanWithStandardError, summarized
+
+    averages: dict[str, MeanWithStandardError] = {}
+    for name in (*_AVERAGED, *_VARIANCES):
+        if not values[name].isnan().any():
+            averages[name] = MeanWithStandardError()
+            averages[name].update(values[name])
+    return {name: value.item() for name, value in summarized(averages, bit_per_dim, errors=True).items()}
 
 
 def _print(metrics: dict[str, float], title: str, out: Path) -> None:

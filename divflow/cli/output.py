@@ -53,11 +53,11 @@ def write_figure(path: Path, figure: "Figure") -> None:
         figure.savefig(part, dpi=150, format="png")
 
 
-def batches(number: int, size: int, doing: str) -> Iterator[slice]:
-    """Slices of at most `size` out of `number`, with a progress bar on a terminal."""
+def batches(number: int, size: int, doing: str, *, shown: bool = True) -> Iterator[slice]:
+    """Slices of at most `size` out of `number`, with a progress bar on a terminal if it is to be `shown`."""
     slices = [slice(start, min(start + size, number)) for start in range(0, number, size)]
     console = Console(stderr=True)
-    yield from track(slices, doing, console=console, disable=not sys.stderr.isatty(), transient=True)
+    yield from track(slices, doing, console=console, disable=not (shown and sys.stderr.isatty()), transient=True)
 
 
 @contextlib.contextmanager

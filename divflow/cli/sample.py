@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Generator, Tensor
 
 from divflow.cli.output import batches, check_output, write_figure, write_table
-from divflow.cli.trained import check_least, check_model, data_config, load_trained
+from divflow.cli.trained import check_least, check_model, data_config, load_trained, named_device
 from divflow.density import FlowDensity, UnnormalizedDensity
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ def run(config: DictConfig) -> None:
     check_model(config)
     out = check_output(config.out, (".csv", ".npy", ".png"), config.overwrite)
     check_least("num_samples", config.num_samples, 1)
+    device = named_device(config.device)
     trained = load_trained(config)
+    trained.density.to(device)
     data = data_config(config, trained.columns) if out.suffix == ".png" else None  # refused before the work is done
     seed = torch.seed() if config.seed is None else config.seed
     samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed)

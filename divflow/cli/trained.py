@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from hydra.utils import get_class, get_object, instantiate
@@ -17,7 +17,10 @@ from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.flow import ContinuousFlow
 from divflow.transforms import Affine
 
-__all__ = ["Trained", "check_least", "check_model", "data_config", "load_trained"]
+if TYPE_CHECKING:  # it imports Lightning, and mistakes are told before
+    from lightning.fabric import Fabric
+
+__all__ = ["Trained", "check_least", "check_model", "data_config", "launched", "load_trained", "named_device"]
 
 
 @dataclass(frozen=True)
@@ -73,27 +76,26 @@ def load_trained(config: DictConfig) -> Trained:
     """The density of a checkpoint, or that of a function of one's own, evaluated as the config says.
 
     Args:
-        config: with `ckpt_path` and `allow`, or `model`; `device`; and `estimator`, `likelihood`, `solver`, as far as
+        config: with `ckpt_path` and `allow`, or `model`; and `estimator`, `likelihood`, `solver`, as far as
             they shall be others than those the density has.
 
     Raises:
         CheckpointError: a checkpoint that can't be read or is not allowed.
         ConfigError: what the function made is no density.
     """
-    device = _device(config.device)
     if config.ckpt_path is None:
         density, name, columns = _made(config.model), config.model._target_, None
     else:
         checkpoint = read_checkpoint(Path(config.ckpt_path).expanduser())
         density = rebuild(checkpoint, config.ckpt_path, _classes(config.allow))
         name = which_weights(checkpoint, config.ckpt_path)
-        columns = checkpoint["divflow"].get("columns") or _saved_data(config).get("columns")
+        columns = density.columns or _saved_data(config).get("columns")
     ways = build_ways(_plain(config))
     if ways:
         if not isinstance(density, FlowDensity):
             raise ConfigError(f"{name} is a score without SDE, which has no flow: it takes no {', '.join(ways)}")
         density = density.with_flow(density.flow.replace(**ways))
-    return Trained(density.to(device).eval(), name, None if columns is None else [str(column) for column in columns])
+    return Trained(density.eval(), name, None if columns is None else [str(column) for column in columns])
 
 
 def _classes(names: Iterable[str]) -> list[type]:
@@ -177,8 +179,29 @@ def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
     return made
 
 
-def _device(device: DictConfig) -> torch.device:
-    if device.strategy != "auto" or device.devices not in ("auto", 1) or device.num_nodes != 1:
+def launched(device: DictConfig) -> "Fabric":
+    """The processes of a command: those that `device` names, as in training; this one is one of them.
+
+    Raises:
+        ConfigError: a GPU that is not there, or another precision than `32-true`.
+    """
+    from lightning.fabric import Fabric
+
+    accelerator = named_device(device, several=True).type if device.accelerator == "auto" else device.accelerator
+    fabric = Fabric(
+        accelerator=accelerator, strategy=device.strategy, devices=device.devices, num_nodes=device.num_nodes
+    )
+    fabric.launch()
+    return fabric
+
+
+def named_device(device: DictConfig, *, several: bool = False) -> torch.device:
+    """The device that is named, in this process.
+
+    Raises:
+        ConfigError: several processes, unless these are taken, a GPU that is not there, or another precision.
+    """
+    if not several and (device.strategy != "auto" or device.devices not in ("auto", 1) or device.num_nodes != 1):
         raise ConfigError("this command runs in one process, on one device: device=auto, device=cpu or device=gpu")
     if device.precision != "32-true":
         raise ConfigError(f"device.precision={device.precision} is for training; this command takes 32-true")

@@ -1,9 +1,28 @@
-"""Lightning data modules: toy densities with a known log-density, handwritten digits, a table of one's own."""
+"""Lightning data modules: toy densities with a known log-density, handwritten digits, images and tables of one's own."""
 
-from divflow.data.digits import Digits
+from divflow.data.dequantization import Dequantization, TruncatedNormalDequantization, UniformDequantization
+from divflow.data.digits import Digits, Mnist
+from divflow.data.discrete import DiscreteImages
+from divflow.data.images import Images
 from divflow.data.module import DataError, TensorDataModule
 from divflow.data.table import Table
 from divflow.data.toy import Toy
 from divflow.transforms import Affine, Compose, Logit, Transform
 
-__all__ = ["Affine", "Compose", "DataError", "Digits", "Logit", "Table", "TensorDataModule", "Toy", "Transform"]
+__all__ = [
+    "Affine",
+    "Compose",
+    "DataError",
+    "Dequantization",
+    "Digits",
+    "DiscreteImages",
+    "Images",
+    "Logit",
+    "Mnist",
+    "Table",
+    "TensorDataModule",
+    "Toy",
+    "Transform",
+    "TruncatedNormalDequantization",
+    "UniformDequantization",
+]

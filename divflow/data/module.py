@@ -1,5 +1,6 @@
 """What all data modules share: tensors split by seed, loaders for one process or several."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from divflow.data.dequantization import Dequantization, UniformDequantization, dequantize, quantize
 from divflow.data.order import ShuffledRows, combined_seed
 from divflow.errors import DivflowError
 from divflow.transforms import Affine, Transform
@@ -52,8 +54,10 @@ class TensorDataModule(L.LightningDataModule):
     Attributes:
         event_shape: shape of one sample.
         transform: from the data to what the flow models, fitted on the training split.
-        levels: for discrete data n made continuous, y = (n + u) / levels with uniform noise u, their number of
-            values, from which bits per dimension are reckoned; None for continuous data.
+        levels: for discrete data n made continuous, y = (n + u) / levels with noise u, their number of values, from
+            which bits per dimension are reckoned; None for continuous data.
+        dequantization: the noise u of discrete data.
+        num_draws: of that noise, for each row of the test.
         images: whether samples are drawn as a grid of images.
 
     In several processes each trains on its share of every epoch; evaluation divides the rows without
@@ -65,6 +69,8 @@ class TensorDataModule(L.LightningDataModule):
     test: Rows
     event_shape: tuple[int, ...]
     levels: int | None = None
+    dequantization: Dequantization = UniformDequantization()
+    num_draws: int = 1
     images: bool = False
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
@@ -85,6 +91,32 @@ class TensorDataModule(L.LightningDataModule):
     def score(self, x: Tensor) -> Tensor | None:
         """The true score of x, grad log p(x), `(k, *event)`, where it is known."""
         return None
+
+    @property
+    def bit_per_dim(self) -> float | None:
+        """One bit per dimension in nats, D log 2; None for data that are not discrete."""
+        return None if self.levels is None else math.prod(self.event_shape) * math.log(2)
+
+    def bits_per_dim(self, log_prob: Tensor, x: Tensor) -> Tensor | None:
+        """A bound on -log2 P(n) / D of the discrete data n, where `log_prob` is their log-density at x; None for others.
+
+            -(log p(x) - log q(u)) / (D log 2) + log2(levels)      (see `Dequantization`)
+
+        Args:
+            log_prob: of the batch, in nats, `(k,)`.
+            x: the batch `(k, *event)`.
+        """
+        if self.levels is None or self.bit_per_dim is None:
+            return None
+        _, noise = quantize(x, self.levels)
+        return (self.dequantization.log_density(noise) - log_prob) / self.bit_per_dim + math.log2(self.levels)
+
+    def redrawn(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        """The discrete data of the batch x `(k, *event)` with other noise; others as they are."""
+        if self.levels is None:
+            return x
+        values, _ = quantize(x, self.levels)
+        return dequantize(values, self.levels, self.dequantization, generator)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches; an incomplete last one is left out unless it is the only one."""

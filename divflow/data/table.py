@@ -1,5 +1,6 @@
 """A table of one's own: the numeric columns of a .csv, .npy or .parquet file."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +11,21 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from divflow.data.dependence import TOLERANCE, dependent_columns
 from divflow.data.module import DataError, Rows, TensorDataModule, check_finite, split_rows
+from divflow.data.separator import apparent_separator, checked_separator
 from divflow.transforms import Affine
 
 __all__ = ["Table", "read_table"]
 
 
 class Table(TensorDataModule):
-    """Rows of numbers from a file, one row a sample, standardized by the training rows.
+    r"""Rows of numbers from a file, one row a sample, standardized by the training rows.
 
-    The standardization's log-determinant is accounted for: log-densities are per unit of the file's columns.
+    The standardization's log-determinant is accounted for: log-densities are per unit of the file's columns. Booleans are
+    taken as 0 and 1. Columns that are linear functions of others (a sum beside its terms, all columns of a one-hot code)
+    are warned of, since the rows then lie in a plane, where a density has no bound; neither has it where a column
+    takes few values, such as booleans: its likelihood grows for as long as training goes on, and says little.
 
     Args:
         path: a `.csv` (with or without a header), `.parquet`, or `.npy` of shape (rows, columns).
@@ -29,10 +35,11 @@ class Table(TensorDataModule):
         val_fraction: share of the rows held out for validation.
         test_fraction: share of the rows held out for the test.
         seed: of the split.
+        separator: of a `.csv`, one character; `\t` is the tab.
 
     Raises:
-        DataError: a missing file, another format, missing, non-numeric or constant columns, rows that are not
-            finite, or too few of them; each named.
+        DataError: a missing file, another format or separator, missing, non-numeric or constant columns, rows that are
+            not finite, or too few of them; each named.
     """
 
     def __init__(
@@ -44,9 +51,10 @@ class Table(TensorDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         seed: int = 0,
+        separator: str = ",",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        rows, self.columns = read_table(path, columns)
+        rows, self.columns = read_table(path, columns, separator)
         check_finite(rows, self.columns)
         train, val, test = split_rows(rows, val_fraction, test_fraction, seed)
         constant = [name for name, deviation in zip(self.columns, train.std(dim=0), strict=True) if deviation == 0]
@@ -55,31 +63,54 @@ class Table(TensorDataModule):
                 f"column {', '.join(constant)} is constant over the training rows, so it has no density; leave it out, "
                 "by columns=[...]"
             )
+        _warn_of_dependence(train, self.columns)
         self.event_shape = (rows.shape[1],)
         self.transform = Affine(train.mean(dim=0), train.std(dim=0))
         self.train, self.val, self.test = Rows(train), Rows(val), Rows(test)
 
 
-def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[Tensor, list[str]]:
+def _warn_of_dependence(rows: Tensor, names: Sequence[str]) -> None:
+    dependent = dependent_columns(rows)
+    if dependent:
+        functions = [f"{names[i]} (of {_listed([names[j] for j in others])})" for i, others in dependent.items()]
+        rest = ",".join(name for i, name in enumerate(names) if i not in dependent)
+        warnings.warn(
+            f"over the {len(rows)} training rows these columns are linear functions of others, to {TOLERANCE:g} of their "
+            f"standard deviation: {_listed(functions)}. The density is degenerate and its likelihood unbounded; leave them "
+            f"out, by columns=[{rest}]",
+            stacklevel=3,
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def read_table(
+    path: str | Path, columns: Sequence[str] | None = None, separator: str = ","
+) -> tuple[Tensor, list[str]]:
     """The chosen columns of a file as float64, `(rows, columns)` in the file's order, and their names.
 
     Args:
         path: a `.csv` (with or without a header), `.parquet`, or `.npy` of shape (rows, columns).
         columns: their names, in the order to take them; all if None.
+        separator: of a `.csv`, one character.
 
     Raises:
-        DataError: a missing file, another format, missing or non-numeric columns.
+        DataError: a missing file, another format or separator, missing or non-numeric columns.
     """
-    path = Path(path).expanduser()
+    path, separator = Path(path).expanduser(), checked_separator(separator)
     if not path.is_file():
         raise DataError(
             f"there is no file {path} (looked in {Path.cwd()}); set data.path to a .csv, .npy or .parquet file"
         )
+    if separator != "," and path.suffix != ".csv":
+        raise DataError(f"separator={separator!r} is that of a .csv file, but {path.name} is none")
     try:
         if path.suffix == ".npy":
             table = _from_array(np.load(path, allow_pickle=False), path)
         elif path.suffix == ".csv":
-            table = _from_csv(path)
+            table = _from_csv(path, separator)
         elif path.suffix == ".parquet":
             table = pa.parquet.read_table(path)
         else:
@@ -95,10 +126,14 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[
         if missing:
             raise DataError(f"{path.name} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
         table = table.select([str(name) for name in columns])
-    text = [f"{field.name} ({field.type})" for field in table.schema if not _is_number(field.type)]
+    text = [
+        f"{field.name} ({field.type}, such as {column[0].as_py()!r})"
+        for field, column in zip(table.schema, table.columns, strict=True)
+        if not _is_number(field.type) and len(column)
+    ]
     if text:
         raise DataError(
-            f"{path.name} has columns that are not numbers: {', '.join(text)}; leave them out, by columns=[...], or encode them"
+            f"{path.name} has columns that are not numbers: {_listed(text)}; leave them out, by columns=[...], or encode them"
         )
     if table.num_columns == 0:
         raise DataError(f"{path.name} has no columns")
@@ -107,7 +142,7 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> tuple[
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _from_array(array: np.ndarray, path: Path) -> pa.Table:
@@ -116,10 +151,18 @@ def _from_array(array: np.ndarray, path: Path) -> pa.Table:
     return pa.table({str(i): column for i, column in enumerate(array.T)})
 
 
-def _from_csv(path: Path) -> pa.Table:
-    table = pa.csv.read_csv(path)
+def _from_csv(path: Path, separator: str) -> pa.Table:
+    other = apparent_separator(path, separator)
+    if other is not None:
+        raise DataError(
+            f"the columns of {path.name} seem to be separated by {other!r}, and not by {separator!r}; set it by "
+            f'"data.separator={other!r}" (with both quotes)'
+        )
+    parsing = pa.csv.ParseOptions(delimiter=separator)
+    table = pa.csv.read_csv(path, parse_options=parsing)
     if all(_parses(name) for name in table.column_names):  # no header: its first row is data
-        return pa.csv.read_csv(path, read_options=pa.csv.ReadOptions(autogenerate_column_names=True))
+        options = pa.csv.ReadOptions(autogenerate_column_names=True)
+        return pa.csv.read_csv(path, read_options=options, parse_options=parsing)
     return table
 
 

@@ -32,6 +32,9 @@ class FlowTask(FlowDensityTask):
     also the standard errors `test/nll_standard_error`, and those of bits per dimension and gap. A stochastic estimator
     adds `/estimator_error`, the standard error of one sample's log-density over its probes (root mean square, nats),
     and, in the test, `/nll_estimator_error` and `/bits_per_dim_estimator_error`, what that leaves of error in the mean.
+    Where the data module draws noise several times for each row of the test (`num_draws`), log-densities are averages over
+    the draws, `/dequantization_error` and `/bits_per_dim_dequantization_error` say the same of that noise, and
+    `/bits_per_dim_importance_weighted` is the nearer bound, where the divergence is exact.
 
     Args:
         flow: what is trained and saved: a flow, or a `FlowDensity`, which adds the data's transform to it.
@@ -86,8 +89,9 @@ class FlowTask(FlowDensityTask):
         self.log("train/nfe_divergence", self.count(result.evaluations.divergence))
         if result.quadrature_error is not None:
             self.log("train/quadrature_error", result.quadrature_error.mean())
-        if (bits := self.bits_per_dim(nll.detach())) is not None:
-            self.log("train/bits_per_dim", bits)
+        bits = None if self.data is None else self.data.bits_per_dim(result.log_prob.detach(), batch)
+        if bits is not None:
+            self.log("train/bits_per_dim", bits.mean())
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

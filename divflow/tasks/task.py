@@ -1,6 +1,5 @@
 """What all training tasks share: optimizer, judging by averages with standard errors, checkpoints, a stop at NaN."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ from divflow.data.module import TensorDataModule
 from divflow.data.order import combined_seed
 from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
-from divflow.tasks.metrics import MeanWithStandardError
+from divflow.tasks.judging import judge_likelihood
+from divflow.tasks.metrics import MeanWithStandardError, summarized
 
 __all__ = ["Task", "TrainingError"]
 
@@ -166,27 +166,11 @@ class Task(L.LightningModule):
         """A number to log, filled in on the device: Lightning would copy it there, for which the host waits."""
         return torch.full((), float(number), device=self.device)
 
-    def bits_per_dim(self, nll: Tensor) -> Tensor | None:
-        """Bits per dimension of the discrete data, from nats of the dequantized ones; None for continuous data."""
-        data = self.data
-        if data is None or data.levels is None:
-            return None
-        return nll / (math.prod(data.event_shape) * math.log(2)) + math.log2(data.levels)
-
     def judge_likelihood(self, density: FlowDensity, batch: Tensor) -> dict[str, Tensor | None]:
-        """What a batch's log-density gives `judge`: nll, gap, evaluations and errors."""
-        result = density.evaluate(batch)
+        """What a batch's log-density gives `judge`; in the test, of as many draws of noise as the data say."""
         data = self.data
-        truth = None if data is None else data.log_prob(batch)
-        nll, errors = -result.log_prob, result.standard_error
-        return {
-            "nll": nll,
-            "gap": None if truth is None else truth - result.log_prob,
-            "nfe": torch.full_like(nll, result.evaluations.forward),
-            "nfe_divergence": torch.full_like(nll, result.evaluations.divergence),
-            "quadrature_error": result.quadrature_error,
-            "estimator_variance": None if errors is None else errors.square(),
-        }
+        draws = data.num_draws if data is not None and self.trainer.testing else 1
+        return judge_likelihood(density, batch, data, draws)
 
     def _average(self, stage: str, values: Mapping[str, Tensor | None]) -> None:
         for name, value in values.items():
@@ -197,28 +181,14 @@ class Task(L.LightningModule):
                 self._metrics[key].update(value)
 
     def _report(self, stage: str) -> None:
-        for key, metric in self._metrics.items():
-            if not key.startswith(f"{stage}/"):
-                continue
-            mean, error = metric.compute()
-            name = key.removeprefix(f"{stage}/")
-            if name == "estimator_variance":
-                self.log(f"{stage}/estimator_error", mean.sqrt())
-                if stage == "test":
-                    self._log_error("nll_estimator_error", (mean / metric.count).sqrt().to(mean))
-            else:
-                self.log(key, mean, prog_bar=key in ("val/nll", "val/loss"))
-                if name == "nll" and (bits := self.bits_per_dim(mean)) is not None:
-                    self.log(f"{stage}/bits_per_dim", bits)
-                if stage == "test" and not name.startswith("nfe") and name != "quadrature_error":
-                    self._log_error(f"{name}_standard_error", error)
+        averages = {
+            key.removeprefix(f"{stage}/"): it for key, it in self._metrics.items() if key.startswith(f"{stage}/")
+        }
+        unit = None if self.data is None else self.data.bit_per_dim
+        for name, value in summarized(averages, unit, errors=stage == "test").items():
+            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name in ("nll", "loss"))
+        for metric in averages.values():
             metric.reset()
-
-    def _log_error(self, name: str, error: Tensor) -> None:
-        self.log(f"test/{name}", error)
-        bits, zero = self.bits_per_dim(error), self.bits_per_dim(torch.zeros_like(error))
-        if name.startswith("nll") and bits is not None and zero is not None:
-            self.log(f"test/{name.replace('nll', 'bits_per_dim')}", bits - zero)
 
     def _stop_unless_finite(self, checked: list[tuple[str, int, Tensor]]) -> None:
         """Raise for the first of these (name, batch, value) that is not finite, in this process or another."""

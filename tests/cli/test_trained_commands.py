@@ -4,10 +4,13 @@ import csv
 import json
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import process_group
 from run import FAST, SMALL_TOY, config
 
 import divflow
@@ -63,29 +66,20 @@ def test_all_rows_of_a_file_are_judged_in_its_order(best):
     np.testing.assert_allclose(np.load("all.npy")[:, 0], expected, rtol=1e-5)
 
 
-def test_columns_are_taken_by_their_names(best, tmp_path):
+def test_columns_are_those_of_the_training_by_their_names(best, tmp_path):
+    density = divflow.load(best)
+    assert density.columns == ["height", "weight"]
     (tmp_path / "swapped.csv").write_text("weight,id,height\n55,1,151\n52,2,160\n")
-    main(["evaluate", f"ckpt_path={best}", "data=table", "data.path=swapped.csv", "data.columns=[weight,height]",
-          "split=all"])  # fmt: skip
-    expected = divflow.load(best).log_prob(torch.tensor([[151.0, 55.0], [160.0, 52.0]])).detach()
-    if "columns" not in torch.load(best, weights_only=True)["divflow"]:
-        expected = divflow.load(best).log_prob(torch.tensor([[55.0, 151.0], [52.0, 160.0]])).detach()
-    np.testing.assert_allclose(read("log_prob.csv")[1][:, 0], expected, rtol=1e-5)
-
-
-def test_columns_that_a_checkpoint_knows_are_demanded(best, tmp_path):
-    known = torch.load(best, weights_only=True)
-    known["divflow"]["columns"] = ["height", "weight"]
-    torch.save(known, "known.ckpt")
-    (tmp_path / "swapped.csv").write_text("weight,id,height\n55,1,151\n52,2,160\n")
-    main(["evaluate", "ckpt_path=known.ckpt", "data=table", "data.path=swapped.csv", "split=all"])
-    expected = divflow.load(best).log_prob(torch.tensor([[151.0, 55.0], [160.0, 52.0]])).detach()
-    np.testing.assert_allclose(read("log_prob.csv")[1][:, 0], expected, rtol=1e-5)
+    expected = density.log_prob(torch.tensor([[151.0, 55.0], [160.0, 52.0]])).detach()
+    for name, columns in {"a.csv": [], "b.csv": ["data.columns=[weight,height]"]}.items():
+        table = ["data=table", "data.path=swapped.csv", "split=all", f"out={name}"]
+        main(["evaluate", f"ckpt_path={best}", *table, *columns])
+        np.testing.assert_allclose(read(name)[1][:, 0], expected, rtol=1e-5)
     (tmp_path / "other.csv").write_text("height,mass\n151,55\n160,52\n")
-    table = ["evaluate", "ckpt_path=known.ckpt", "overwrite=true", "data=table", "data.path=other.csv"]
+    table = ["evaluate", f"ckpt_path={best}", "data=table", "data.path=other.csv"]
     assert "other.csv has no column weight; it has height, mass" in refused(*table)
     assert "mass, weight in one of them only" in refused(*table, "data.columns=[height,mass]")
-    main(["sample", "ckpt_path=known.ckpt", "num_samples=3"])
+    main(["sample", f"ckpt_path={best}", "num_samples=3"])
     assert read("samples.csv")[0] == ["height", "weight"]
 
 
@@ -96,6 +90,37 @@ def test_the_evaluation_can_be_another(best):
     main(["evaluate", f"ckpt_path={best}", "estimator=hutchinson", "estimator.num_probes=2", "solver=dopri5",
           "out=again.csv"])  # fmt: skip
     np.testing.assert_array_equal(values, read("again.csv")[1])
+
+
+def test_several_processes_give_the_numbers_of_one(best):
+    """Of probes, too, which follow the batch and not the process."""
+    noisy = [f"ckpt_path={best}", "estimator=hutchinson", "split=all", "batch_size=7"]
+    main(["evaluate", *noisy, "out=one.npy"])
+    command = [sys.executable, "-m", "divflow", "evaluate", *noisy, "out=two.npy", "device=multi_process_cpu"]
+    with process_group(command, "two.log") as process:
+        assert process.wait(timeout=300) == 0, Path("two.log").read_text()
+    output = Path("two.log").read_text()
+    np.testing.assert_allclose(np.load("two.npy"), np.load("one.npy"), rtol=1e-5)
+    assert output.count("Log-densities, in nats: two.npy") == 1
+    np.testing.assert_allclose(
+        float(re.search(r"likelihood\W+(-?[\d.]+)", output)[1]), -np.load("one.npy")[:, 0].mean(), atol=1e-4
+    )
+
+
+def test_discrete_data_are_judged_as_such(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = train(config(*FAST, "data=digits", "network.hidden=[8]", "output_dir=run"))
+    main(["evaluate", "ckpt_path=run/checkpoints/best.ckpt"])
+    names, values = read("log_prob.csv")
+    assert names[3:] == ["bits_per_dim"]
+    np.testing.assert_allclose(values[:, 3].mean(), results["test/bits_per_dim"], rtol=1e-6)
+    main(["evaluate", "ckpt_path=run/checkpoints/best.ckpt", "+data.num_draws=4", "out=draws.csv"])
+    names, values = read("draws.csv")
+    assert names[3:] == ["bits_per_dim", "bits_per_dim_importance_weighted"]
+    assert (values[:, 4] < values[:, 3]).all()
+    table = " ".join(capsys.readouterr().out.split())
+    assert "discrete data, importance-weighted" in table
+    assert "of that ±, by the dequantization" in table
 
 
 def test_a_function_of_ones_own_makes_the_density(best, tmp_path):

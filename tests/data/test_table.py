@@ -1,9 +1,12 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from divflow.data import DataError, Table
+from divflow.data.table import read_table
 
 VALUES = np.random.default_rng(0).normal([3.0, -2.0], [2.0, 0.5], (100, 2))
 
@@ -35,7 +38,7 @@ def test_reads_standardizes_and_splits_by_seed(tmp_path, kind):
 
 
 def test_chosen_columns_and_integers(tmp_path):
-    frame = pd.DataFrame({"name": "x", "n": range(50), "y": np.linspace(0, 1, 50)})
+    frame = pd.DataFrame({"name": "x", "n": range(50), "y": np.linspace(0, 1, 50) ** 2})
     frame.to_csv(tmp_path / "t.csv", index=False)
     data = Table(tmp_path / "t.csv", columns=["y", "n"])
     assert data.columns == ["y", "n"]
@@ -60,7 +63,7 @@ BAD = {
         "2 of 100 rows are not finite: row 3, 7 .*column a",
     ),
     "infinite": (bad(b=[np.inf if i > 80 else i for i in range(100)]), "19 of 100 rows.*81, 82, .*, [.]{3}"),
-    "text": (bad(b="red"), r"not numbers: b \(.*string\).*columns="),
+    "text": (bad(b="red"), r"not numbers: b \(.*string, such as 'red'\).*columns="),
     "constant": (bad(b=3.0), "column b is constant"),
     "few rows": (bad()[:10], r"10 rows are too few.*\(8, 1 and 1"),
 }
@@ -93,3 +96,61 @@ def test_bad_files(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([[object()]]), allow_pickle=True)
     with pytest.raises(DataError, match="could not be read"):
         Table(tmp_path / "objects.npy")
+
+
+def test_booleans_are_taken_as_zero_and_one(tmp_path):
+    kinds = {
+        "csv": lambda frame, path: frame.to_csv(path, index=False),
+        "parquet": lambda frame, path: frame.to_parquet(path),
+    }
+    for kind, save in kinds.items():
+        save(bad(flag=np.arange(100) % 3 == 0), tmp_path / f"t.{kind}")
+        rows, names = read_table(tmp_path / f"t.{kind}")
+        assert names == ["a", "b", "flag"]
+        assert torch.equal(rows[:, 2], (torch.arange(100) % 3 == 0).double())
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|", " "])
+def test_a_separator_is_taken_and_a_missing_one_is_told(tmp_path, separator):
+    bad().to_csv(tmp_path / "t.csv", index=False, sep=separator)
+    given = "\\t" if separator == "\t" else separator  # as on a command line
+    data = Table(tmp_path / "t.csv", separator=given)
+    assert data.columns == ["a", "b"]
+    with pytest.raises(DataError, match=re.escape(f"seem to be separated by {separator!r}, and not by ','")):
+        Table(tmp_path / "t.csv")
+
+
+def test_commas_within_quotes_separate_nothing(tmp_path):
+    (tmp_path / "t.csv").write_text('"a, in cm";"b, in kg"\n' + "".join(f"{a};{b}\n" for a, b in VALUES))
+    assert Table(tmp_path / "t.csv", separator=";").columns == ["a, in cm", "b, in kg"]
+    with pytest.raises(DataError, match="seem to be separated by ';'"):
+        Table(tmp_path / "t.csv")
+
+
+def test_separators_that_are_none_are_refused(tmp_path):
+    path = write(tmp_path, "csv")
+    for separator in ("", ";;", '"'):
+        with pytest.raises(DataError, match="separator must be one character"):
+            Table(path, separator=separator)
+    with pytest.raises(DataError, match="data.npy is none"):
+        Table(write(tmp_path, "npy"), separator=";")
+
+
+def test_columns_that_are_linear_functions_of_others_are_warned_of(tmp_path):
+    frame = bad()
+    frame["sum"] = 2 * frame.a - 3 * frame.b + 1
+    frame["c"] = np.random.default_rng(1).normal(size=100)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.warns(UserWarning, match=r"linear functions of others.*: sum \(of a, b\)\. .*columns=\[a,b,c\]"):
+        Table(tmp_path / "t.csv")
+    Table(tmp_path / "t.csv", columns=["a", "b", "c"])
+    frame["sum"] += 1e-3 * np.random.default_rng(2).normal(size=100)  # nearly is not
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    Table(tmp_path / "t.csv")
+
+
+def test_a_whole_one_hot_code_is_warned_of(tmp_path):
+    kind = np.arange(100) % 3
+    bad(red=kind == 0, green=kind == 1, blue=kind == 2).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.warns(UserWarning, match=r"blue \(of red, green\).*columns=\[a,b,red,green\]"):
+        Table(tmp_path / "t.csv")

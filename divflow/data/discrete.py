@@ -1,0 +1,103 @@
+"""Images of discrete values: made continuous, in the unit cube, and judged as the discrete data that they are."""
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.arguments import check_count
+from divflow.data.dequantization import Dequantization, UniformDequantization, dequantize
+from divflow.data.module import DataError, Rows, TensorDataModule, split_rows
+from divflow.data.order import combined_seed
+from divflow.transforms import Affine, Compose, Logit, Transform
+
+__all__ = ["DiscreteImages"]
+
+
+class DiscreteImages(TensorDataModule):
+    """Images of values 0, ..., levels - 1, split by seed; base of those that divflow reads, and usable by itself.
+
+    A flow models continuous data, so that noise u is added to each value n (fresh every time in training, fixed by seed
+    in evaluation): the batches are y = (n + u) / levels in the unit cube. A logit and a standardization follow as
+    `transform`, each with its log-determinant. Reported are bits per dimension of the discrete data, of which the
+    density of y gives an upper bound (see `Dequantization`).
+
+    Args:
+        values: integers `(n, *event)`.
+        levels: how many values there are.
+        margin: of the logit; None for a standardization without it.
+        batch_size: rows a training step, in each process.
+        eval_batch_size: rows a validation or test step; `batch_size` if None.
+        val_fraction: share of the rows held out for validation.
+        test_fraction: share of the rows held out for the test.
+        seed: of the split and of the noise in evaluation.
+        dequantization: the noise; uniform if None.
+        num_draws: draws of the noise for each image in the test: the average of their bounds is reported with what is
+            left of their error, and the importance-weighted bound of all of them, which is nearer.
+
+    Raises:
+        DataError: values out of range, or fractions that leave a split empty.
+        ValueError: num_draws is no positive whole number, or margin not in (0, 1/2).
+    """
+
+    levels: int
+    images = True
+
+    def __init__(
+        self,
+        values: Tensor,
+        levels: int = 256,
+        margin: float | None = 0.05,
+        batch_size: int = 256,
+        eval_batch_size: int | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        seed: int = 0,
+        dequantization: Dequantization | None = None,
+        num_draws: int = 1,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, seed)
+        check_count("num_draws", num_draws)
+        low, high = (end.item() for end in values.aminmax())  # numbers, since 256 is 0 beside a byte
+        if values.is_floating_point() or low < 0 or high >= levels:
+            raise DataError(
+                f"values must be integers from 0 to {levels - 1}, but are {values.dtype} from {low} to {high}"
+            )
+        self.event_shape, self.levels, self.num_draws = tuple(values.shape[1:]), levels, num_draws
+        self.dequantization = UniformDequantization() if dequantization is None else dequantization
+        train, val, test = split_rows(values, val_fraction, test_fraction, seed)
+        noise = Generator().manual_seed(seed)
+        self.val, self.test = (Rows(self._dequantize(rows, noise)) for rows in (val, test))
+        self.train = _Dequantized(train, self)
+        self.transform = self._fit(train, margin, noise)
+
+    def _dequantize(self, values: Tensor, generator: Generator) -> Tensor:
+        return dequantize(values, self.levels, self.dequantization, generator)
+
+    def _fit(self, values: Tensor, margin: float | None, generator: Generator) -> Transform:
+        """Logit and standardization; several draws of few rows, and never more than a part of them in floats at once."""
+        logit = Affine() if margin is None else Logit(margin)
+        draws = max(1, min(10, 100_000 // len(values)))
+        total, squares = torch.zeros(2, *self.event_shape, dtype=torch.float64)
+        for _ in range(draws):
+            for rows in values.split(2_000):
+                y, _ = logit(self._dequantize(rows, generator).double())
+                total += y.sum(dim=0)
+                squares += y.square().sum(dim=0)
+        count = draws * len(values)
+        mean = total / count
+        std = ((squares / count - mean.square()) * count / (count - 1)).sqrt()
+        return Affine(mean, std) if margin is None else Compose([logit, Affine(mean, std)])
+
+
+class _Dequantized(Rows):
+    """Rows of values, to which every epoch adds noise of its own."""
+
+    def __init__(self, rows: Tensor, data: DiscreteImages) -> None:
+        super().__init__(rows)
+        self._seed, self._levels, self._dequantization = data.seed, data.levels, data.dequantization
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        noise = Generator().manual_seed(combined_seed(self._seed, self.epoch, *indices))
+        return dequantize(self.rows[indices], self._levels, self._dequantization, noise)

@@ -1,0 +1,152 @@
+"""Images from files: a folder of image files, or an array of them."""
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from divflow.data.module import DataError
+
+__all__ = ["read_images"]
+
+_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+# What Pillow calls them, and how many channels they have; bilevel images and palettes become these without loss.
+_CHANNELS = {"L": 1, "RGB": 3}
+_LOSSLESS = {"1": "L", "P": "RGB"}
+
+
+def read_images(path: str | Path, key: str | None = None, mode: str | None = None) -> Tensor:
+    """All images under a path, bytes `(n, channels, height, width)`, with one channel (grey) or three (colours).
+
+    Args:
+        path: a folder, whose image files are read in the order of their paths, those of its subfolders, too; or an
+            `.npy` or `.npz` file, see `Images`.
+        key: which of an `.npz` file's arrays.
+        mode: "L" or "RGB", into which image files are converted; None for as they are.
+
+    Raises:
+        DataError: what can't be used, by name.
+    """
+    path = Path(path).expanduser()
+    if mode not in (None, *_CHANNELS):
+        raise DataError(f"mode must be L (grey), RGB or null, but is {mode!r}")
+    if path.is_dir():
+        if key is not None:
+            raise DataError(f"key={key} names an array in an .npz file, but {path} is a folder")
+        return _from_folder(path, mode)
+    if not path.is_file():
+        raise DataError(
+            f"there is no {path} (looked in {Path.cwd()}); set data.path to a folder of images, or to an .npy or .npz file"
+        )
+    if path.suffix not in (".npy", ".npz"):
+        raise DataError(f"{path.name} is neither a folder of images nor an .npy or .npz file")
+    if mode is not None:
+        raise DataError(
+            f"mode={mode} converts image files, but {path.name} holds an array; convert it before it is saved"
+        )
+    return _from_array(_load_array(path, key), path.name if key is None else f"{path.name}, array {key},")
+
+
+def _from_folder(folder: Path, mode: str | None) -> Tensor:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
+    names = [file for file in files if file.suffix.lower() in _SUFFIXES]
+    if not names:
+        others = f"; of its {len(files)} other files the first is {files[0].name}" if files else ""
+        raise DataError(f"{folder} holds no image files ({', '.join(_SUFFIXES)}){others}")
+    first = _read_image(names[0], mode)
+    images = np.empty((len(names), *first.shape), np.uint8)
+    for i, name in enumerate(names):
+        image = _read_image(name, mode)
+        if image.shape != first.shape:
+            raise DataError(
+                f"all images must have one size and as many channels, but {name.relative_to(folder)} is "
+                f"{_described(image)} and {names[0].relative_to(folder)} {_described(first)}; scale or crop them to one "
+                "size, or convert them to as many channels by data.mode=L or data.mode=RGB"
+            )
+        images[i] = image
+    return torch.from_numpy(images)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _read_image(path: Path, mode: str | None) -> np.ndarray:
+    """One image as bytes `(channels, height, width)`."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            _check_image(image, path, mode)
+            plain = image.convert("RGBA") if image.has_transparency_data else image  # without which a palette warns
+            pixels = np.asarray(plain.convert(mode or _LOSSLESS.get(image.mode, image.mode)))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # Pillow's, of broken files
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} could not be read as an image: {error}") from error
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _check_image(image: Image.Image, path: Path, mode: str | None) -> None:
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise DataError(f"{path} holds {frames} frames; save one image a file")
+    if image.mode.startswith(("I", "F")):
+        raise DataError(
+            f"{path} has pixels of mode {image.mode}, which are no bytes; bring them to 0, ..., 255 and save them with 8 bits"
+        )
+    if mode is None and image.has_transparency_data:
+        raise DataError(
+            f"{path} has an alpha channel or a transparent colour (mode {image.mode}), of which there is no density; "
+            "leave it out by data.mode=RGB or data.mode=L"
+        )
+    if mode is None and image.mode not in (*_CHANNELS, *_LOSSLESS):
+        raise DataError(f"{path} has pixels of mode {image.mode}; convert them by data.mode=RGB or data.mode=L")
+
+
+def _described(image: np.ndarray) -> str:
+    channels, height, width = image.shape
+    return f"{width} x {height} (width x height) with {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _load_array(path: Path, key: str | None) -> np.ndarray:
+    try:
+        with path.open("rb") as file:  # which numpy would leave open where it fails
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                if key is not None:
+                    raise DataError(f"key={key} names an array in an .npz file, but {path.name} holds one array only")
+                return loaded
+            name = loaded.files[0] if key is None and len(loaded.files) == 1 else key
+            if name not in loaded.files:
+                has = ", ".join(f"{name} {loaded[name].shape}" for name in loaded.files) or "no arrays"
+                asked = "" if key is None else f"no array {key}, but "
+                raise DataError(f"{path.name} holds {asked}{has}; choose one array by data.key=NAME")
+            return loaded[name]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} could not be read as {path.suffix}: {error}") from error
+
+
+def _from_array(array: np.ndarray, name: str) -> Tensor:
+    if array.dtype != np.uint8:
+        remedy = (
+            "(255 * x).round().astype('uint8') of values in [0, 1]" if array.dtype.kind == "f" else "astype('uint8')"
+        )
+        raise DataError(
+            f"{name} holds {array.dtype}, but images are bytes, 0, ..., 255, of whose probability bits per dimension "
+            f"tell; save it as such, by {remedy}"
+        )
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[3] in _CHANNELS.values() and array.shape[1] not in _CHANNELS.values():
+        array = array.transpose(0, 3, 1, 2)
+    elif array.ndim != 4 or array.shape[3] in _CHANNELS.values() or array.shape[1] not in _CHANNELS.values():
+        raise DataError(
+            f"{name} has shape {array.shape}; images are (n, height, width), (n, height, width, channels) or (n, channels, "
+            "height, width) with 1 or 3 channels, on one side only; leave an alpha channel out"
+        )
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,79 @@
+"""What is said of a batch's log-density, and of discrete data through the noise that makes them continuous."""
+
+import math
+import warnings
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.data.module import TensorDataModule
+from divflow.density import FlowDensity
+
+__all__ = ["judge_likelihood"]
+
+Values = dict[str, Tensor | None]
+
+
+def judge_likelihood(
+    density: FlowDensity,
+    batch: Tensor,
+    data: TensorDataModule | None = None,
+    num_draws: int = 1,
+    generator: Generator | None = None,
+) -> Values:
+    """Values per sample, by name, None where unknown: `nll` and `gap` (nats), evaluations, errors, `bits_per_dim`.
+
+    Those of discrete data are averages over K draws of their noise. With b_k = log p(y_k) - log q(u_k) for draw k of a
+    sample, whose mean gives its bits per dimension, what varies from draw to draw is the noise and the probes,
+
+        var_k(b_k) / K = dequantization_variance + estimator_variance      in nats^2, in expectation
+
+    and log mean_k exp(b_k) gives the importance-weighted bits per dimension. These are not taken of estimated
+    densities, whose error would raise them.
+
+    Args:
+        density: that judges.
+        batch: `(k, *event)`.
+        data: the data module, where it is one of divflow's.
+        num_draws: K, of the noise of discrete data; the batch itself is the first draw.
+        generator: of probes and noise; torch's default one if None.
+    """
+    draws = [_judge(density, batch, data, generator)]
+    if data is None or data.bit_per_dim is None or num_draws == 1:
+        return draws[0]
+    draws += [_judge(density, data.redrawn(batch, generator), data, generator) for _ in range(num_draws - 1)]
+    values = {name: _mean([draw[name] for draw in draws]) for name in draws[0]}
+    unit = data.bit_per_dim
+    bounds = -unit * torch.stack([bits for draw in draws if (bits := draw["bits_per_dim"]) is not None])
+    if values["estimator_variance"] is not None:
+        values["estimator_variance"] = values["estimator_variance"] / num_draws
+        values["dequantization_variance"] = bounds.var(dim=0) / num_draws - values["estimator_variance"]
+    if density.flow.estimator.stochastic:
+        warnings.warn(
+            f"no importance-weighted bits per dimension, since {density.flow.estimator} estimates the divergence; they "
+            "need an exact one: estimator@evaluation.estimator=exact",
+            stacklevel=2,
+        )
+    else:
+        values["bits_per_dim_importance_weighted"] = (math.log(num_draws) - bounds.logsumexp(dim=0)) / unit
+    return values
+
+
+def _judge(density: FlowDensity, x: Tensor, data: TensorDataModule | None, generator: Generator | None) -> Values:
+    result = density.evaluate(x, generator=generator)
+    truth = None if data is None else data.log_prob(x)
+    nll, errors = -result.log_prob, result.standard_error
+    return {
+        "nll": nll,
+        "bits_per_dim": None if data is None else data.bits_per_dim(result.log_prob, x),
+        "gap": None if truth is None else truth - result.log_prob,
+        "nfe": torch.full_like(nll, result.evaluations.forward),
+        "nfe_divergence": torch.full_like(nll, result.evaluations.divergence),
+        "quadrature_error": result.quadrature_error,
+        "estimator_variance": None if errors is None else errors.square(),
+    }
+
+
+def _mean(values: list[Tensor | None]) -> Tensor | None:
+    known = [value for value in values if value is not None]
+    return torch.stack(known).mean(dim=0) if known else None
