@@ -33,7 +33,7 @@ class Scaling:
 
         w = c^2 / (c^2 + sigma^2),   r(s)^2 = w(s) / w(log sigma_min)
 
-    Solvers take several times the evaluations for y itself, which grows with sigma. At sigma_min the two are one.
+    Solvers take about twice the evaluations for y itself, which grows with sigma. At sigma_min the two are one.
 
     Args:
         std: c, about the standard deviation of the data.
@@ -59,8 +59,8 @@ class DenoisingVelocity(nn.Module):
         div dz/ds = (w - p) dim - r q tr df/dz
 
     It vanishes for normal data of the scaling's standard deviation, whose D is w y: what is left to estimate is how the
-    data differ from those. (Estimating f alone, and adding the first term, has the same variance with Rademacher
-    probes, and more with others, since the two terms nearly cancel.)
+    data differ from those. (To estimate f alone, and add the first term, has the same variance with Rademacher probes,
+    and with Gaussian ones or Hutch++ several times more, since the two terms nearly cancel.)
 
     Args:
         model: f, of s and z.
