@@ -40,7 +40,10 @@ def check_settings(config: DictConfig) -> None:
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} must be given: {missing[0]}=...")
-    for name, path in {"ckpt_path": config.ckpt_path, "data.path": config.data.get("path")}.items():
+    paths = {"data.path": config.data.get("path"), "ckpt_path": config.ckpt_path}
+    if config.ckpt_path is None:
+        paths["init_from"] = config.init_from
+    for name, path in paths.items():
         if path is not None and not Path(path).expanduser().exists():
             raise ConfigError(f"there is no file {path} (looked in {Path.cwd()}); {name} must be that of one")
     for ways in (config, config.evaluation):

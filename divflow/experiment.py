@@ -52,11 +52,6 @@ def train(config: DictConfig) -> dict[str, float]:
         SystemExit: after Ctrl-C (130) or SIGTERM (143), `checkpoints/last.ckpt` written.
     """
     _quieten()
-    if config.init_from is not None and config.ckpt_path is not None:
-        raise ConfigError(
-            f"init_from={config.init_from} starts a run and ckpt_path={config.ckpt_path} goes on with one: give one of them, "
-            "and leave the other null"
-        )
     output = Path(config.output_dir)
     if config.seed is not None:
         L.seed_everything(config.seed, workers=True, verbose=False)
@@ -70,7 +65,8 @@ def train(config: DictConfig) -> dict[str, float]:
     resumed = None if config.ckpt_path is None else read_checkpoint(config.ckpt_path)
     if resumed is not None:
         check_state(task, resumed["state_dict"], config.ckpt_path)
-    taken = None if config.init_from is None else init_weights(task.density, config.init_from)
+    # A run that goes on has its own weights, wherever it started.
+    taken = None if config.init_from is None or resumed is not None else init_weights(task.density, config.init_from)
     trainer = _build_trainer(config)
     if trainer.is_global_zero:
         claim(output, config.ckpt_path, config.overwrite)

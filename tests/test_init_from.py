@@ -4,7 +4,7 @@ import pytest
 import torch
 from run import FAST, SMALL_TOY, config
 
-from divflow.build import ConfigError
+from divflow.build import ConfigError, check_settings
 from divflow.checkpoint import CheckpointError
 from divflow.experiment import train
 
@@ -77,7 +77,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         run(tmp_path, f"init_from={tmp_path}/other.ckpt")
 
 
-def test_starting_and_going_on_are_not_one(pretrained, tmp_path):
+def test_a_run_goes_on_from_its_own_weights_by_the_command_that_started_it(pretrained, tmp_path):
     checkpoint, _ = pretrained
-    with pytest.raises(ConfigError, match=r"init_from=.*best\.ckpt starts a run and ckpt_path=last\.ckpt goes on"):
-        run(tmp_path, f"init_from={checkpoint}", "ckpt_path=last.ckpt")
+    start = ["network=mlp_deep", f"init_from={checkpoint}", "task.optimizer.lr=1e-3"]
+    run(tmp_path / "whole", *start)
+    run(tmp_path / "first", *start, "trainer.max_steps=2", "task.scheduler.T_max=4")
+    run(tmp_path / "second", *start, f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt")
+    whole, parts = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "second")
+    )
+    assert whole["global_step"] == parts["global_step"] == 4
+    for name, value in whole["current_model_state"].items():
+        assert torch.equal(value, parts["current_model_state"][name])
+
+
+def test_a_file_that_is_not_there_is_told_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no file nowhere\.ckpt .*init_from"):
+        check_settings(config("init_from=nowhere.ckpt", f"output_dir={tmp_path}"))
