@@ -15,7 +15,7 @@ __all__ = ["ShuffledRows", "combined_seed"]
 
 def combined_seed(*numbers: int) -> int:
     """A seed for torch, another for each sequence of numbers that are not negative."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class ShuffledRows(DistributedSampler):

@@ -105,7 +105,7 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
     value, divergence = x, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
     if event_size(x) == 0 or x.shape[0] == 0:
         return ValueAndDivergence(checked_value(g(t, x.clone()), x), divergence)
-    states = rng_states(x)
+    states, create_graph = rng_states(x), torch.is_grad_enabled()
 
     def product(vector: Tensor) -> tuple[Tensor, Tensor]:
         return jvp(lambda z: checked_value(g(t, z.clone()), x), (x,), (vector,))[:2]
@@ -114,7 +114,8 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
         if start:
             set_rng_states(states)
         try:
-            with _FORWARD_MODE:
+            # Before torch 2.12 inference mode has no batching rule for dual tensors.
+            with _FORWARD_MODE, torch.inference_mode(False), torch.set_grad_enabled(create_graph):
                 products = vmap(product, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type] # None is allowed
                 value, columns = products(_basis(x, start, stop))
         except (RuntimeError, NotImplementedError) as error:

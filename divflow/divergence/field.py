@@ -170,7 +170,7 @@ class Linearization:
                 allow_unused=True,
             )
         # materialize_grads would do this, but forgets the batch of vectors.
-        return vectors.new_zeros(*vectors.shape[:batched], *self._point.shape) if product is None else product
+        return vectors.new_zeros((*vectors.shape[:batched], *self._point.shape)) if product is None else product
 
 
 class _Before(torch.autograd.Function):

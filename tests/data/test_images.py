@@ -135,7 +135,7 @@ def other_mode(path):
 FOLDERS = {
     "size": (lambda p: mixed(p, COLOR[0][:4]), r"odd\.png is 7 x 4 .*3 channels and 000\.png 7 x 5"),
     "channels": (lambda p: mixed(p, GREY[0]), r"odd\.png is 7 x 5 .*1 channel and.*data\.mode=RGB"),
-    "sixteen bits": (lambda p: folder(p, GREY.astype(np.uint16)), r"000\.png has pixels of mode I;16.*no bytes"),
+    "sixteen bits": (lambda p: folder(p, GREY.astype(np.uint16)), r"000\.png has pixels of mode I.*no bytes"),
     "floats": (lambda p: folder(p, GREY.astype(np.float32), ".tiff"), r"000\.tiff has pixels of mode F"),
     "alpha": (lambda p: folder(p, np.repeat(GREY[..., None], 4, 3)), r"000\.png has an alpha.*RGBA.*data\.mode=RGB"),
     "transparent palette": (transparent, r"0\.png has an alpha.*mode P"),

@@ -84,6 +84,14 @@ def test_a_fault_is_found_behind_a_layer_of_zeros():
         nn.init.normal_(last.weight)
 
 
+def test_a_point_that_the_value_ignores_has_products_of_zero_whatever_its_shape():
+    weight = torch.ones(3, requires_grad=True)
+    for shape in ((), (2,), (2, 0)):
+        at = linearize(lambda z: 2 * weight, torch.zeros(shape, requires_grad=True), lambda value, _: value)
+        torch.testing.assert_close(at.pullback(torch.ones(4, 3)), torch.zeros(4, *shape))
+        torch.testing.assert_close(at.pullback(torch.ones(1, 3)), torch.zeros(1, *shape))
+
+
 def test_tried_at_the_first_use_and_at_uses_2_4_8(monkeypatch):
     compared, uses, compare = [], [], batching._compare
     monkeypatch.setattr(batching, "_compare", lambda *arguments: compared.append(len(uses)) or compare(*arguments))
