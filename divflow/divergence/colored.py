@@ -17,6 +17,7 @@ from torch import Tensor
 from divflow.divergence.dense import sum_of_chunks
 from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import Field, Linearization, event_size, flatten_event
+from divflow.divergence.writes import NoWrites, WritesError
 
 __all__ = ["Coloring", "NotLocal", "check", "find", "trace"]
 
@@ -45,6 +46,7 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
 
     It is found from NaNs, which pass through any weight, zeros included, and is then tried on random vectors. A field
     that chooses by masks, indices or values what it sees is not for this: at another point it may see something else.
+    Neither is one that keeps a state in tensors, such as running statistics: a NaN would stay in them.
 
     Args:
         g: the field, evaluated about D / k times.
@@ -64,10 +66,12 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
             spoilt = flatten_event(x.detach().clone())
             spoilt[range(len(entries)), entries] = torch.nan
             try:
-                with torch.inference_mode(False), torch.enable_grad():
+                with torch.inference_mode(False), torch.enable_grad(), NoWrites([spoilt]):
                     values = flatten_event(g(t, spoilt.view_as(x)).detach())[: len(entries)]
             except torch.OutOfMemoryError:
                 raise
+            except WritesError as error:
+                raise NotLocal(f"the field keeps a state: {error}") from error
             except Exception as error:  # whatever a field does with a NaN, at x itself it has been evaluated
                 raise NotLocal(f"the field refuses a NaN ({type(error).__name__})") from error
             seen[:, entries] |= values.isnan().T.cpu()

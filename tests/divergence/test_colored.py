@@ -1,6 +1,8 @@
 """Local fields: as few products as the receptive field is large, and the same divergence as the loop's."""
 
+import copy
 import math
+import types
 
 import pytest
 import torch
@@ -157,3 +159,41 @@ def test_nothing_random_is_used_up():
         torch.manual_seed(0)
         results.append((estimator(lambda t, x: net(x), 0.0, x), torch.rand(3)))
     torch.testing.assert_close(*results)
+
+
+def _keeps(norm):
+    """A local network with a state, which a function reaches in all ways that there are."""
+    conv = nn.Conv2d(2, 2, 3, padding=1).double()
+    module = types.SimpleNamespace(norm=norm)
+    reached = {"norm": norm, "conv": conv, "module": module}
+    exec("def by_globals(t, x): return conv(norm(x))", reached)
+    exec("def by_defaults(t, x, norm=norm): return conv(norm(x))", reached)
+    exec("def by_attribute(t, x): return conv(module.norm(x))", reached)
+    return [reached[name] for name in ("by_globals", "by_defaults", "by_attribute")] + [lambda t, x: conv(norm(x))]
+
+
+class Functional(nn.Module):
+    """Statistics of the batch, written by one operation that does not say so, and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(2))
+        self.register_buffer("running_var", torch.ones(2))
+
+    def forward(self, x):
+        nn.functional.batch_norm(torch.ones_like(x), self.running_mean, self.running_var, training=True)
+        return x.tanh()
+
+
+@pytest.mark.parametrize("way", range(4))
+@pytest.mark.parametrize("make", [lambda: nn.InstanceNorm2d(2, track_running_stats=True), Functional])
+def test_a_state_is_changed_by_the_one_evaluation_that_was_asked_for(make, way):
+    x = torch.randn(2, 2, 12, 12, dtype=torch.float64)
+    norm = make().double()
+    once = copy.deepcopy(norm)
+    once(x)
+    field = _keeps(norm)[way]
+    div = divergence(field, 0.0, x, Exact())
+    for name, kept in norm.named_buffers():
+        torch.testing.assert_close(kept, once.get_buffer(name))
+    torch.testing.assert_close(div, divergence(field, 0.0, x, Autograd()))
