@@ -79,19 +79,7 @@ def train(config: DictConfig) -> dict[str, float]:
         save_config(config, output, f"step {resumed['global_step']} of {config.ckpt_path}" if resumed else "")
         log_settings(trainer, config)
 
-    started = time.perf_counter()
-    try:
-        trainer.fit(task, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
-    except SystemExit as stop:  # Lightning's answer to both signals, once its callbacks have saved
-        last = output / "checkpoints" / "last.ckpt"
-        hint = f"; go on with ckpt_path={last}" if last.is_file() else ""
-        print(f"\nstopped after {trainer.global_step} steps{hint}", file=sys.stderr)
-        raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
-    seconds = time.perf_counter() - started
-    # A checkpoint of the last step was saved before Lightning counted its epoch as completed.
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    epochs.completed = epochs.processed
-
+    seconds = _fit(trainer, task, data, config)
     # Processes that were started by themselves may each have thought of a folder; the first one's is the run's.
     best = Path(trainer.strategy.broadcast(str(output / "checkpoints" / "best.ckpt")))
     tested = f"weights of step {trainer.global_step}"
@@ -105,6 +93,23 @@ def train(config: DictConfig) -> dict[str, float]:
         save_results(results, seconds, trainer.global_step, config.seed, output)
         print_results(results, seconds, trainer.global_step, output, tested)
     return results
+
+
+def _fit(trainer: L.Trainer, task: Task, data: TensorDataModule, config: DictConfig) -> float:
+    """Train, and return the seconds that it took."""
+    started = time.perf_counter()
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to both signals, once its callbacks have saved
+        last = Path(config.output_dir) / "checkpoints" / "last.ckpt"
+        hint = f"; go on with ckpt_path={last}" if last.is_file() else ""
+        print(f"\nstopped after {trainer.global_step} steps{hint}", file=sys.stderr)
+        raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from None
+    seconds = time.perf_counter() - started
+    # A checkpoint of the last step was saved before Lightning counted its epoch as completed.
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    epochs.completed = epochs.processed
+    return seconds
 
 
 def _build_task(config: DictConfig, data: TensorDataModule) -> Task:

@@ -18,10 +18,6 @@ __all__ = ["from_flow_matching"]
 class _FlowMatching(Foreign):
     signature = "model(x, t)"
 
-    def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The flow's own."""
-        return x, t
-
 
 def from_flow_matching(
     model: Callable[..., Tensor],
@@ -67,8 +63,6 @@ def from_flow_matching(
         velocity,
         checked_event_shape(event_shape),
         base=base,
-        t_base=0.0,
-        t_data=1.0,
         estimator=estimator,
         likelihood=likelihood,
         solver=solver,

@@ -1,6 +1,5 @@
 """A model trained elsewhere as a field f(t, x): called as its own library calls it, and refused where that fails."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ class AdapterError(DivflowError, ValueError):
     """A model, or what came with it, is not what an adapter takes; the message says what was expected."""
 
 
-class Foreign(nn.Module, ABC):
+class Foreign(nn.Module):
     """A model as f(t, x), or f(t, x, context), for times of the flow and states of the flow.
 
     The model is evaluated as it is; dropout or batch normalization in training mode are refused. It is given times as
@@ -57,9 +56,9 @@ class Foreign(nn.Module, ABC):
         self.model, self.times, self.context_name = model, times, context_name
         self._scalar_times: bool | None = None
 
-    @abstractmethod
     def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """State and time in the model's own scale and units, for those of the flow."""
+        """State and time in the model's own scale and units, for those of the flow; the same, unless it has its own."""
+        return x, t
 
     def known_context(self, count: int) -> Tensor | None:
         """A context of `count` rows that the model is known to take, or None."""
@@ -200,8 +199,8 @@ def adapted_flow(
     event_shape: tuple[int, ...],
     *,
     base: Distribution | None,
-    t_base: float,
-    t_data: float,
+    t_base: float = 0.0,
+    t_data: float = 1.0,
     estimator: Estimator | None,
     likelihood: Likelihood | None,
     solver: Solver | None,

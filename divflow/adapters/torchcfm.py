@@ -19,10 +19,6 @@ class _TorchCFM(Foreign):
     signature = "model(t, x)"
     time_first = True
 
-    def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The flow's own."""
-        return x, t
-
 
 def from_torchcfm(
     model: Callable[..., Tensor],
@@ -71,8 +67,6 @@ def from_torchcfm(
         velocity,
         checked_event_shape(event_shape),
         base=base,
-        t_base=0.0,
-        t_data=1.0,
         estimator=estimator,
         likelihood=likelihood,
         solver=solver,

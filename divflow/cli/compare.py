@@ -51,16 +51,16 @@ def _compare(folders: Sequence[Path], out: str, overwrite: bool) -> None:
     from divflow.cli.output import check_output, write_figure
     from divflow.figures import plot_curves
 
-    try:
-        path = check_output(out, (".png",), overwrite)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("out=...", "--out").replace("overwrite=true", "--overwrite")) from None
     files = sorted({file.resolve() for folder in folders for file in folder.rglob("results.json")})
     if not files:
         raise ConfigError(f"there is no finished run (no results.json) below {', '.join(map(str, folders))}")
     runs = _named([_read(file.parent) for file in files])
     console = Console()
     console.print(_table(runs))
+    try:
+        path = check_output(out, (".png",), overwrite)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("out=...", "--out").replace("overwrite=true", "--overwrite")) from None
     tables = {name: it.folder / "metrics.csv" for name, it in runs.items() if (it.folder / "metrics.csv").is_file()}
     figure = plot_curves(tables)
     if figure is None:
@@ -72,7 +72,7 @@ def _compare(folders: Sequence[Path], out: str, overwrite: bool) -> None:
 
 def _read(folder: Path) -> _Run:
     from omegaconf import OmegaConf
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     from divflow.build import ConfigError
 

@@ -133,7 +133,12 @@ class Linearization:
         if not self._output.requires_grad or self._output.numel() == 0:
             return vectors.new_zeros(vectors.shape[0], *self._point.shape)
         if self.batches(len(vectors), constant):
-            return self._grad(vectors, True, constant)
+            try:
+                return self._grad(vectors, True, constant)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a batching rule that took another memory layout; the field's own come again below
+                self._batches[len(vectors), self.create_graph and not constant] = False
         return torch.stack([self._grad(vector, False, constant) for vector in vectors])
 
     def batches(self, count: int, constant: bool = False) -> bool:

@@ -69,7 +69,7 @@ def test_runs_are_named_by_what_differs(runs, tmp_path, monkeypatch, capsys):
         (["broken"], "broken/results.json is not that of a run"),
     ],
 )
-def test_what_can_not_be_compared(runs, tmp_path, monkeypatch, arguments, message):
+def test_what_can_not_be_compared(runs, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text("{")
@@ -78,6 +78,7 @@ def test_what_can_not_be_compared(runs, tmp_path, monkeypatch, arguments, messag
     with pytest.raises(SystemExit, match=message):
         main(["compare", *(argument.format(runs=runs) for argument in arguments), "--out", out])
     assert (tmp_path / "there.png").read_text() == "precious"
+    assert ("test/nll" in capsys.readouterr().out) == ("runs" in arguments[0])  # the table is shown before its figure
 
 
 def test_a_checkpoint_gets_one_number_whoever_loads_it(tmp_path):
