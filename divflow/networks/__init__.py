@@ -4,7 +4,9 @@ from divflow.networks.concat_squash import ConcatSquash
 from divflow.networks.conditioning import NetworkError
 from divflow.networks.conv import ConvNet
 from divflow.networks.diffusers_unet import DiffusersUNet
+from divflow.networks.hollow_mlp import HollowMLP
 from divflow.networks.mlp import MLP
+from divflow.networks.pair_field import PairField
 from divflow.networks.time import GaussianFourierEmbedding, SinusoidalEmbedding
 from divflow.networks.unet import UNet
 
@@ -14,7 +16,9 @@ __all__ = [
     "ConvNet",
     "DiffusersUNet",
     "GaussianFourierEmbedding",
+    "HollowMLP",
     "NetworkError",
+    "PairField",
     "SinusoidalEmbedding",
     "UNet",
 ]
