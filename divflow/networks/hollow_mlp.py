@@ -97,11 +97,11 @@ class HollowMLP(Hollow):
             raise NetworkError(
                 f"the network was built for x of shape (k, *{self.event_shape}), but x has shape {tuple(x.shape)}"
             )
-        return x.view(len(x), self.size, 1)
+        return x.reshape(len(x), self.size, 1)
 
     def _joined(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch size inputs"]:
         """The inputs of tau: an entry, what it is told, and the time."""
-        parts, told = self.parts(x.contiguous()), self.conditioner(t, x.contiguous())
+        parts, told = self.parts(x), self.conditioner(t, x)
         times = condition(t, x, None, 0, self.time_embedding)
         return torch.cat([parts, told, times[:, None].expand(-1, self.size, -1)], dim=2)
 
