@@ -143,6 +143,6 @@ class _Layer(nn.Module):
         self.learn = nn.Sequential(activation(), nn.Linear(hidden, hidden))
 
     def forward(self, messages: Tensor, u: Tensor, others: Tensor) -> Tensor:
-        filters = self.filters(u) * others  # of j and k
-        heard = torch.einsum("bjkc,bikc->bijc", filters, messages) / max(1, u.shape[1] - 2)
+        filters = self.filters(u) * (others / max(1, u.shape[1] - 2))  # of j and k
+        heard = torch.einsum("bjkc,bikc->bijc", filters, messages)
         return messages + self.learn(self.own(messages) + self.heard(heard)) * others

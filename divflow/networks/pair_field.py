@@ -16,8 +16,9 @@ __all__ = ["PairField"]
 class PairField(nn.Module):
     """The sum of what each other particle does to one, along the line that joins them and by their distance.
 
-        net(t, x)_i = sum_j (x_i - x_j) phi(|x_i - x_j|, t),        phi = mlp([sqrt(1 + r^2), embedding(t)])
+        net(t, x)_i = sum_j (x_i - x_j) phi(|x_i - x_j|, t),        phi = mlp([u, embedding(t)]) / u,   u = sqrt(1 + r^2)
 
+    Divided by u, forces grow with the distance no faster than the distance, so that no trajectory ends in finite time.
     It goes with rotations, reflections and permutations of the particles, ignores translations, and leaves their centre of
     mass where it is (Köhler, Klein & Noé 2020, arXiv:2006.02425): with `MeanFreeNormal` as base it makes
     a flow of particles without centre of mass.
@@ -72,14 +73,15 @@ class PairField(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The field's value at (t, x); see the class for the shapes."""
         difference, _, u = self._pairs(x)
-        return self.incidence @ (difference * self.layers(self._hidden(t, x, u)))
+        return self.incidence @ (difference / u * self.layers(self._hidden(t, x, u)))
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and its divergence, twice the sum over pairs of d phi + r phi'(r)."""
         difference, squared, u = self._pairs(x)
-        phi, slope = push_forward(self.layers, self._hidden(t, x, u), self.distance.weight[:, 0])
-        terms = self.event_shape[1] * phi + squared / u * slope  # r du/dr = r^2 / u
-        return self.incidence @ (difference * phi), 2 * terms.sum(dim=(1, 2))
+        force, slope = push_forward(self.layers, self._hidden(t, x, u), self.distance.weight[:, 0])
+        # r phi'(r) of phi = force / u, with du/dr = r / u
+        terms = (self.event_shape[1] * force + squared / u * (slope - force / u)) / u
+        return self.incidence @ (difference / u * force), 2 * terms.sum(dim=(1, 2))
 
     def _pairs(self, x: Tensor) -> tuple[Float[Tensor, "batch pairs dimensions"], Tensor, Tensor]:
         check_particles(x, self.event_shape)

@@ -34,8 +34,9 @@ def test_it_is_the_formula():
     field, x, t = perturbed(PairField((3, 2), hidden=(4,))), states(3, 2), 0.7
 
     def phi(r):
-        hidden = (1 + r**2).sqrt() * field.distance.weight[:, 0] + field.distance.bias + t * field.time.weight[:, 0]
-        return field.layers[1](nn.functional.silu(hidden))[0]
+        u = (1 + r**2).sqrt()
+        hidden = u * field.distance.weight[:, 0] + field.distance.bias + t * field.time.weight[:, 0]
+        return field.layers[1](nn.functional.silu(hidden))[0] / u
 
     forces = [sum((z[i] - z[j]) * phi((z[i] - z[j]).norm()) for j in range(3) if j != i) for z in x for i in range(3)]
     torch.testing.assert_close(field(torch.tensor(t).double(), x), torch.stack(forces).view_as(x))
