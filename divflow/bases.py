@@ -30,7 +30,8 @@ class MeanFreeNormal(Distribution):
 
     Args:
         event_shape: `(particles, dimensions)`.
-        validate_args: whether states off the subspace are refused; by default they are.
+        validate_args: whether states off the subspace are refused: here they are, whatever the default of torch's distributions,
+            which other libraries change.
 
     Raises:
         BaseError: an event shape that is none of two particles or more; by `log_prob`, a centre that is not zero.
@@ -44,7 +45,7 @@ class MeanFreeNormal(Distribution):
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
-    def __init__(self, event_shape: Sequence[int], validate_args: bool | None = None) -> None:
+    def __init__(self, event_shape: Sequence[int], validate_args: bool = True) -> None:
         shape = checked_event_shape(event_shape)
         if len(shape) != 2 or shape[0] < 2:
             raise BaseError(f"event_shape must be (particles, dimensions), of at least two particles, but is {shape}")
