@@ -34,7 +34,7 @@ class HollowEGNN(Hollow):
     with u_ij = sqrt(1 + |x_i - x_j|^2), s_ij = kind_j + W embedding(t) to begin with. The messages are not backtracking in
     the strongest sense: no walk that they took has been at i, so that the graph may be complete and the layers any number
     (HollowFlow, arXiv:2510.21542, sends them along the edges' own graph for it). Filters that depend on distances alone (Schütt et al.
-    2017, arXiv:1706.08566) serve all i, so a layer takes about what one of `EGNN` does. It goes with rotations,
+    2017, arXiv:1706.08566) serve all i, so a layer takes two to three times what one of `EGNN` does. It goes with rotations,
     reflections and permutations of particles of one kind, and ignores translations.
 
     Divergence: its own (Chen & Duvenaud 2019, arXiv:1912.03579). At fixed messages a pair contributes as in `PairField`, so that

@@ -23,7 +23,7 @@ class PairField(nn.Module):
     mass where it is (Köhler, Klein & Noé 2020, arXiv:2006.02425): with `MeanFreeNormal` as base it makes
     a flow of particles without centre of mass.
 
-    Divergence: its own, closed: each ordered pair gives d phi + r phi'(r), at the price of about two values whatever the
+    Divergence: its own, closed: each ordered pair gives d phi + r phi'(r), at the price of two or three values whatever the
     number of particles is.
 
     Args:

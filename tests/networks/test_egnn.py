@@ -53,6 +53,40 @@ def test_more_than_pairs_matter():
     assert (told_by_second[1:] > 0).all()
 
 
+def other(i, *more):
+    return [j for j in range(4) if j not in (i, *more)]
+
+
+def distance(x, i, j):
+    return (1 + (x[i] - x[j]).square().sum()).sqrt()[None]
+
+
+def test_egnn_is_the_formula():
+    network, t, x = perturbed(EGNN((4, 2), hidden=3, layers=2)), TIMES[0], states(4, 2, k=1)
+    place, h = list(x[0]), list(network.features(t, x)[0])
+    for layer in network.layers:
+        u = {(i, j): distance(place, i, j) for i in range(4) for j in range(4)}
+        m = {(i, j): layer.message(layer.receive(h[i]) + layer.send(h[j]) + layer.distance(u[i, j])) for i, j in u}
+        steps = [sum((place[i] - place[j]) / u[i, j] * layer.move(m[i, j]) for j in other(i)) / 3 for i in range(4)]
+        heard = [sum(m[i, j] for j in other(i)) / 3 for i in range(4)]
+        place = [place[i] + steps[i] for i in range(4)]
+        h = [h[i] + layer.learn(torch.cat([h[i], heard[i]])) for i in range(4)]
+    torch.testing.assert_close(network(t, x)[0], torch.stack(place) - x[0])
+
+
+def test_hollow_egnn_is_the_formula():
+    network, t, x = perturbed(HollowEGNN((4, 2), hidden=3, layers=2)), TIMES[0], states(4, 2, k=1)
+    place, kinds, receivers = x[0], network.sender(t, x)[0], network.receiver(t, x)[0]
+    s = {(i, j): kinds[j] for i in range(4) for j in other(i)}
+    for layer in network.layers:
+        heard = {(i, j): sum(layer.filters(distance(place, j, k)) * s[i, k] for k in other(i, j)) / 2 for i, j in s}
+        s = {pair: s[pair] + layer.learn(layer.own(s[pair]) + layer.heard(heard[pair])) for pair in s}
+    u = {(i, j): distance(place, i, j) for i, j in s}
+    phi = {(i, j): network.joint(network.told(s[i, j]) + receivers[i] + network.distance(u[i, j])) for i, j in s}
+    expected = [sum((place[i] - place[j]) / u[i, j] * phi[i, j] for j in other(i)) / 3 for i in range(4)]
+    torch.testing.assert_close(network(t, x)[0], torch.stack(expected))
+
+
 @pytest.mark.parametrize("name", HOLLOW)
 def test_no_message_has_been_where_it_goes(name):
     network = perturbed(HOLLOW[name]())
