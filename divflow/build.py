@@ -9,6 +9,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.distributions import Distribution
 
 from divflow.density import FlowDensity, ScoreDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
@@ -55,14 +56,17 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
 
     Args:
         config: plain values. `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
-            `event_shape` is that of the data. A flow has `t_base` and `t_data`; a score has `sde`
+            `event_shape` is that of the data. A flow has `t_base`, `t_data` and `base` (None for the standard normal); a score has `sde`
             (None for none), `data_std`, `noise_levels` and `sampler` (None for the SDE's probability flow).
     """
     shape = tuple(config["event_shape"])
     network = build_network(config["network"], shape)
     transform = instantiate(config["transform"], _convert_="all")
     if "sde" not in config:
-        flow = ContinuousFlow(network, shape, **build_ways(config), t_base=config["t_base"], t_data=config["t_data"])
+        times = {name: config[name] for name in ("t_base", "t_data")}
+        flow = ContinuousFlow(
+            network, shape, **build_ways(config), **times, base=_build_base(config.get("base"), shape)
+        )
         return FlowDensity(flow, transform)
     sde = _build_sde(config["sde"], shape)
     sampler = _build_sampler(config["sampler"], sde, shape)
@@ -113,6 +117,10 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> nn
             "net(t, x)"
         )
     return network
+
+
+def _build_base(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> Distribution | None:
+    return None if config is None else instantiate({**config, "event_shape": list(event_shape)}, _convert_="all")
 
 
 def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:

@@ -33,7 +33,7 @@ from divflow.tasks.task import Task
 __all__ = ["train"]
 
 # What describes a density, beside its network and the ways to evaluate it.
-_FLOW = ("t_base", "t_data")
+_FLOW = ("t_base", "t_data", "base")
 _SCORE = ("sde", "data_std", "noise_levels", "sampler")
 
 
@@ -115,6 +115,8 @@ def _fit(trainer: L.Trainer, task: Task, data: TensorDataModule, config: DictCon
 def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
     plain = _plain(config)
     scored = "objective" in plain
+    if scored and plain["base"] is not None:
+        raise ConfigError("a base is for flows, and a score's is the prior of its SDE; leave it at base=normal")
     names = ("network", "estimator", "likelihood", "solver", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
     density_config |= {"event_shape": list(data.event_shape), "transform": data.transform.config()}

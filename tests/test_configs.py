@@ -16,6 +16,8 @@ from divflow.score.objectives import TimeConditionalScoreMatching
 from divflow.score.sampling import Sampler
 from divflow.solver import METHODS, Solver
 
+PARTICLES = ("pair_field", "egnn", "hollow_egnn", "token_mixer")
+
 
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
@@ -36,7 +38,8 @@ def test_every_solver_of_torchdiffeq_with_gradients_has_a_config():
 def test_every_network_is_a_field(option):
     if option == "diffusers_unet":
         pytest.importorskip("diffusers")
-    shape = (1, 8, 8) if option in ("conv", "unet", "diffusers_unet") else (3,)
+    shapes = dict.fromkeys(("conv", "unet", "diffusers_unet"), (1, 8, 8)) | dict.fromkeys(PARTICLES, (4, 3))
+    shape = shapes.get(option, (3,))
     node = OmegaConf.to_container(config(f"network={option}").network, resolve=True)
     network = build_network(node, shape)
     x = torch.randn(2, *shape)

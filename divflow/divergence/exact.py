@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.arguments import check_count
-from divflow.divergence import colored, dense
+from divflow.divergence import colored, dense, own
 from divflow.divergence.colored import Coloring
 from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.estimator import Estimate, Estimator
@@ -27,7 +27,7 @@ from divflow.divergence.state import state_of
 
 __all__ = ["Exact"]
 
-_METHODS = ("auto", "layered", "colored", "forward", "reverse")
+_METHODS = ("auto", "own", "layered", "colored", "forward", "reverse")
 # Bytes that the layered method may take beside the value.
 _LARGEST_MEMORY = 2**31
 # Relative cost at which a batch for each time, with its smaller matrix products, is worth it.
@@ -108,7 +108,9 @@ class Exact(Estimator):
         (div g)_b = sum_i e_i^T J_b e_i
 
     Args:
-        method: "layered" has a closed form for networks of linear maps and elementwise functions, at the
+        method: "own" takes what the field says of itself, by a method `value_and_divergence(t, x)` that
+            returns `(k, *event)` and `(k,)`, and compares it with autograd (see `divflow.divergence.own`);
+            "layered" has a closed form for networks of linear maps and elementwise functions, at the
             price of about one probe whatever D is (see `divflow.divergence.layered`); "colored" takes one
             product for many dimensions of a local field, such as a convolutional network (see
             `divflow.divergence.colored`); "reverse" takes rows of the Jacobian from one evaluation of the
@@ -123,7 +125,8 @@ class Exact(Estimator):
 
     Raises:
         ValueError: an unknown method, or a chunk size below 1.
-        FieldError: by a call, where `method="layered"` or `"colored"` does not apply; the message says why.
+        FieldError: by a call, where `method="own"`, `"layered"` or `"colored"` does not apply, or the field's own
+            divergence is wrong; the message says why.
     """
 
     method: str = "auto"
@@ -142,6 +145,9 @@ class Exact(Estimator):
         """
         x = checked_state(x)
         t = as_time(t, x)
+        if own.applies(self.method, g, x):
+            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+                return own.plan(g, t, x)
         choices = self._choices(g, t, x)
         if choices.latest is None:
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
@@ -152,6 +158,8 @@ class Exact(Estimator):
         """The value, the exact divergence and a standard error of zero; `generator` is not used."""
         x = checked_state(x)
         t = as_time(t, x)
+        if own.applies(self.method, g, x):
+            return _exactly(*own.evaluate(g, t, x))
         if self.method == "forward":
             return _exactly(*dense.forward(g, t, x, self._chunk_size(x, event_size(x))))
         choices = self._choices(g, t, x)
@@ -231,6 +239,8 @@ class Exact(Estimator):
 
     def prefers_one_time(self, g: Field, t: Tensor, x: Tensor) -> bool:
         """True where gates that depend on a scalar t alone can be folded into the matrices of a layered network."""
+        if own.applies(self.method, g, x):
+            return False
         shared = self.explain(g, t, x)
         if shared.method != "layered":
             return False

@@ -22,7 +22,7 @@ class Plan(NamedTuple):
     """How an exact divergence is computed.
 
     Attributes:
-        method: "layered", "colored", "reverse" or "forward".
+        method: "own", "layered", "colored", "reverse" or "forward".
         why: the reason.
         products: products with the Jacobian, over the whole batch; none where its trace has a closed form.
         chunk_size: how many of them are taken in one pass.

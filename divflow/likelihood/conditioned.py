@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from divflow.divergence.field import FieldError, checked_value
+from divflow.divergence.own import OwnDivergence, own_divergence
 
 __all__ = ["ConditionedField", "check_context"]
 
@@ -31,6 +32,17 @@ class ConditionedField(nn.Module):
         """The velocity at time t, `()` or `(k,)`, and state x, in x's dtype."""
         value = self.velocity(t, x) if self.context is None else self.velocity(t, x, self.context)
         return checked_value(value, x)
+
+    @property
+    def value_and_divergence(self) -> OwnDivergence | None:
+        """The velocity's own divergence, if it has one: `value_and_divergence(t, x)`, or `(t, x, context)`."""
+        own, context = own_divergence(self.velocity), self.context
+        return own if own is None or context is None else lambda t, x: own(t, x, context)
+
+    def divflow_rows(self, rows: list[int]) -> "ConditionedField":
+        """The field for some samples of the batch."""
+        context = None if self.context is None else self.context[rows]
+        return ConditionedField(self.velocity, context, self.sample_times)
 
     def repeat(self, times: int) -> "ConditionedField":
         """The field for `times` copies of the batch, one after another."""

@@ -4,17 +4,27 @@ from divflow.networks.concat_squash import ConcatSquash
 from divflow.networks.conditioning import NetworkError
 from divflow.networks.conv import ConvNet
 from divflow.networks.diffusers_unet import DiffusersUNet
+from divflow.networks.egnn import EGNN
+from divflow.networks.hollow_egnn import HollowEGNN
+from divflow.networks.hollow_mlp import HollowMLP
 from divflow.networks.mlp import MLP
+from divflow.networks.pair_field import PairField
 from divflow.networks.time import GaussianFourierEmbedding, SinusoidalEmbedding
+from divflow.networks.token_mixer import TokenMixer
 from divflow.networks.unet import UNet
 
 __all__ = [
+    "EGNN",
     "MLP",
     "ConcatSquash",
     "ConvNet",
     "DiffusersUNet",
     "GaussianFourierEmbedding",
+    "HollowEGNN",
+    "HollowMLP",
     "NetworkError",
+    "PairField",
     "SinusoidalEmbedding",
+    "TokenMixer",
     "UNet",
 ]

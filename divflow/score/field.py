@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from divflow.divergence import Field, FieldError
 from divflow.divergence.field import checked_value
+from divflow.divergence.own import OwnDivergence, own_divergence
 
 __all__ = ["AtTime", "Score", "TimeFree", "as_field", "evaluate", "parameters_of", "tensor_settings"]
 
@@ -43,6 +44,12 @@ class AtTime(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The score at x."""
         return self.score(torch.full_like(t, self.time), x)
+
+    @property
+    def value_and_divergence(self) -> OwnDivergence | None:
+        """The score's own divergence at that time, if it has one."""
+        own = own_divergence(self.score)
+        return None if own is None else lambda t, x: own(torch.full_like(t, self.time), x)
 
 
 def as_field(score: Score) -> Field:

@@ -1,9 +1,12 @@
 """The ODE that has the marginals of an SDE, as a continuous normalizing flow: likelihoods and samples of a score."""
 
+import functools
+
 from torch import Tensor, nn
 
 from divflow.divergence import Estimator
-from divflow.divergence.field import checked_value
+from divflow.divergence.field import checked_value, event_size
+from divflow.divergence.own import OwnDivergence, own_divergence
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Likelihood, Quadrature
 from divflow.score.field import Score, as_field
@@ -34,6 +37,18 @@ class ProbabilityFlow(nn.Module):
         """The velocity at time t, `()` or `(k,)`, and state x `(k, *event)`."""
         drift, squared_diffusion = (broadcast(values, x) for values in self.sde.coefficients(t))
         return drift * x - squared_diffusion / 2 * checked_value(self.score(t, x), x)
+
+    @property
+    def value_and_divergence(self) -> OwnDivergence | None:
+        """The velocity and its divergence D f(t) - g(t)^2 (div s)(t, x) / 2, if the score knows its own."""
+        own = own_divergence(self.score)
+        return None if own is None else functools.partial(self._linear_in, own)
+
+    def _linear_in(self, own: OwnDivergence, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        coefficients, (score, divergence) = self.sde.coefficients(t), own(t, x)
+        drift, squared_diffusion = (broadcast(values, x) for values in coefficients)
+        value = drift * x - squared_diffusion / 2 * checked_value(score, x)
+        return value, event_size(x) * coefficients.drift - coefficients.squared_diffusion / 2 * divergence
 
 
 def probability_flow(

@@ -1,10 +1,12 @@
 """From the output of a network of order one to a score, whose size changes over orders of magnitude in time."""
 
+import functools
 import math
 
 from torch import Tensor, nn
 
-from divflow.divergence.field import checked_value
+from divflow.divergence.field import checked_value, event_size
+from divflow.divergence.own import OwnDivergence, own_divergence
 from divflow.score.field import as_field
 from divflow.score.sde import SDE, SDEError, broadcast
 
@@ -42,10 +44,30 @@ class ScaledScore(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The score at time t and state x."""
-        alpha, sigma = self.sde.mean_scale(t), self.sde.std(t)
         if self.data_std is None:
-            return checked_value(self.network(t, x), x) / broadcast(sigma, x)
-        variance = (alpha * self.data_std).square() + sigma.square()
+            return checked_value(self.network(t, x), x) / broadcast(self.sde.std(t), x)
+        time, variance, root, gain = self._scales(t, self.data_std)
+        value = checked_value(self.network(time, x / broadcast(root, x)), x)
+        return broadcast(gain, x) * value - x / broadcast(variance, x)
+
+    @property
+    def value_and_divergence(self) -> OwnDivergence | None:
+        """The score and its divergence, which is linear in the network's own, if it has one."""
+        own = own_divergence(self.network)
+        return None if own is None else functools.partial(self._linear_in, own)
+
+    def _linear_in(self, own: OwnDivergence, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.data_std is None:
+            (value, divergence), sigma = own(t, x), self.sde.std(t)
+            return checked_value(value, x) / broadcast(sigma, x), divergence / sigma
+        time, variance, root, gain = self._scales(t, self.data_std)
+        value, divergence = own(time, x / broadcast(root, x))
+        score = broadcast(gain, x) * checked_value(value, x) - x / broadcast(variance, x)
+        return score, gain / root * divergence - event_size(x) / variance
+
+    def _scales(self, t: Tensor, data_std: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The network's time, v, sqrt(v), and what the network is multiplied by."""
+        alpha, sigma = self.sde.mean_scale(t), self.sde.std(t)
+        variance = (alpha * data_std).square() + sigma.square()
         root = variance.sqrt()
-        value = checked_value(self.network((sigma / alpha).log() / 4, x / broadcast(root, x)), x)
-        return broadcast(alpha * self.data_std / (sigma * root), x) * value - x / broadcast(variance, x)
+        return (sigma / alpha).log() / 4, variance, root, alpha * data_std / (sigma * root)

@@ -29,6 +29,7 @@ PARTS = {
     "growth": exact.growth,
     "steps": training_step.steps,
     "convolutions": exact.convolutions,
+    "known": exact.known,
     "score": lambda: score_step.steps() + score_step.gradient_noise(),
     "variance": lambda: variance.reduction(FOLDER),
 }

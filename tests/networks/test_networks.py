@@ -7,13 +7,18 @@ from torch import nn
 
 from divflow.divergence import Autograd, Exact, check_field, divergence
 from divflow.networks import (
+    EGNN,
     MLP,
     ConcatSquash,
     ConvNet,
     DiffusersUNet,
     GaussianFourierEmbedding,
+    HollowEGNN,
+    HollowMLP,
     NetworkError,
+    PairField,
     SinusoidalEmbedding,
+    TokenMixer,
     UNet,
 )
 
@@ -37,10 +42,16 @@ NETWORKS = {
     "UNet with attention": lambda **k: UNet((1, 2, 4), channels=(4, 8), blocks=2, attention=True, **k),
     "UNet of one level": lambda **k: UNet((1, 2, 4), channels=(4,), time_embedding=None, **k),
     "DiffusersUNet": diffusers_unet,
+    "HollowMLP": lambda **k: HollowMLP((2, 3), hidden=(8,), **k),
+    "PairField": lambda **k: PairField((2, 3), hidden=(8,), **k),
+    "EGNN": lambda **k: EGNN((2, 3), hidden=8, **k),
+    "HollowEGNN": lambda **k: HollowEGNN((2, 3), hidden=8, **k),
+    "TokenMixer": lambda **k: TokenMixer((2, 3), hidden=(8,), width=8, **k),
 }
+WITHOUT_CONTEXT = {"DiffusersUNet", "EGNN", "HollowEGNN", "HollowMLP", "PairField", "TokenMixer"}
 EVENTS = {"MLP of vectors": (6,), "ConvNet 2d": (1, 3, 2), "ConvNet 3d": (1, 3, 2, 1)}
 EVENTS |= dict.fromkeys(["UNet", "UNet with attention", "UNet of one level", "DiffusersUNet"], (1, 2, 4))
-CONTEXTS = [(name, features) for name in NETWORKS for features in (0, 5) if name != "DiffusersUNet" or not features]
+CONTEXTS = [(name, features) for name in NETWORKS for features in (0, 5) if name not in WITHOUT_CONTEXT or not features]
 
 
 @pytest.mark.parametrize(("name", "context_features"), CONTEXTS)

@@ -1,0 +1,108 @@
+"""The equivariant graph network over particles that all see each other."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from divflow.arguments import check_count
+from divflow.networks.particles import (
+    ParticleFeatures,
+    centered,
+    check_particles,
+    distances,
+    off_diagonal,
+    particle_shape,
+)
+from divflow.networks.tangents import perceptron
+from divflow.networks.time import SinusoidalEmbedding
+
+__all__ = ["EGNN"]
+
+# It has no state, so all networks may share it.
+_WAVES = SinusoidalEmbedding(32)
+
+
+class EGNN(nn.Module):
+    """The E(n)-equivariant graph network (Satorras, Hoogeboom & Welling 2021, arXiv:2102.09844, equations 3 to 6), as a field.
+
+        m_ij = mlp([h_i, h_j, u_ij]),    x_i <- x_i + mean_j (x_i - x_j) / u_ij mlp(m_ij),    h_i <- h_i + mlp([h_i, mean_j m_ij])
+
+    with u_ij = sqrt(1 + |x_i - x_j|^2), h_i = kind_i + W embedding(t) to begin with, and net(t, x) the displacement of x by
+    all layers. It goes with rotations, reflections and permutations of particles of one kind, and ignores translations.
+
+    Divergence: every layer lets all particles see each other, so `Exact` takes D products; `Hutchinson` is the choice for
+    all but a few particles, `HollowEGNN` for an exact one at any number.
+
+    Args:
+        event_shape: `(particles, dimensions)`.
+        hidden: width of features, messages and their networks.
+        layers: rounds of messages.
+        types: the kind of each particle, such as an atom's, counted from 0; None if all are alike.
+        mean_free: leave the centre of mass where it is, for flows whose base is `MeanFreeNormal`.
+        activation: class or function that makes an activation module; a smooth one (see `MLP`).
+        zero_init: start with last layers of zeros: the field vanishes and a flow is the identity.
+        time_embedding: as for `MLP`, a sinusoidal one by default; None for time itself, one feature.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
+
+    Raises:
+        ValueError: layers or hidden that are no whole number of at least 1.
+        NetworkError: an event shape that is none of particles, or types that are no whole number for each; by a call,
+            particles of another number.
+
+    Example:
+        >>> EGNN((5, 3), types=[0, 0, 1, 1, 2])(torch.tensor(0.5), torch.randn(2, 5, 3)).shape
+        torch.Size([2, 5, 3])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        hidden: int = 64,
+        layers: int = 3,
+        types: Sequence[int] | None = None,
+        mean_free: bool = False,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        zero_init: bool = False,
+        time_embedding: nn.Module | None = _WAVES,
+    ) -> None:
+        super().__init__()
+        check_count("hidden", hidden)
+        check_count("layers", layers)
+        self.event_shape, self.mean_free = particle_shape(event_shape, "EGNN"), mean_free
+        self.features = ParticleFeatures(self.event_shape[0], hidden, types, time_embedding)
+        self.layers = nn.ModuleList(_Layer(hidden, activation, zero_init) for _ in range(layers))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The displacement at (t, x); see the class for the shapes."""
+        check_particles(x, self.event_shape)
+        moved, features = x, self.features(t, x)
+        for layer in self.layers:
+            moved, features = layer(moved, features)
+        return centered(moved - x) if self.mean_free else moved - x
+
+
+class _Layer(nn.Module):
+    """One round of messages, by which particles move and learn of each other."""
+
+    def __init__(self, hidden: int, activation: Callable[[], nn.Module], zero_init: bool) -> None:
+        super().__init__()
+        self.receive, self.send = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden, bias=False)
+        self.distance = nn.Linear(1, hidden, bias=False)
+        self.message = nn.Sequential(activation(), nn.Linear(hidden, hidden), activation())
+        self.move = perceptron([hidden, hidden, 1], activation, zero_init)
+        self.learn = perceptron([2 * hidden, hidden, hidden], activation)
+
+    def forward(
+        self, x: Float[Tensor, "batch particles dimensions"], h: Float[Tensor, "batch particles hidden"]
+    ) -> tuple[Tensor, Tensor]:
+        difference = x[:, :, None] - x[:, None]
+        u = distances(difference)[1]
+        messages = self.message(self.receive(h)[:, :, None] + self.send(h)[:, None] + self.distance(u))
+        messages = messages * off_diagonal(x)
+        others = x.shape[1] - 1
+        x = x + (difference / u * self.move(messages)).sum(dim=2) / others
+        return x, h + self.learn(torch.cat([h, messages.sum(dim=2) / others], dim=-1))

@@ -1,0 +1,148 @@
+"""A hollow equivariant graph network: exact divergence at about the price of the value, for any number of particles."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from divflow.arguments import check_count
+from divflow.networks.hollow import Hollow
+from divflow.networks.particles import (
+    ParticleFeatures,
+    centered,
+    check_particles,
+    distances,
+    off_diagonal,
+    particle_shape,
+)
+from divflow.networks.tangents import perceptron, push_forward
+from divflow.networks.time import SinusoidalEmbedding
+
+__all__ = ["HollowEGNN"]
+
+# It has no state, so all networks may share it.
+_WAVES = SinusoidalEmbedding(32)
+
+
+class HollowEGNN(Hollow):
+    """Messages between particles that never pass through the one that they are for, which adds its own place at the end.
+
+        s_ij <- s_ij + mlp([s_ij, mean_{k not i, j} W(u_jk) * s_ik])             (what j tells i, of all but i)
+        net(t, x)_i = mean_{j not i} (x_i - x_j) / u_ij phi(u_ij, s_ij, kind_i, t)
+
+    with u_ij = sqrt(1 + |x_i - x_j|^2), s_ij = kind_j + W embedding(t) to begin with. The messages are not backtracking in
+    the strongest sense: no walk that they took has been at i, so that the graph may be complete and the layers any number
+    (HollowFlow, arXiv:2510.21542, sends them along the edges' own graph for it). Filters that depend on distances alone (Schütt et al.
+    2017, arXiv:1706.08566) serve all i, so a layer takes two to three times what one of `EGNN` does. It goes with rotations,
+    reflections and permutations of particles of one kind, and ignores translations.
+
+    Divergence: its own (Chen & Duvenaud 2019, arXiv:1912.03579). At fixed messages a pair contributes as in `PairField`, so that
+    one product through phi, in the direction of u, stands for those of all spatial dimensions.
+
+    Args:
+        event_shape: `(particles, dimensions)`.
+        hidden: width of messages, filters and their networks.
+        layers: rounds of messages, from 0, at which a particle sees pairs only.
+        types: the kind of each particle, such as an atom's, counted from 0; None if all are alike.
+        mean_free: leave the centre of mass where it is, for flows whose base is `MeanFreeNormal`.
+        activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
+        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        time_embedding: as for `MLP`, a sinusoidal one by default; None for time itself, one feature.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
+
+    Raises:
+        ValueError: layers or hidden that are no such whole number.
+        NetworkError: an event shape that is none of particles, or types that are no whole number for each; by a call,
+            particles of another number; by `value_and_divergence`, a subclass whose messages are not hollow.
+
+    Example:
+        >>> HollowEGNN((5, 3), types=[0, 0, 1, 1, 2])(torch.tensor(0.5), torch.randn(2, 5, 3)).shape
+        torch.Size([2, 5, 3])
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        hidden: int = 64,
+        layers: int = 2,
+        types: Sequence[int] | None = None,
+        mean_free: bool = False,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        zero_init: bool = False,
+        time_embedding: nn.Module | None = _WAVES,
+    ) -> None:
+        super().__init__()
+        check_count("hidden", hidden)
+        check_count("layers", layers, least=0)
+        self.event_shape, self.mean_free = particle_shape(event_shape, "HollowEGNN"), mean_free
+        particles = self.event_shape[0]
+        self.sender = ParticleFeatures(particles, hidden, types, time_embedding)
+        self.receiver = ParticleFeatures(particles, hidden, types, time_embedding)
+        self.layers = nn.ModuleList(_Layer(hidden, activation) for _ in range(layers))
+        self.told = nn.Linear(hidden, hidden, bias=False)
+        self.distance = nn.Linear(1, hidden, bias=False)
+        self.joint = nn.Sequential(activation(), *perceptron([hidden, hidden, 1], activation, zero_init))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The network's value at (t, x); see the class for the shapes."""
+        difference, _, u = _pairs(self.parts(x))
+        return self._sum(difference / u, self.joint(self._hidden(t, x, u)))
+
+    def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value and its divergence, the mean over pairs of d f + r f'(r), f = phi / u, at fixed messages."""
+        difference, squared, u = _pairs(self.parts(x))
+        self.require_hollow(t, x)
+        phi, slope = push_forward(self.joint, self._hidden(t, x, u), self.distance.weight[:, 0])
+        particles, dimensions = self.event_shape
+        # f'(r) = (phi'(u) - phi / u) / u du/dr, du/dr = r / u
+        terms = (dimensions * phi + squared / u * (slope - phi / u)) / u * off_diagonal(x)
+        return self._sum(difference / u, phi), terms.sum(dim=(1, 2, 3)) / (particles - 1)
+
+    def conditioner(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch particles particles hidden"]:
+        """s_ij, what each particle i is told by all others; nothing by itself."""
+        others, u = off_diagonal(x), _pairs(x)[2]
+        messages = self.sender(t, x)[:, None] * others
+        for layer in self.layers:
+            messages = layer(messages, u, others)
+        return messages
+
+    def parts(self, x: Tensor) -> Float[Tensor, "batch particles dimensions"]:
+        """The particles.
+
+        Raises:
+            NetworkError: they are of another number.
+        """
+        check_particles(x, self.event_shape)
+        return x
+
+    def _hidden(self, t: Tensor, x: Tensor, u: Tensor) -> Float[Tensor, "batch particles particles hidden"]:
+        """What the first layer of phi makes of messages, the particle's kind, the time and the distance."""
+        return self.told(self.conditioner(t, x)) + self.receiver(t, x)[:, :, None] + self.distance(u)
+
+    def _sum(self, directions: Tensor, phi: Tensor) -> Float[Tensor, "batch particles dimensions"]:
+        value = (directions * phi).sum(dim=2) / (self.event_shape[0] - 1)
+        return centered(value) if self.mean_free else value
+
+
+def _pairs(x: Tensor) -> tuple[Float[Tensor, "batch particles particles dimensions"], Tensor, Tensor]:
+    """x_i - x_j, its square and u."""
+    difference = x[:, :, None] - x[:, None]
+    return difference, *distances(difference)
+
+
+class _Layer(nn.Module):
+    """One round of messages s_ij, `(batch, i, j, hidden)`, in the graph without i, for every i at once."""
+
+    def __init__(self, hidden: int, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.filters = perceptron([1, hidden, hidden], activation)
+        self.own, self.heard = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden, bias=False)
+        self.learn = nn.Sequential(activation(), nn.Linear(hidden, hidden))
+
+    def forward(self, messages: Tensor, u: Tensor, others: Tensor) -> Tensor:
+        filters = self.filters(u) * (others / max(1, u.shape[1] - 2))  # of j and k
+        heard = torch.einsum("bjkc,bikc->bijc", filters, messages)
+        return messages + self.learn(self.own(messages) + self.heard(heard)) * others

@@ -1,0 +1,93 @@
+"""Forces between pairs of particles along the line that joins them, whose divergence is a sum over pairs."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from divflow.networks.conditioning import NetworkError, condition, time_features
+from divflow.networks.particles import check_particles, distances, particle_shape
+from divflow.networks.tangents import perceptron, push_forward
+
+__all__ = ["PairField"]
+
+
+class PairField(nn.Module):
+    """The sum of what each other particle does to one, along the line that joins them and by their distance.
+
+        net(t, x)_i = sum_j (x_i - x_j) phi(|x_i - x_j|, t),        phi = mlp([u, embedding(t)]) / u,   u = sqrt(1 + r^2)
+
+    Divided by u, forces grow with the distance no faster than the distance, so that no trajectory ends in finite time.
+    It goes with rotations, reflections and permutations of the particles, ignores translations, and leaves their centre of
+    mass where it is (Köhler, Klein & Noé 2020, arXiv:2006.02425): with `MeanFreeNormal` as base it makes
+    a flow of particles without centre of mass.
+
+    Divergence: its own, closed: each ordered pair gives d phi + r phi'(r), at the price of two or three values whatever the
+    number of particles is.
+
+    Args:
+        event_shape: `(particles, dimensions)`.
+        hidden: width of each hidden layer of phi, one at least.
+        activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
+        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        time_embedding: as for `MLP`.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
+
+    Raises:
+        NetworkError: an event shape that is none of particles or no hidden layer; by a call, particles of another number.
+
+    Example:
+        >>> PairField((5, 3))(torch.tensor(0.5), torch.randn(2, 5, 3)).shape
+        torch.Size([2, 5, 3])
+    """
+
+    first: Tensor
+    second: Tensor
+    incidence: Tensor
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        hidden: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        zero_init: bool = False,
+        time_embedding: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.event_shape, self.time_embedding = particle_shape(event_shape, "PairField"), time_embedding
+        if not hidden:
+            raise NetworkError("PairField needs a hidden layer at least, but hidden is empty")
+        self.distance = nn.Linear(1, hidden[0])
+        self.time = nn.Linear(time_features(time_embedding), hidden[0], bias=False)
+        self.layers = nn.Sequential(activation(), *perceptron([*hidden, 1], activation, zero_init))
+        first, second = torch.triu_indices(self.event_shape[0], self.event_shape[0], offset=1)
+        eye = torch.eye(self.event_shape[0])
+        # Sums over pairs are products with it, which are the same at every run, where scattered sums are not on GPUs.
+        incidence = (eye[first] - eye[second]).T.contiguous()
+        for name, values in (("first", first), ("second", second), ("incidence", incidence)):
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The field's value at (t, x); see the class for the shapes."""
+        difference, _, u = self._pairs(x)
+        return self.incidence @ (difference / u * self.layers(self._hidden(t, x, u)))
+
+    def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value and its divergence, twice the sum over pairs of d phi + r phi'(r)."""
+        difference, squared, u = self._pairs(x)
+        force, slope = push_forward(self.layers, self._hidden(t, x, u), self.distance.weight[:, 0])
+        # r phi'(r) of phi = force / u, with du/dr = r / u
+        terms = (self.event_shape[1] * force + squared / u * (slope - force / u)) / u
+        return self.incidence @ (difference / u * force), 2 * terms.sum(dim=(1, 2))
+
+    def _pairs(self, x: Tensor) -> tuple[Float[Tensor, "batch pairs dimensions"], Tensor, Tensor]:
+        check_particles(x, self.event_shape)
+        difference = x[:, self.first] - x[:, self.second]
+        return difference, *distances(difference)
+
+    def _hidden(self, t: Tensor, x: Tensor, u: Tensor) -> Float[Tensor, "batch pairs hidden"]:
+        """What the first layer makes of distance and time."""
+        return self.distance(u) + self.time(condition(t, x, None, 0, self.time_embedding))[:, None]
