@@ -21,7 +21,7 @@ from divflow.divergence.field import (
     event_size,
     linearize_field,
 )
-from divflow.divergence.layered import Cycle, Followed, NoRule, contract, follow
+from divflow.divergence.layered import Contraction, Followed, NoRule, follow
 from divflow.divergence.plan import Plan, Plans, circumstances
 from divflow.divergence.state import state_of
 
@@ -89,11 +89,11 @@ class _Choices:
 
 
 class _Made(NamedTuple):
-    """A choice, the evaluation that it was made or found for, and the paths of a layered one."""
+    """A choice, the evaluation that it was made or found for, and the way a layered one takes."""
 
     choice: _Choice
     followed: Followed
-    cycles: list[Cycle]
+    contraction: Contraction | None = None
 
 
 # Choices by field and circumstances; colourings by field, event shape and structure, whatever the batch.
@@ -166,9 +166,9 @@ class Exact(Estimator):
         always = choices.get(None)
         if always is not None:
             return self._dense_result(always, linearize_field(g, t, x), x)
-        choice, followed, cycles = self._made(g, t, x, choices)
-        if choice.plan.method == "layered":
-            return _exactly(followed.field.value, followed.divergence(cycles, self.chunk_size))
+        choice, followed, contraction = self._made(g, t, x, choices)
+        if contraction is not None:
+            return _exactly(followed.field.value, followed.divergence(contraction, self.chunk_size))
         if choice.coloring is None:
             return self._dense_result(choice, followed.field, x)
         plan, recompute = choice.plan, self.chunk_size is not None
@@ -203,7 +203,7 @@ class Exact(Estimator):
         if not verify:
             # Right for this evaluation, whatever it did; a choice for the like of it is made at the next.
             choices.surprise()
-            return _Made(_Choice(self._dense(x, "dense products: it did other operations than before")), followed, [])
+            return _Made(_Choice(self._dense(x, "dense products: it did other operations than before")), followed)
         choices.stateful = state_of(g) != before
         return self._new(g, t, x, choices, followed)
 
@@ -213,22 +213,20 @@ class Exact(Estimator):
         if choice is None or followed.hides():
             return None
         try:
-            cycles = followed.cycles() if choice.plan.method == "layered" else []
+            contraction = followed.contraction() if choice.plan.method == "layered" else None
             if verify:
-                if choice.coloring is None:
-                    followed.verify(cycles)
-                else:
+                if contraction is not None:
+                    followed.verify(contraction)
+                elif choice.coloring is not None:
                     colored.check(followed.field, x, choice.coloring.seen)
         except (NoRule, colored.NotLocal):
             return None
-        return _Made(choice, followed, cycles)
+        return _Made(choice, followed, contraction)
 
     def _new(self, g: Field, t: Tensor, x: Tensor, choices: _Choices, followed: Followed) -> _Made:
         """Choose for what the field did, and remember the choice."""
         if self.method == "auto" and len(choices) >= _MOST_STRUCTURES:
-            made = _Made(
-                _Choice(self._dense(x, "dense products: it does other operations at every call")), followed, []
-            )
+            made = _Made(_Choice(self._dense(x, "dense products: it does other operations at every call")), followed)
         else:
             made = self._choose(g, t, x, followed, choices.stateful)
         dense_products = made.choice.plan.method == "reverse"
@@ -266,8 +264,8 @@ class Exact(Estimator):
         reasons = []
         if self.method in ("auto", "layered"):
             try:
-                cycles = followed.cycles()
-                return _Made(_Choice(self._layered(x, followed, cycles)), followed, cycles)
+                contraction = followed.contraction()
+                return _Made(_Choice(self._layered(x, followed, contraction)), followed, contraction)
             except NoRule as error:
                 reasons.append(f"not layered: {error}".rstrip(","))
         if self.method in ("auto", "colored"):
@@ -275,7 +273,7 @@ class Exact(Estimator):
                 if changes_itself:
                     raise colored.NotLocal("the field changes its own state when it is evaluated")
                 coloring = _coloring(g, t, x, followed)
-                return _Made(_Choice(self._colored(x, coloring, followed), coloring), followed, [])
+                return _Made(_Choice(self._colored(x, coloring, followed), coloring), followed)
             except colored.NotLocal as error:
                 reasons.append(f"not colored: {error}")
         if self.method != "auto":
@@ -283,19 +281,22 @@ class Exact(Estimator):
                 f"method={self.method!r} does not apply to this field ({'; '.join(reasons)}); use "
                 "method='auto', which takes the cheapest that does"
             )
-        return _Made(_Choice(self._dense(x, f"dense products: {'; '.join(reasons)}", followed)), followed, [])
+        return _Made(_Choice(self._dense(x, f"dense products: {'; '.join(reasons)}", followed)), followed)
 
-    def _layered(self, x: Tensor, followed: Followed, cycles: list[Cycle]) -> Plan:
-        followed.verify(cycles)
-        value, batch = max(1, followed.trace.multiplications), x.shape[0]
-        products = sum(contract.cost(cycle, batch) for cycle in cycles)
-        memory = sum(contract.memory(cycle, batch) for cycle in cycles) * x.element_size()
+    def _layered(self, x: Tensor, followed: Followed, contraction: Contraction) -> Plan:
+        followed.verify(contraction)
+        value, products = max(1, followed.trace.multiplications), followed.cost(contraction)
+        memory = contraction.memory(len(x), x) * x.element_size()
         if self.method == "auto" and products > value * event_size(x):
-            raise NoRule(f"its {len(cycles)} paths take more multiplications than dense products")
+            raise NoRule("its paths take longer than dense products")
         if self.method == "auto" and memory > _LARGEST_MEMORY:
             raise NoRule(f"its matrices take {memory / 2**30:.1f} GiB")
-        paths = "one path" if len(cycles) == 1 else f"{len(cycles)} paths"
+        count, cut = len(contraction.cycles), contraction.cut
+        paths = "one path" if count == 1 else f"{count} paths"
         why = f"{paths} of linear maps and elementwise functions, multiplied out for the whole batch"
+        if cut:
+            rows = sum(base.size for base in cut)
+            why += f", and {'one row' if rows == 1 else f'{rows} rows'} carried through {len(cut)} of its places"
         cost = 1 + products / value
         return Plan("layered", why, 0, 1, cost, cost / 2, memory)
 

@@ -178,5 +178,75 @@ def known() -> list[Row]:
     return rows
 
 
+@torch.no_grad()
+def normalized() -> list[Row]:
+    """Layer normalization and softmax between linear layers, in forward passes."""
+    first, second = nn.LayerNorm(256), nn.LayerNorm(256)
+    inner = nn.Linear(43, 256), first, nn.Tanh(), nn.Linear(256, 256), second, nn.Tanh(), nn.Linear(256, 43)
+    wide = nn.Linear(784, 512), nn.LayerNorm(512), nn.Tanh(), nn.Linear(512, 784)
+    gated = nn.Linear(784, 512), nn.Softmax(dim=1), nn.Linear(512, 784)
+    cases = {
+        "two hidden layers with LayerNorm, D = 43, H = 256, batch 256": (inner, 256, 6),
+        "one hidden layer with LayerNorm, D = 784, H = 512, batch 32": (wide, 32, 5),
+        "one hidden layer of softmax, D = 784, H = 512, batch 32": (gated, 32, 5),
+    }
+    rows = []
+    for what, (layers, batch, aim) in cases.items():
+        net, x = nn.Sequential(*layers), torch.randn(batch, layers[0].in_features)
+        time = medians({"forward": lambda net=net, x=x: net(x), **_ways(net, x)}, 10.0)
+        passes = time["divflow"] / time["forward"]
+        faster = time["dense"] / time["divflow"]
+        rows.append((what, "forward pass", f"at most {aim} of them", f"**{passes:.2f}**"))
+        rows.append((what, "divflow's dense products", "", f"{faster:.0f} times faster"))
+    return rows
+
+
+class _Residual(nn.Module):
+    """Blocks of a hidden layer each, around which the state is carried."""
+
+    def __init__(self, size: int, hidden: int, blocks: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(size, hidden), nn.Linear(hidden, size)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, hidden)) for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.last(h)
+
+
+def _plain(size: int, hidden: int, depth: int) -> nn.Module:
+    layers: list[nn.Module] = [nn.Linear(size, hidden), nn.Tanh()]
+    for _ in range(depth - 1):
+        layers += [nn.Linear(hidden, hidden), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(hidden, size))
+
+
+@torch.no_grad()
+def deep() -> list[Row]:
+    """Four and six hidden layers, with and without residual connections, against dense products."""
+    rows = []
+    for size, batch, aim in ((64, 128, "at most 1.1"), (784, 16, "at most 0.67")):
+        ratios = []
+        for make in (_plain, _Residual):
+            for depth in (4, 6):
+                time = medians(_ways(make(size, 256, depth), torch.randn(batch, size)), 10.0)
+                ratios.append(time["divflow"] / time["dense"])
+        listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        what = f"4 and 6 hidden layers of 256, then as many residual blocks, D = {size}, batch {batch}"
+        rows.append((what, "divflow's dense products", f"{aim} of their time", f"**{max(ratios):.2f}** ({listed})"))
+    return rows
+
+
+def _ways(net: nn.Module, x: Tensor) -> dict[str, Callable[[], object]]:
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        return net(x)
+
+    return {"divflow": lambda: Exact()(field, 0.3, x), "dense": lambda: Exact("reverse")(field, 0.3, x)}
+
+
 def _ms(time: dict[str, float]) -> str:
     return f" ({1e3 * time['divflow']:.2f} against {1e3 * time['jacrev']:.1f} ms)"

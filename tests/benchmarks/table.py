@@ -27,6 +27,8 @@ PARTS = {
     "wide": exact.wide,
     "large": exact.large,
     "growth": exact.growth,
+    "normalized": exact.normalized,
+    "deep": exact.deep,
     "steps": training_step.steps,
     "convolutions": exact.convolutions,
     "known": exact.known,

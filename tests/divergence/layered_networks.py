@@ -1,6 +1,8 @@
 """Fields over vectors of 6 entries for the tests of the layered method: as many kinds of network as users write."""
 
+import contextlib
 import math
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -252,6 +254,142 @@ class NormalizedByConstants(nn.Module):
         return self.net(t, x)
 
 
+def normalized(*norms: nn.Module, last: nn.Module | None = None) -> nn.Module:
+    """A normalization of H entries after each hidden layer, its weights as training leaves them."""
+    layers: list[nn.Module] = []
+    for norm in norms:
+        layers += [nn.Linear(H if layers else D, H), norm, nn.Tanh()]
+    for parameter in (parameter for norm in norms for parameter in norm.parameters()):
+        nn.init.normal_(parameter)
+    return Plain(*layers, nn.Linear(H, D), *([] if last is None else [last]))
+
+
+class Channels(nn.Module):
+    """Normalizations of channels: H = 9 entries as 3 channels of 3, or of 3 x 1."""
+
+    def __init__(self, norm: nn.Module, *event: int) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.event = nn.Linear(D, H), norm, nn.Linear(H, D), event
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, t, x):
+        h = self.norm(self.first(x).unflatten(1, self.event))
+        return self.last(torch.sin(h.flatten(1)))
+
+
+@contextlib.contextmanager
+def by_parts():
+    """Within it, layers normalize by simple operations, whose derivatives autograd has right to any order."""
+
+    def standardized(h, dims, weight, bias, eps):
+        h = (h - h.mean(dims, keepdim=True)) / (h.var(dims, correction=0, keepdim=True) + eps).sqrt()
+        return h * (1 if weight is None else weight) + (0 if bias is None else bias)
+
+    def layer_norm(h, shape, weight=None, bias=None, eps=1e-5):
+        return standardized(h, [*range(-len(shape), 0)], weight, bias, eps)
+
+    def instance_norm(h, mean, var, weight, bias, use_input_stats=True, momentum=0.1, eps=1e-5):
+        if not use_input_stats:
+            return instance(h, mean, var, weight, bias, use_input_stats, momentum, eps)
+        weight, bias = (p if p is None else p.view(-1, *[1] * (h.ndim - 2)) for p in (weight, bias))
+        return standardized(h, [*range(2, h.ndim)], weight, bias, eps)
+
+    instance = F.instance_norm
+    with mock.patch.object(F, "layer_norm", layer_norm), mock.patch.object(F, "instance_norm", instance_norm):
+        yield
+
+
+class ResidualNormalized(nn.Module):
+    """Normalization before each block, or after it."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.before = nn.Linear(D, H), nn.Linear(H, D), before
+        self.norms = nn.ModuleList(nn.LayerNorm(H) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, H)) for _ in range(2))
+
+    def forward(self, t, x):
+        h = self.first(x)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            h = h + block(norm(h)) if self.before else norm(h + block(h))
+        return self.last(h)
+
+
+class OnEntries(nn.Module):
+    """A function of one layer's entries, as people write it out, between two layers."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(D, H), nn.Linear(H, D), function
+
+    def forward(self, t, x):
+        return self.last(self.function(self.first(x)))
+
+
+def layer_norm_by_hand(h: Tensor) -> Tensor:
+    h = h - h.mean(-1, keepdim=True)
+    return torch.tanh(h / torch.sqrt((h**2).mean(-1, keepdim=True) + 1e-5))
+
+
+def layer_norm_by_variance(h: Tensor) -> Tensor:
+    return ((h - h.mean(1)[:, None]) / torch.sqrt(h.var(1, unbiased=False)[:, None] + 1e-5)).sin()
+
+
+def standardized(h: Tensor) -> Tensor:
+    std, mean = torch.std_mean(h, dim=1, correction=1, keepdim=True)
+    return (h - mean) / (std + 0.1)
+
+
+def softmax_by_hand(h: Tensor) -> Tensor:
+    e = torch.exp(h - h.detach().amax(dim=1, keepdim=True))
+    return e / e.sum(dim=1, keepdim=True)
+
+
+def both(h: Tensor) -> Tensor:
+    return F.layer_norm(h, (H,)) * (1 + h.std(1, keepdim=True)) + F.softmax(h, 1)
+
+
+NORMALIZATIONS = {
+    "layer norm": lambda: normalized(nn.LayerNorm(H)),
+    "two layer norms": lambda: normalized(nn.LayerNorm(H), nn.LayerNorm(H, eps=0.1)),
+    "three layer norms": lambda: normalized(*(nn.LayerNorm(H) for _ in range(3))),
+    "layer norm without weights": lambda: normalized(nn.LayerNorm(H, elementwise_affine=False)),
+    "layer norm without bias": lambda: normalized(nn.LayerNorm(H, bias=False)),
+    "layer norm at the end": lambda: normalized(nn.LayerNorm(H), last=nn.LayerNorm(D)),
+    "layer norm at the start": lambda: Plain(nn.LayerNorm(D), nn.Linear(D, H), nn.Tanh(), nn.Linear(H, D)),
+    "layer norm of two dimensions": lambda: Channels(nn.LayerNorm((3, 3)), 3, 3),
+    "layer norm of the last of two": lambda: Channels(nn.LayerNorm(3), 3, 3),
+    "layer norm before blocks": lambda: ResidualNormalized(before=True),
+    "layer norm after blocks": lambda: ResidualNormalized(before=False),
+    "rms norm": lambda: normalized(nn.RMSNorm(H), nn.RMSNorm(H, eps=0.1)),
+    "rms norm without weights": lambda: normalized(nn.RMSNorm(H, elementwise_affine=False)),
+    "group norm": lambda: normalized(nn.GroupNorm(3, H), nn.GroupNorm(1, H)),
+    "group norm without weights": lambda: normalized(nn.GroupNorm(3, H, affine=False)),
+    "group norm of channels": lambda: Channels(nn.GroupNorm(1, 3), 3, 3),
+    "instance norm": lambda: Channels(nn.InstanceNorm1d(3, affine=True), 3, 3),
+    "instance norm of images": lambda: Channels(nn.InstanceNorm2d(3, eps=0.01), 3, 3, 1),
+    "instance norm in eval mode": lambda: Channels(nn.InstanceNorm1d(3, track_running_stats=True, affine=True).eval(), 3, 3),
+    "softmax": lambda: normalized(nn.Softmax(dim=1), nn.Softmax(dim=-1)),
+    "softmax of channels": lambda: Channels(nn.Softmax(dim=1), 3, 3),
+    "softmin": lambda: normalized(nn.Softmin(dim=1)),
+    "log softmax": lambda: normalized(nn.LogSoftmax(dim=1)),
+    "normalize": lambda: OnEntries(F.normalize),
+    "normalize by the sum": lambda: OnEntries(lambda h: F.normalize(h, p=1.0, dim=-1)),
+    "logsumexp": lambda: OnEntries(lambda h: h * torch.logsumexp(h, dim=1, keepdim=True)),
+    "norms": lambda: OnEntries(lambda h: h.norm(dim=1, keepdim=True) * h + torch.linalg.norm(h, dim=1)[:, None] * h.sin()),
+    "norm of order three": lambda: OnEntries(lambda h: h / torch.linalg.vector_norm(h, 3, dim=-1, keepdim=True)),
+    "largest and least": lambda: OnEntries(lambda h: (h - h.amin(1, keepdim=True)) / h.amax(dim=1, keepdim=True).exp()),
+    "product of entries": lambda: OnEntries(lambda h: h.sin() * h.prod(dim=1, keepdim=True)),
+    "layer norm by hand": lambda: OnEntries(layer_norm_by_hand),
+    "layer norm by its variance": lambda: OnEntries(layer_norm_by_variance),
+    "standardized": lambda: OnEntries(standardized),
+    "rms norm by hand": lambda: OnEntries(lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)),
+    "softmax by hand": lambda: OnEntries(softmax_by_hand),
+    "softmax and layer norm": lambda: OnEntries(both),
+}  # fmt: skip
+
+
 def frozen() -> nn.Module:
     net = two_hidden(nn.Tanh)
     net.net[2].requires_grad_(False)
@@ -323,5 +461,6 @@ NETWORKS = {
     "nested": Nested,
     "reshaped": Reshaped,
     "batch norm in eval mode": NormalizedByConstants,
+    **NORMALIZATIONS,
     "closure": closure(lambda: two_hidden(nn.Tanh)),
 }

@@ -1,12 +1,17 @@
 """The layered method against the loop over dimensions: values, first and second derivatives, on every kind of network."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 from catalogue import true_jacobian
-from layered_networks import ACTIVATIONS, NETWORKS, D
+from layered_networks import ACTIVATIONS, NETWORKS, D, Plain, by_parts
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, FieldError, divergence
+from divflow.divergence.layered import contract, follow
+from divflow.divergence.layered.choose import choose, network_of
 
 LAYERED = Exact("layered")
 TIMES = {"scalar t": lambda k: torch.tensor(0.3), "t per sample": lambda k: torch.linspace(0.1, 0.9, k)}
@@ -48,7 +53,8 @@ def test_first_and_second_derivatives(name, time):
     weights = torch.randn(len(x), dtype=torch.float64)
     results = []
     for estimator in (Autograd(), LAYERED):
-        value, div = estimator(field, t, x)
+        with by_parts() if isinstance(estimator, Autograd) else contextlib.nullcontext():
+            value, div = estimator(field, t, x)
         objective = (weights * div).sum() + (value**2).sum()
         first = torch.autograd.grad(objective, [x, t, *parameters], create_graph=True, materialize_grads=True)
         second = torch.autograd.grad(
@@ -112,9 +118,19 @@ class Reversed(torch.autograd.Function):
         return -5 * gradient
 
 
+W = torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6).sin()
+
+
+def _running_statistics():
+    norm = nn.InstanceNorm1d(2, track_running_stats=True)
+    return lambda x: norm(x.view(-1, 2, 3)).flatten(1)
+
+
 NOT_LAYERED = {
-    "layer norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)), "layer_norm has no rule"),
-    "softmax": (lambda: nn.Sequential(nn.Linear(6, 6), nn.Softmax(dim=1)), "softmax has no rule"),
+    "softmax to another precision": (lambda: lambda x: x @ W + x.softmax(1, dtype=torch.float64), "to another dtype"),
+    "a norm of everything": (lambda: lambda x: x @ W * x.norm(), "norm over the batch"),
+    "a variance of samples": (lambda: lambda x: x @ W / x.var(0), "var over the batch"),
+    "running statistics": (_running_statistics, "keeps running statistics"),
     "custom function": (lambda: Reversed.apply, "hidden from torch functions"),
     "custom function inside": (lambda: lambda x: x.sin() * 2 + Reversed.apply(x.cos()), "hidden from torch functions"),
     "a product over samples": (lambda: lambda x: x @ x.T @ x, "T over the batch"),
@@ -122,7 +138,7 @@ NOT_LAYERED = {
     "a sample": (lambda: lambda x: x + 0 * x[0], "getitem over the batch"),
     "written into a buffer": (lambda: lambda x: torch.zeros_like(x).index_copy_(1, torch.arange(6), x), "index_copy_"),
     "changed through a view": (lambda: _through_a_view, "through another view"),
-    "a norm": (lambda: lambda x: x * x.norm(dim=1, keepdim=True), "norm has no rule"),
+    "the largest entry": (lambda: lambda x: x @ W * x.max(dim=1).values[:, None], "max has no rule"),
     "sorted": (lambda: lambda x: x.sort(dim=1).values, "sort has no rule"),
     "gathered": (lambda: lambda x: x.gather(1, x.argsort(dim=1)), "gather between samples"),
     "scripted": (lambda: torch.jit.script(_scripted), "hidden from torch functions"),
@@ -255,6 +271,59 @@ def test_cost_does_not_grow_with_the_dimension():
         costs.append(plan.cost_in_forward_passes)
     assert costs == sorted(costs, reverse=True)
     assert max(costs) < 2
+
+
+@pytest.mark.parametrize("name", ["two layer norms", "instance norm"])
+def test_second_derivatives_that_torch_has_wrong(name):
+    """Torch takes the statistics of its own kernels for constants in third derivatives (2.13); ours are right."""
+    field, x = make(name, torch.float64)
+    direction, step = torch.randn_like(x), 1e-5
+
+    def gradient(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(divergence(field, 0.3, x, LAYERED).sum(), x, create_graph=True)[0], x
+
+    slope, point = gradient(x)
+    (second,) = torch.autograd.grad((slope * direction).sum(), point)
+    differences = (gradient(x + step * direction)[0] - gradient(x - step * direction)[0]) / (2 * step)
+    torch.testing.assert_close(second, differences.detach(), rtol=1e-5, atol=1e-7 * differences.abs().max().item())
+
+
+def layer_normalized(size, hidden):
+    layers = [nn.Linear(size, hidden), nn.LayerNorm(hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)]
+    return Plain(*layers, nn.Tanh(), nn.Linear(hidden, size))
+
+
+def test_normalization_costs_vectors():
+    """Each statistic is a row for the batch around the cycle, whatever D is: no matrix a sample."""
+    for size in (43, 256):
+        plan = Exact().explain(layer_normalized(size, 256), 0.0, torch.randn(256, size))
+        assert plan.method == "layered"
+        assert "2 rows carried through 2 of its places" in plan.why
+        assert plan.cost_in_forward_passes < 4
+        assert plan.memory < 32 * 256 * 256 * 4
+    for norm in (nn.LayerNorm(64), nn.Softmax(dim=1), nn.RMSNorm(64)):
+        net = Plain(nn.Linear(784, 64), norm, nn.Linear(64, 784))
+        assert Exact().explain(net, 0.0, torch.randn(32, 784)).cost_in_forward_passes < 2.5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two layer norms", "layer norm before blocks", "four hidden layers", "residual", "glu", "softmax and layer norm"],
+)
+def test_the_trace_is_the_same_wherever_paths_are_cut(name):
+    """The paths through a place and those past it are all of them: no cut changes their sum, in bundles or not."""
+    field, x = make(name, torch.float64)
+    expected = divergence(field, 0.3, x, Autograd()).detach()
+    with torch.no_grad():
+        followed = follow(field, torch.tensor(0.3, dtype=torch.float64), x, products=False)
+        terms = followed.trace.terms(followed.output)
+        count, cheapest = len(network_of(terms, ()).bases), choose(terms, len(x))
+        cuts = [(*rest, count - 1) for r in range(3) for rest in itertools.combinations(range(count - 1), r)]
+        for cut in [*cuts, tuple(range(count)), cheapest]:
+            for chunk_size in (None, 2):
+                result = followed.divergence(contract.contraction(network_of(terms, cut), D), chunk_size)
+                torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_chunks_of_the_longer_products():

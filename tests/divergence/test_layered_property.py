@@ -11,7 +11,9 @@ FUNCTIONS = [
     torch.tanh, torch.sigmoid, F.silu, F.softplus, F.gelu, F.elu, F.mish, torch.sin, torch.cos, F.leaky_relu, F.relu,
     F.softsign, torch.square, torch.atan, torch.neg, lambda h: h * torch.sigmoid(h), lambda h: h / (1 + h * h),
     lambda h: 1 - h, lambda h: torch.where(h > 0, h, h.exp() - 1), lambda h: h.clamp(-0.7, 0.7), lambda h: h.clone(),
-    lambda h: torch.addcmul(h, h, h.cos()), lambda h: h.mul_(0.5), lambda h: (2 / (h * h + 3)) ** 2,
+    lambda h: F.layer_norm(h, h.shape[1:]), lambda h: F.rms_norm(h, h.shape[1:], eps=0.1), lambda h: h.softmax(dim=1),
+    lambda h: F.log_softmax(h, dim=-1), lambda h: F.group_norm(h, 1, eps=0.3), lambda h: h - h.logsumexp(1, keepdim=True),
+    lambda h: h / (1 + h.square().sum(dim=1, keepdim=True)).sqrt(), lambda h: torch.addcmul(h, h, h.cos()), lambda h: h.mul_(0.5), lambda h: (2 / (h * h + 3)) ** 2,
 ]  # fmt: skip
 MOVEMENTS = [
     lambda h: h.flip(1), lambda h: h.roll(1, dims=1), lambda h: h[:, torch.arange(h.shape[1]).roll(2)],
@@ -50,7 +52,7 @@ def build(size, steps, seed):
             if step == "linear":
                 h = linear(h, 1 + choice % 5)
             elif step == "function":
-                h = FUNCTIONS[choice % len(FUNCTIONS)](h if choice % len(FUNCTIONS) != 22 else h * 1)
+                h = FUNCTIONS[choice % len(FUNCTIONS)](h * 1)
             elif step == "movement":
                 h = MOVEMENTS[choice % len(MOVEMENTS)](h)
             elif step == "gate shared":

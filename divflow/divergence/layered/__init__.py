@@ -7,8 +7,8 @@ through the network has the Jacobian W_3 diag(s_2) W_2 diag(s_1) W_1, whose trac
 
 One H x H matrix serves the whole batch: the divergence costs one more matrix product than the value, whatever D is.
 Any callable is followed (`trace`), by one rule an operation (`rules`); the Jacobian is kept as a sum of products
-(`jacobian`), whose paths from output to input (`paths`) have traces in closed form or over the cheapest dimension
-(`contract`).
+(`jacobian`), whose paths from output to input (`paths`) have traces in closed form (`contract`), or go through a place
+where the network is cut (`cuts`), such as the mean and the variance of a layer normalization, chosen by cost (`choose`).
 """
 
 from collections.abc import Hashable
@@ -20,16 +20,20 @@ from torch import Tensor
 from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import Field, Linearization, event_size, flatten_event, linearize_field
 from divflow.divergence.layered import contract
+from divflow.divergence.layered.choose import choose, cost, network_of
+from divflow.divergence.layered.contract import Contraction
 from divflow.divergence.layered.jacobian import NoRule, apply
-from divflow.divergence.layered.paths import Cycle, cycles
 from divflow.divergence.layered.trace import Trace
 from divflow.divergence.layered.verify import require_equal
+from divflow.divergence.recent import Recent
 
-__all__ = ["Cycle", "Followed", "NoRule", "follow"]
+__all__ = ["Contraction", "Followed", "NoRule", "follow"]
 
 
 # The dimensions up to which a sample's whole Jacobian is formed, once, to check the trace.
 _LARGEST_JACOBIAN = 2**12
+# Where networks are cut, by what was done.
+_CUTS: Recent[tuple[int, ...]] = Recent(256)
 
 
 class Followed(NamedTuple):
@@ -61,22 +65,32 @@ class Followed(NamedTuple):
         """Whether x entered by a way that torch functions do not show."""
         return self.trace.hides(self.output)
 
-    def cycles(self) -> list[Cycle]:
-        """The paths through the field.
+    def contraction(self) -> Contraction:
+        """How the trace of the Jacobian is taken.
 
         Raises:
             NoRule: the Jacobian is not known.
         """
-        return cycles(self.trace.terms(self.output), event_size(self.output))
+        terms, key = self.trace.terms(self.output), (self.trace.batch, self.signature)
+        cut = _CUTS.get(key)
+        if cut is None:
+            cut = choose(terms, self.trace.batch)
+            _CUTS.keep(key, cut)
+        with torch.inference_mode(False), torch.set_grad_enabled(self.field.create_graph):
+            return contract.contraction(network_of(terms, cut), event_size(self.output))
 
-    def divergence(self, cycles: list[Cycle], chunk_size: int | None) -> Tensor:
+    def cost(self, contraction: Contraction) -> float:
+        """Multiplications that the trace takes, and what takes as long as them."""
+        return cost(contraction.network, self.trace.batch)
+
+    def divergence(self, contraction: Contraction, chunk_size: int | None) -> Tensor:
         """The exact divergence, `(k,)`."""
         like = self.output.new_empty((), dtype=accumulation_dtype(self.field.value))
         with torch.inference_mode(False), torch.set_grad_enabled(self.field.create_graph):
-            divergence = contract.trace(cycles, self.trace.batch, like, chunk_size)
+            divergence = contract.trace(contraction, self.trace.batch, like, chunk_size)
         return divergence if self.field.create_graph else divergence.detach()
 
-    def verify(self, cycles: list[Cycle]) -> None:
+    def verify(self, contraction: Contraction) -> None:
         """Compare what is known of the Jacobian with autograd, and the trace with that of one sample's Jacobian.
 
         The products u^T (J v) and (u^T J) v must agree for two random vectors. A dependence on x that torch
@@ -95,11 +109,14 @@ class Followed(NamedTuple):
         with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
             known = apply(terms, size, flatten_event(v)) * flatten_event(u)
             true = flatten_event(self.field.pullback(u[None].to(self.field.value.dtype))[0] * v)
-            require_equal(known, true, dtype, "the Jacobian is another")
+            bound = apply(terms, size, flatten_event(v), magnitudes=True) * flatten_event(u).abs()
+            require_equal(known, true, dtype, "the Jacobian is another", bound)
             if size <= _LARGEST_JACOBIAN:
-                entries = apply(terms, size, torch.eye(size).to(value), sample=0).diagonal()
-                trace = self.divergence(cycles, None)[:1, None].to(value)
-                require_equal(entries[None], trace, dtype, "its trace does not add up in this precision")
+                basis = torch.eye(size).to(value)
+                entries = apply(terms, size, basis, sample=0).diagonal()
+                bound = apply(terms, size, basis, sample=0, magnitudes=True).diagonal()
+                trace = self.divergence(contraction, None)[:1, None].to(value)
+                require_equal(entries[None], trace, dtype, "its trace does not add up in this precision", bound[None])
 
 
 # Their arguments are shapes.

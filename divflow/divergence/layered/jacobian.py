@@ -26,14 +26,18 @@ __all__ = [
     "Term",
     "add",
     "apply",
+    "linear",
     "move",
     "product",
+    "put",
     "scale",
     "take",
 ]
 
 # A diagonal is None (ones), shared by the batch and of shape () or (r,), or one a sample, (k, r).
 Diagonal = Tensor | None
+# How many times narrower a layer's output must be to be multiplied with the layer below.
+_NARROW = 8
 
 
 class NoRule(Exception):  # noqa: N818 - caught inside this package, and no error
@@ -47,16 +51,31 @@ class Entries:
         self.index = index
         contiguous = len(index) > 0 and bool((np.diff(index) == 1).all())
         self._start = int(index[0]) if contiguous else None
+        # One entry over and over, as a mean that is subtracted: views, again.
+        self._only = int(index[0]) if len(index) > 1 and bool((index == index[0]).all()) else None
         self._on_device: dict[torch.device, Tensor] = {}
 
     def take(self, tensor: Tensor, dim: int) -> Tensor:
         """These entries of a tensor's dimension: a view where they are contiguous."""
         if self._start is not None:
             return tensor.narrow(dim, self._start, len(self.index))
-        if tensor.device not in self._on_device:
+        if self._only is not None:
+            shape = list(tensor.shape)
+            shape[dim] = len(self.index)
+            return tensor.narrow(dim, self._only, 1).expand(shape)
+        return tensor.index_select(dim, self._at(tensor.device))
+
+    def put(self, tensor: Tensor, size: int) -> Tensor:
+        """A vector of `size` entries, the last dimension, to which a tensor's are added at these."""
+        if self._only is not None and size == 1:
+            return tensor.sum(dim=-1, keepdim=True)
+        return tensor.new_zeros(*tensor.shape[:-1], size).index_add(-1, self._at(tensor.device), tensor)
+
+    def _at(self, device: torch.device) -> Tensor:
+        if device not in self._on_device:
             with torch.inference_mode(False):  # kept, for calls that may train
-                self._on_device[tensor.device] = torch.tensor(self.index, device=tensor.device)
-        return tensor.index_select(dim, self._on_device[tensor.device])
+                self._on_device[device] = torch.tensor(self.index, device=device)
+        return self._on_device[device]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -100,6 +119,11 @@ def take(tensor: Tensor, entries: Entries | None, dim: int) -> Tensor:
     return tensor if entries is None or tensor.ndim == 0 else entries.take(tensor, dim)
 
 
+def put(tensor: Tensor, entries: Entries | None, size: int) -> Tensor:
+    """The transpose of `take` for the last dimension: what is at the same entry is added up."""
+    return tensor if entries is None else entries.put(tensor, size)
+
+
 def product(a: Diagonal, b: Diagonal) -> Diagonal:
     """The product of two diagonals."""
     if a is None or b is None:
@@ -109,9 +133,13 @@ def product(a: Diagonal, b: Diagonal) -> Diagonal:
 
 def scale(terms: list[Term], factor: Tensor) -> list[Term]:
     """The terms of `factor * v`: factor `()` or `(n,)` where the batch shares it, `(k, n)` where not."""
-    return [
-        Term(base, product(diagonal, take(factor, rows, -1)), rows, columns) for base, diagonal, rows, columns in terms
-    ]
+    scaled, products = [], {}
+    for base, diagonal, rows, columns in terms:
+        key = id(diagonal), id(rows)
+        if key not in products:  # equal diagonals stay one object, by which paths through them share a product
+            products[key] = product(diagonal, take(factor, rows, -1))
+        scaled.append(Term(base, products[key], rows, columns))
+    return scaled
 
 
 def add(*sums: list[Term]) -> list[Term]:
@@ -124,7 +152,48 @@ def add(*sums: list[Term]) -> list[Term]:
             merged[key] = Term(term.base, diagonal, term.rows, term.columns)
         else:
             merged[key] = term
-    return list(merged.values())
+    return _joined(list(merged.values()))
+
+
+def _joined(terms: list[Term]) -> list[Term]:
+    """Of a matrix and a narrow one, expanded, on the same value make one matrix: I - 11^T / n goes into the layer."""
+    for wide in terms:
+        if isinstance(wide.base, Linear) and wide.rows is None and wide.columns is None and _is_shared(wide.diagonal):
+            for narrow in terms:
+                if (
+                    isinstance(narrow.base, Linear)
+                    and narrow.base.source is wide.base.source
+                    and narrow.base.matrix.dtype == wide.base.matrix.dtype
+                    and narrow.base.size < wide.base.size
+                    and narrow.rows is None
+                    and (narrow.diagonal is None or narrow.diagonal.ndim == 0)
+                ):
+                    matrix = _rows_scaled(wide.base.matrix, wide.diagonal)
+                    matrix = matrix + take(_rows_scaled(narrow.base.matrix, narrow.diagonal), narrow.columns, 0)
+                    rest = [term for term in terms if term is not wide and term is not narrow]
+                    return [Term(Linear(matrix, wide.base.source)), *rest]
+    return terms
+
+
+def _is_shared(diagonal: Diagonal) -> bool:
+    return diagonal is None or diagonal.ndim < 2
+
+
+def _rows_scaled(matrix: Tensor, diagonal: Diagonal) -> Tensor:
+    return matrix if diagonal is None else matrix * diagonal.reshape(-1, 1).to(matrix)
+
+
+def linear(matrix: Tensor, terms: list[Term]) -> list[Term]:
+    """The terms of a matrix `(n, m)`, the same for the whole batch, applied to a value.
+
+    A narrow matrix on one layer is multiplied with it: the mean of a layer's entries is a row on the layer's input.
+    """
+    if len(terms) == 1 and _NARROW * matrix.shape[0] <= matrix.shape[1]:
+        base, diagonal, rows, columns = terms[0]
+        whole = rows is None and columns is None and _is_shared(diagonal)
+        if whole and isinstance(base, Linear) and base.matrix.dtype == matrix.dtype:
+            return [Term(Linear(matrix @ _rows_scaled(base.matrix, diagonal), base.source))]
+    return [Term(Linear(matrix, terms))] if terms else []
 
 
 def _sum(a: Diagonal, b: Diagonal) -> Tensor:
@@ -143,13 +212,15 @@ class Movement:
 
 def move(terms: list[Term], movement: Movement) -> list[Term]:
     """The terms of the moved value."""
-    moved = []
+    moved, taken = [], {}
     for term in terms:
         place = _moved(movement, term.rows, term.columns, term.base.size)
         if place is not None:
             chosen, rows, columns = place
-            diagonal = None if term.diagonal is None else take(term.diagonal, chosen, -1)
-            moved.append(Term(term.base, diagonal, rows, columns))
+            key = id(term.diagonal), id(chosen)
+            if key not in taken:
+                taken[key] = None if term.diagonal is None else take(term.diagonal, chosen, -1)
+            moved.append(Term(term.base, taken[key], rows, columns))
     return moved
 
 
@@ -175,7 +246,7 @@ def _moved(
     return chosen, _entries(reached, len(index)), new_columns
 
 
-def apply(terms: list[Term], size: int, x: Tensor, sample: int | None = None) -> Tensor:
+def apply(terms: list[Term], size: int, x: Tensor, sample: int | None = None, magnitudes: bool = False) -> Tensor:
     """The product of the Jacobian that the terms stand for with vectors x `(k, D)`: `(k, size)`.
 
     The plain reading of the definition, which the contraction is checked by; it costs one forward pass.
@@ -185,14 +256,17 @@ def apply(terms: list[Term], size: int, x: Tensor, sample: int | None = None) ->
         size: of that value.
         x: one vector a sample, or any number of them for one sample.
         sample: which; None for one vector a sample.
+        magnitudes: of all factors, which bound what is left of their roundoff where they cancel.
     """
+    x = x.abs() if magnitudes else x
     values: dict[int, Tensor] = {}
 
     def of_base(base: Base) -> Tensor:
         if not isinstance(base, Linear):
             return x
         if id(base) not in values:
-            values[id(base)] = of_sum(base.source, base.matrix.shape[1]) @ base.matrix.T.to(x)
+            matrix = base.matrix.abs() if magnitudes else base.matrix
+            values[id(base)] = of_sum(base.source, base.matrix.shape[1]) @ matrix.T.to(x)
         return values[id(base)]
 
     def of_sum(terms: list[Term], size: int) -> Tensor:
@@ -200,6 +274,7 @@ def apply(terms: list[Term], size: int, x: Tensor, sample: int | None = None) ->
         for term in terms:
             part, diagonal = take(of_base(term.base), term.columns, -1), term.diagonal
             if diagonal is not None:
+                diagonal = diagonal.abs() if magnitudes else diagonal
                 part = part * (diagonal[sample] if sample is not None and diagonal.ndim == 2 else diagonal)
             rows = np.arange(size) if term.rows is None else term.rows.index
             total = total.index_add(1, torch.tensor(rows, device=x.device), part.to(x))

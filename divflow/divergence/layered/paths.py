@@ -1,6 +1,7 @@
 """The paths of a layered network from output to input, each a product around a cycle.
 
-A path is a product D_1 M_1 D_2 M_2 ... D_p M_p of shared matrices M and diagonals D, whose trace is cyclic.
+A path is a product D_1 M_1 D_2 M_2 ... D_p M_p of shared matrices M and diagonals D, whose trace is cyclic. Those that
+go through a place where the network is cut (`cuts`) are left out.
 """
 
 import functools
@@ -12,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divflow.divergence.layered.jacobian import Diagonal, Entries, Linear, NoRule, Term, product, take
+from divflow.divergence.layered.cuts import Network
+from divflow.divergence.layered.jacobian import Base, Diagonal, Entries, Linear, Term, product, take
 
-__all__ = ["Cycle", "Origin", "cycles"]
-
-_MOST_PATHS = 512
+__all__ = ["Cycle", "Origin", "bases_of", "chains", "cycles"]
 
 
 class Cycle(NamedTuple):
@@ -39,29 +39,39 @@ class Origin(NamedTuple):
     columns: Entries | None
 
 
-def cycles(terms: list[Term], size: int) -> list[Cycle]:
-    """The paths from the output's D = `size` entries to the input's.
+def bases_of(terms: list[Term]) -> list[Base]:
+    """The bases that some terms are made from, each before those that it is made from itself; the input is the last."""
+    found: list[Base] = []
+    seen: set[int] = set()
+    stack: list[tuple[Base, bool]] = [(term.base, False) for term in terms]
+    while stack:
+        base, finished = stack.pop()
+        if finished:
+            found.append(base)
+        elif id(base) not in seen:
+            seen.add(id(base))
+            stack.append((base, True))
+            if isinstance(base, Linear):
+                stack.extend((term.base, False) for term in base.source if id(term.base) not in seen)
+    return found[::-1]
 
-    Raises:
-        NoRule: there are too many.
-    """
-    found = list(itertools.islice(_paths(terms, size), _MOST_PATHS + 1))
-    if len(found) > _MOST_PATHS:
-        raise NoRule(f"a network with more than {_MOST_PATHS} paths from output to input")
-    return found
+
+def cycles(network: Network, size: int) -> list[Cycle]:
+    """The paths from the output's D = `size` entries to the input's that are not cut."""
+    closed = (_closed(chain, size) for chain in chains(network))
+    return [cycle for cycle in closed if cycle is not None]
 
 
-def _paths(terms: list[Term], size: int) -> Iterator[Cycle]:
-    """Depth first, from each term of the output down to the input."""
-    chains = [[term] for term in reversed(terms)]
+def chains(network: Network) -> Iterator[list[Term]]:
+    """The terms of each path that is not cut, depth first, from the output's down to the input's."""
+    chains = [[term] for term in reversed(network.terms) if id(term.base) not in network.cut]
     while chains:
         chain = chains.pop()
-        if isinstance(chain[-1].base, Linear):
-            chains.extend([*chain, term] for term in reversed(chain[-1].base.source))
+        base = chain[-1].base
+        if isinstance(base, Linear):
+            chains.extend([*chain, term] for term in reversed(base.source) if id(term.base) not in network.cut)
         else:
-            closed = _closed(chain, size)
-            if closed is not None:
-                yield closed
+            yield chain
 
 
 def _closed(chain: list[Term], size: int) -> Cycle | None:

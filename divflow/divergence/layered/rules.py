@@ -7,19 +7,18 @@ operation, which is the same for a function of torch, a method of Tensor and a f
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from divflow.divergence.layered.jacobian import Linear, Movement, NoRule, Term, add, move, scale
+from divflow.divergence.layered.jacobian import Movement, NoRule, Term, add, linear, move, scale
 from divflow.divergence.layered.operation import Operation, tensors_in
+from divflow.divergence.layered.reductions import mean_or_sum, reduction
+from divflow.divergence.layered.values import Values
 from divflow.divergence.recent import Recent
-
-if TYPE_CHECKING:
-    from divflow.divergence.layered.trace import Trace
 
 __all__ = ["CHOOSING", "RULES", "SAME_EVERYWHERE"]
 
@@ -30,7 +29,7 @@ _LARGEST_MATRIX = 2**22
 # Movements: results whose entries are entries of the arguments.
 
 
-def _movement(trace: "Trace", op: Operation) -> Any:
+def _movement(trace: Values, op: Operation) -> Any:
     operands = [tensor for tensor in op.tensors if trace.depends(tensor)]
     sources = [trace.terms(operand) for operand in operands]
     found = _MOVEMENTS.get(op.summary)
@@ -47,7 +46,7 @@ def _movement(trace: "Trace", op: Operation) -> Any:
 _MOVEMENTS: Recent[list[list[Movement]]] = Recent(1024)
 
 
-def _find_movements(trace: "Trace", op: Operation) -> list[list[Movement]]:
+def _find_movements(trace: Values, op: Operation) -> list[list[Movement]]:
     """Where each entry of an operation's results comes from, in each operand: torch itself moves numbered entries.
 
     They are moved twice, under other numbers, so that a result which is none of them is known for a constant.
@@ -90,7 +89,7 @@ def _find_movements(trace: "Trace", op: Operation) -> list[list[Movement]]:
     return found
 
 
-def _same_entries(trace: "Trace", op: Operation) -> Any:
+def _same_entries(trace: Values, op: Operation) -> Any:
     """Copies and conversions of a value."""
     result, source = op(), op.tensors[0]
     if result is source or not isinstance(result, Tensor) or not trace.depends(source):
@@ -102,7 +101,7 @@ def _is_discrete(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _constant(trace: "Trace", op: Operation) -> Any:
+def _constant(trace: Values, op: Operation) -> Any:
     """What only shape, dtype and device, or the detached value, are taken for."""
     return op()
 
@@ -110,7 +109,7 @@ def _constant(trace: "Trace", op: Operation) -> Any:
 # Elementwise functions, of any number of arguments that are broadcast together.
 
 
-def _elementwise(trace: "Trace", op: Operation) -> Tensor:
+def _elementwise(trace: Values, op: Operation) -> Tensor:
     if op.kwargs.get("inplace") or op.name.endswith("_"):
         return _in_place(trace, op)
     if "inplace" in op.kwargs:
@@ -143,7 +142,7 @@ def _elementwise(trace: "Trace", op: Operation) -> Tensor:
     return trace.learn(value, parts[0] if len(parts) == 1 else add(*parts))
 
 
-def _differentiated(trace: "Trace", op: Operation, operands: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _differentiated(trace: Values, op: Operation, operands: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The value, and its derivative in each operand, by reverse mode, whose conventions at kinks are autograd's."""
     shape = operands[0].shape
     with contextlib.suppress(RuntimeError):
@@ -177,6 +176,8 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _silu_derivative(u: Tensor, y: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(_one(y.dtype, y.device).expand_as(u), u)
     gate = u.sigmoid()
     return gate + y * (1 - gate)
 
@@ -192,6 +193,8 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "sin": lambda u, y: u.cos(),
     "cos": lambda u, y: -u.sin(),
     "square": lambda u, y: 2 * u,
+    "sqrt": lambda u, y: 0.5 / y,
+    "rsqrt": lambda u, y: -0.5 * y * y * y,
     "neg": lambda u, y: -1.0,
 }
 _PARTIALS: dict[str, Callable[[Any, Any, Tensor], tuple[Any, Any]]] = {
@@ -203,7 +206,7 @@ _PARTIALS: dict[str, Callable[[Any, Any, Tensor], tuple[Any, Any]]] = {
 }
 
 
-def _in_place(trace: "Trace", op: Operation) -> Tensor:
+def _in_place(trace: Values, op: Operation) -> Tensor:
     """The function out of place, at a copy of its argument that stays as it is, and its value over the argument."""
     target, base = op.tensors[0], op.name.rstrip("_")
     if not trace.depends(target):
@@ -251,7 +254,7 @@ def _diagonal(derivative: Tensor | float, value: Tensor, may_share: bool) -> Ten
     return derivative.expand(value.shape).reshape(value.shape[0], event.numel())
 
 
-def _batch_norm(trace: "Trace", op: Operation) -> Tensor:
+def _batch_norm(trace: Values, op: Operation) -> Tensor:
     """With statistics that are constants it is elementwise."""
     training = op.args[5] if len(op.args) > 5 else op.kwargs.get("training", False)
     if training:
@@ -259,21 +262,10 @@ def _batch_norm(trace: "Trace", op: Operation) -> Tensor:
     return _elementwise(trace, op)
 
 
-def _gated(trace: "Trace", op: Operation) -> Tensor:
-    """glu(x) = a * sigmoid(b), x = [a, b]."""
-
-    def glu(input: Tensor, dim: int = -1) -> Tensor:
-        a, b = input.chunk(2, dim)
-        return a * b.sigmoid()
-
-    with torch.enable_grad(), trace:
-        return glu(*op.args, **op.kwargs)
-
-
 # Linear maps with constant coefficients.
 
 
-def _linear(trace: "Trace", op: Operation) -> Tensor:
+def _linear(trace: Values, op: Operation) -> Tensor:
     if op.name in _MATRICES:
         x, matrix = _MATRICES[op.name](*op.args, **op.kwargs)
         if trace.depends(x) and x.ndim == 2 and matrix.ndim == 2:
@@ -292,7 +284,7 @@ _MATRICES: dict[str, Callable[..., tuple[Any, Any]]] = {
 }
 
 
-def _by_basis(trace: "Trace", op: Operation) -> Tensor:
+def _by_basis(trace: Values, op: Operation) -> Tensor:
     """The matrix of any linear map: its values at a basis, taken as a batch."""
     tensors = op.tensors
     if sum(map(trace.depends, tensors)) != 1:
@@ -313,15 +305,14 @@ def _by_basis(trace: "Trace", op: Operation) -> Tensor:
     return _learn_linear(trace, value, x, matrix)
 
 
-def _learn_linear(trace: "Trace", value: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+def _learn_linear(trace: Values, value: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         matrix = matrix.to(torch.get_autocast_dtype(x.device.type))
     trace.multiplications += trace.batch * matrix.numel()
-    terms = trace.terms(x)
-    return trace.learn(value, [Term(Linear(matrix, terms))] if terms else [])
+    return trace.learn(value, linear(matrix, trace.terms(x)))
 
 
-def _reduction(trace: "Trace", op: Operation) -> Tensor:
+def _along_dimensions(trace: Values, op: Operation) -> Tensor:
     """Linear maps along dimensions of the event."""
     x = op.args[0] if op.args else op.kwargs["input"]
     dims = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else None)
@@ -368,9 +359,10 @@ RULES: dict[str, Callable[..., Any]] = {
     **_named(_same_entries, _SAME_ENTRIES),
     **_named(_constant, _CONSTANT),
     **_named(_linear, "linear matmul mm addmm einsum tensordot"),
-    **_named(_reduction, "sum mean cumsum diff"),
+    **_named(_along_dimensions, "cumsum diff"),
+    **_named(mean_or_sum, "sum mean"),
+    **_named(reduction, "var std logsumexp prod amax amin norm linalg_norm linalg_vector_norm"),
     "batch_norm": _batch_norm,
-    "glu": _gated,
 }
 
 _JOINING = "cat concat concatenate stack hstack vstack dstack column_stack"

@@ -1,7 +1,6 @@
 """Watching a field as it is evaluated: the Jacobian of every value that it computes from x."""
 
-import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -9,9 +8,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from divflow.divergence.field import graph_of
-from divflow.divergence.layered.jacobian import Base, NoRule, Term
+from divflow.divergence.layered.decompositions import DECOMPOSED
+from divflow.divergence.layered.jacobian import NoRule
 from divflow.divergence.layered.operation import Operation, described, indices, name_of, tensors_in
 from divflow.divergence.layered.rules import CHOOSING, RULES, SAME_EVERYWHERE
+from divflow.divergence.layered.values import Values, version
 from divflow.divergence.layered.verify import verify_operation
 
 __all__ = ["Trace"]
@@ -22,7 +23,7 @@ _LOCAL = set(
     """
     linear matmul mm sum mean glu batch_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d pad
     avg_pool1d avg_pool2d avg_pool3d interpolate pixel_shuffle pixel_unshuffle fold softmax log_softmax layer_norm
-    group_norm instance_norm rms_norm __iter__
+    group_norm instance_norm rms_norm var std amax amin logsumexp __iter__
     """.split()  # noqa: SIM905 - a list of these would take a screen
 )
 # Elementwise ones in which it may vanish.
@@ -42,21 +43,7 @@ _METADATA = set(
 )
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class _Known:
-    """A value computed from x: its terms, or why there are none."""
-
-    __slots__ = ("reason", "tensor", "terms", "version")
-
-    def __init__(self, tensor: Tensor, terms: list[Term] | None, reason: str = "") -> None:
-        self.tensor, self.terms, self.reason, self.version = tensor, terms, reason, _version(tensor)
-
-
-class Trace(TorchFunctionMode):
+class Trace(Values, TorchFunctionMode):
     """While it is entered, every torch function applied to a value that depends on x adds that value's Jacobian.
 
     The tensors themselves stay plain, so the field notices nothing. Of a value that was changed in place behind
@@ -71,8 +58,6 @@ class Trace(TorchFunctionMode):
     Attributes:
         signature: what was done to x: operations, shapes and options. Two evaluations of one signature have the
             same structure.
-        multiplications: of the linear maps, for the whole batch.
-        elements: of the values made from x.
         choices: operations of which it is not certain that a NaN shows what they see at every point: those that
             choose by bool or integer tensors, or by x's numbers, and those that are not known.
         constants: tensors that entered as constants in x and have a history.
@@ -80,45 +65,14 @@ class Trace(TorchFunctionMode):
     """
 
     def __init__(self, x: Tensor, differentiable: bool, verify: bool = False) -> None:
-        super().__init__()
-        self.batch, self.differentiable, self.start, self._verify = x.shape[0], differentiable, x.grad_fn, verify
+        TorchFunctionMode.__init__(self)
+        Values.__init__(self, x, differentiable)
+        self.start, self._verify = x.grad_fn, verify
         self.signature: list[tuple[Hashable, ...]] = []
-        self.multiplications = self.elements = 0
         self.constants: list[Tensor] = []
         self.choices: list[str] = []
-        self._known: dict[int, _Known] = {}
-        self.learn(x, [Term(Base(x.shape[1:].numel()))])
         if not differentiable:
             x.requires_grad_()
-
-    def learn(self, value: Tensor, terms: list[Term]) -> Tensor:
-        """Remember a value's Jacobian."""
-        if value.is_complex():
-            raise NoRule("complex numbers")
-        if value.ndim == 0 or value.shape[0] != self.batch:
-            raise NoRule(f"a value of shape {tuple(value.shape)}, without the batch's dimension,")
-        self._known[id(value)] = _Known(value, terms)
-        self.elements += value.numel()
-        return value
-
-    def depends(self, tensor: Tensor | None) -> bool:
-        """Whether a tensor is known to depend on x."""
-        return id(tensor) in self._known
-
-    def terms(self, value: Tensor) -> list[Term]:
-        """The Jacobian of a value: no terms for a constant.
-
-        Raises:
-            NoRule: it has none.
-        """
-        known = self._known.get(id(value))
-        if known is None:
-            return []
-        if known.version != _version(value):
-            raise NoRule("a change in place through another view")
-        if known.terms is None:
-            raise NoRule(known.reason)
-        return known.terms
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,21 +84,22 @@ class Trace(TorchFunctionMode):
         if name in _METADATA:
             return func(*args, **kwargs)
         # Where there is a rule, it finds anew at every call what depends on numbers.
-        numbers = name not in RULES
-        summary = (name, *described((*args, kwargs) if kwargs else args, self._known, tensors, numbers))
+        numbers = name not in RULES and name not in DECOMPOSED
+        summary = (name, *described((*args, kwargs) if kwargs else args, self.known, tensors, numbers))
         if not any(map(self.depends, tensors)) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if name in CHOOSING:
             summary = (*summary, *indices(tensors))
         self.constants += [tensor for tensor in tensors if tensor.grad_fn is not None and not self.depends(tensor)]
-        op, rule, reason = Operation(func, name, args, kwargs, tensors, summary), RULES.get(name), f"{name} has no rule"
+        op, reason = Operation(func, name, args, kwargs, tensors, summary), f"{name} has no rule"
+        rule = Trace._decomposed if name in DECOMPOSED else RULES.get(name)
         if rule is not None:
             try:
                 if self._verify:
                     operands = {id(tensor): tensor for tensor in tensors if self.depends(tensor)}
                     for operand in operands.values():
                         self.terms(operand)
-                    verify_operation(op, [*operands.values()], functools.partial(Trace, differentiable=True))
+                    verify_operation(op, [*operands.values()], _follow, name in DECOMPOSED)
                 torch.set_grad_enabled(self.differentiable)
                 try:
                     result = rule(self, op)
@@ -158,17 +113,23 @@ class Trace(TorchFunctionMode):
             except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
                 # A rule that does not apply after all. If the field itself is wrong, the evaluation below says so.
                 reason = f"the rule of {name} does not cover its arguments"
-        versions = [(tensor, _version(tensor)) for tensor in tensors]
+        versions = [(tensor, version(tensor)) for tensor in tensors]
         with torch.set_grad_enabled(self.differentiable):
             result = op()
         made = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() or tensor.is_complex()]
         if name in _HOOKS:  # they may change gradients
             made += tensors
-        changed = [tensor for tensor, version in versions if _version(tensor) != version]
+        changed = [tensor for tensor, before in versions if version(tensor) != before]
         for tensor in made + changed:
-            self._known[id(tensor)] = _Known(tensor, None, reason)
-            self.elements += tensor.numel()
+            self.refuse(tensor, reason)
         return self._shown(op, result)
+
+    def _decomposed(self, op: Operation) -> object:
+        """Follow it through simpler operations, which the trace sees one by one."""
+        for tensor in filter(self.depends, op.tensors):
+            self.terms(tensor)
+        with torch.enable_grad(), self:
+            return DECOMPOSED[op.name](*op.args, **op.kwargs)
 
     def _shown(self, op: Operation, result: object) -> object:
         """The result as the field sees it, with the operation noted."""
@@ -191,6 +152,12 @@ class Trace(TorchFunctionMode):
         """Whether x entered by a way that torch functions do not show, such as a custom `autograd.Function`."""
         suspects = self.constants if self.depends(output) else [*self.constants, output]
         return any(node is self.start or self.depends(getattr(node, "variable", None)) for node in graph_of(*suspects))
+
+
+def _follow(state: Tensor, function: Callable[[], Any]) -> tuple[Any, Values]:
+    trace = Trace(state, differentiable=True)
+    with trace:
+        return function(), trace
 
 
 def _is_power(op: Operation) -> bool:

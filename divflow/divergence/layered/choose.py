@@ -1,0 +1,101 @@
+"""Where to cut a layered network: the places at which the trace takes the fewest multiplications.
+
+Without cuts a path is multiplied out in closed form, which there is for at most two diagonals of one a sample. Through a
+narrow place, such as the mean and the variance of a layer normalization, vectors are cheaper, and a network of any
+depth has all its paths through its input: D rows, the first matrix known, which is what dense products cost at most.
+"""
+
+import math
+from collections.abc import Iterator
+
+from divflow.divergence.layered import cuts
+from divflow.divergence.layered.cuts import Network, length
+from divflow.divergence.layered.jacobian import Base, Term
+from divflow.divergence.layered.paths import bases_of, chains
+
+__all__ = ["choose", "cost", "network_of"]
+
+_MOST_PATHS = 512
+# What takes as long as so many multiplications of a matrix product: to set up a path in closed form, or the rows through
+# a place, and to multiply an entry of rows with one of a diagonal, or add it to another.
+_PATH, _PLACE, _ELEMENT = 2**18, 2**20, 16
+
+
+def network_of(terms: list[Term], cut: tuple[int, ...]) -> Network:
+    """The Jacobian that some terms stand for, cut at the bases of these numbers."""
+    bases = bases_of(terms)
+    return Network(terms, bases, frozenset(id(bases[i]) for i in cut))
+
+
+def choose(terms: list[Term], batch: int) -> tuple[int, ...]:
+    """Numbers of the bases to cut at, in the order of `bases_of`."""
+    bases = bases_of(terms)
+    costs: dict[tuple[int, ...], float] = {}
+
+    def cost_of(cut: tuple[int, ...]) -> float:
+        if cut not in costs:
+            network = Network(terms, bases, frozenset(id(bases[i]) for i in cut))
+            costs[cut] = cost(network, batch, _PATH, _PLACE)
+        return costs[cut]
+
+    best = min(_candidates(bases), key=cost_of)
+    for i in best:
+        best = min(best, tuple(j for j in best if j != i), key=cost_of)
+    return best
+
+
+def _candidates(bases: list[Base]) -> Iterator[tuple[int, ...]]:
+    """All bases up to some size, and one more."""
+    yield ()
+    for size in sorted({0, *(base.size for base in bases)}):
+        narrow = [i for i, base in enumerate(bases) if base.size <= size]
+        yield tuple(narrow)
+        yield from (tuple(sorted([*narrow, i])) for i in range(len(bases)) if i not in narrow)
+
+
+def cost(network: Network, batch: int, path: int = 0, place: int = 0) -> float:
+    """Multiplications of the trace, for the whole batch, those of rows with diagonals counted as what they take.
+
+    It is infinite where a path has no closed form, or too many are left.
+
+    Args:
+        network: with its cut.
+        batch: k.
+        path: what each path in closed form costs beside them.
+        place: what each place of the cut does.
+    """
+    cut = [base for base in network.bases if id(base) in network.cut]
+    total: float = sum(cuts.cost(network, base, batch, _ELEMENT) + place for base in cut)
+    for count, chain in enumerate(chains(network), start=1):
+        total += _of_chain(chain, batch) + path
+        if count > _MOST_PATHS or total == math.inf:
+            return math.inf
+    return total
+
+
+def _of_chain(chain: list[Term], batch: int) -> float:
+    """Of one path in closed form: its matrices between diagonals, multiplied once, and two diagonals on both sides."""
+    if len(chain) == 1:
+        return 0
+    lengths = [length(term) for term in chain]
+    shapes = [(lengths[i], lengths[i + 1]) for i in range(len(chain) - 1)]
+    sampled = [term.diagonal is not None and term.diagonal.ndim == 2 for term in chain]
+    diagonal = [sampled[0] or sampled[-1], *sampled[1:-1]]
+    if sum(diagonal) > 2:
+        return math.inf
+    per_sample = math.prod(shapes[i][0] for i, has in enumerate(diagonal) if has) if any(diagonal) else 1
+    return _merging(shapes, diagonal) + batch * per_sample
+
+
+def _merging(shapes: list[tuple[int, int]], diagonal: list[bool]) -> int:
+    """Of multiplying together the matrices between diagonals, in order; closing the cycle is elementwise."""
+    start = diagonal.index(True) if any(diagonal) else 0
+    shapes, diagonal = shapes[start:] + shapes[:start], diagonal[start:] + diagonal[:start]
+    total, rows = 0, shapes[0][0]
+    for i, (n, m) in enumerate(shapes):
+        if i == 0 or diagonal[i]:
+            rows = n
+        else:
+            last = i == len(shapes) - 1 and sum(diagonal) <= 1
+            total += rows * n * (1 if last else m)
+    return total

@@ -1,0 +1,142 @@
+"""Operations that are followed through simpler ones: normalizations, softmax, gates.
+
+A layer normalization is a mean, a difference, a mean of squares and a product: a diagonal, and a path through an entry or
+two a sample. What is written here need not be torch's own way, but must have its value: both are compared.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from divflow.divergence.layered.jacobian import NoRule
+
+__all__ = ["DECOMPOSED"]
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    a, b = input.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    return _affine(_standardized(input, _trailing(input, normalized_shape), eps), weight, bias)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    eps = torch.finfo(_precise(input).dtype).eps if eps is None else eps
+    mean = input.square().mean(_trailing(input, normalized_shape), keepdim=True)
+    return _affine(input * torch.rsqrt(mean + eps), weight, None)
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    groups = input.reshape(input.shape[0], num_groups, input.shape[1:].numel() // num_groups)
+    return _affine(_standardized(groups, [2], eps).reshape(input.shape), *_by_channel(input, weight, bias))
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    if not use_input_stats:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, variance = _by_channel(input, running_mean, running_var)
+        return _affine((input - mean) * torch.rsqrt(variance + eps), *_by_channel(input, weight, bias))
+    if running_mean is not None:
+        raise NoRule("instance_norm that keeps running statistics")
+    return _affine(_standardized(input, [*range(2, input.ndim)], eps), *_by_channel(input, weight, bias))
+
+
+def _softmax(input: Tensor, dim: int | None = None, *rest: object, **options: object) -> Tensor:
+    return _log_softmax(input, dim, *rest, **options).exp()
+
+
+def _softmin(input: Tensor, dim: int | None = None, *rest: object, **options: object) -> Tensor:
+    return _log_softmax(-input, dim, *rest, **options).exp()
+
+
+def _log_softmax(input: Tensor, dim: int | None = None, *rest: object, **options: object) -> Tensor:
+    """The entries less their log sum exp, both shifted by the largest entry, which keeps the digits of small differences."""
+    if dim is None or any(isinstance(option, torch.dtype) for option in (*rest, *options.values())):
+        raise NoRule("softmax of no dimension, or to another dtype")
+    shifted = input - _precise(input).detach().amax(dim, keepdim=True)
+    return shifted - shifted.logsumexp(dim, keepdim=True)
+
+
+def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> Tensor:
+    return input / _precise(input).norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+def _var_mean(input: Tensor, dim: Any, *, correction: float = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return input.var(dim, correction=correction, keepdim=keepdim), input.mean(dim, keepdim=keepdim)
+
+
+def _std_mean(input: Tensor, dim: Any, *, correction: float = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return input.std(dim, correction=correction, keepdim=keepdim), input.mean(dim, keepdim=keepdim)
+
+
+def _standardized(input: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = input - _precise(input).mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _precise(input: Tensor) -> Tensor:
+    """The argument: torch normalizes lower precision in a higher one, whose result is not had from the parts."""
+    if input.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(input.device.type):
+        raise NoRule("a normalization in low precision")
+    return input
+
+
+def _trailing(input: Tensor, normalized_shape: Sequence[int]) -> list[int]:
+    return [*range(-len(normalized_shape), 0)]
+
+
+def _by_channel(input: Tensor, *parameters: Tensor | None) -> list[Any]:
+    """Parameters of channels, dimension 1, that are broadcast along the others."""
+    return [None if p is None else p.view(-1, *[1] * (input.ndim - 2)) for p in parameters]
+
+
+def _affine(value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    value = value if weight is None else value * weight
+    return value if bias is None else value + bias
+
+
+DECOMPOSED: dict[str, Callable[..., Any]] = {
+    "glu": _glu,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "instance_norm": _instance_norm,
+    "softmax": _softmax,
+    "softmin": _softmin,
+    "log_softmax": _log_softmax,
+    "normalize": _normalize,
+    "var_mean": _var_mean,
+    "std_mean": _std_mean,
+}
+"""By the name of the operation: the same in simpler ones."""
