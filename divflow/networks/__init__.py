@@ -5,6 +5,7 @@ from divflow.networks.conditioning import NetworkError
 from divflow.networks.conv import ConvNet
 from divflow.networks.diffusers_unet import DiffusersUNet
 from divflow.networks.mlp import MLP
+from divflow.networks.potential import MLPPotential, Potential, QuadraticPotential
 from divflow.networks.time import GaussianFourierEmbedding, SinusoidalEmbedding
 from divflow.networks.unet import UNet
 
@@ -14,7 +15,10 @@ __all__ = [
     "ConvNet",
     "DiffusersUNet",
     "GaussianFourierEmbedding",
+    "MLPPotential",
     "NetworkError",
+    "Potential",
+    "QuadraticPotential",
     "SinusoidalEmbedding",
     "UNet",
 ]
