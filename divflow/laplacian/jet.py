@@ -68,9 +68,13 @@ def chained(
     return Jet(_sum([part.first for part in parts]), _sum(seconds) if seconds else None)
 
 
-def linear(function: Callable[..., Tensor], jets: Sequence[Jet]) -> Jet:
-    """The jet of a function that is linear in all of its arguments together, such as their concatenation."""
-    rows = vmap(function)
+def linear(rows: Callable[..., Tensor], jets: Sequence[Jet]) -> Jet:
+    """The jet of a function that is linear in all of its arguments together, such as their concatenation.
+
+    Args:
+        rows: the function, of as many rows at once as there are; `torch.func.vmap` makes it of that of one.
+        jets: of the arguments.
+    """
     first = rows(*(jet.first for jet in jets))
     if all(jet.second is None for jet in jets):
         return Jet(first)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
 from divflow.divergence.layered import NoRule
@@ -48,10 +49,40 @@ def _linear(tape: Tape, op: Operation) -> Any:
             def moved(*rows: Tensor) -> Tensor:
                 return tensors_in(at_places(op, zeros | dict(zip(places, rows, strict=True))))[number]
 
-            return linear(moved, [jet.expand(shape) for jet, shape in zip(jets, shapes, strict=True)])
+            return linear(vmap(moved), [jet.expand(shape) for jet, shape in zip(jets, shapes, strict=True)])
 
         tape.learn(output, operands, push)
     return result
+
+
+def _reshape(tape: Tape, op: Operation) -> Tensor:
+    """The same entries in the same order. What the samples share, such as the tangents of x itself, stays shared."""
+    result, (x, *others) = op(), op.tensors
+    if not tape.depends(x) or any(map(tape.depends, others)) or result.ndim == 0 or result.shape[:1] != x.shape[:1]:
+        return _linear(tape, op)
+    event, shape = x.shape[1:], result.shape[1:]
+
+    def push(jet: Jet) -> Jet:
+        return jet.map(lambda rows: rows.expand(*rows.shape[:2], *event).reshape(*rows.shape[:2], *shape))
+
+    return tape.learn(result, [x], push)
+
+
+def _join(tape: Tape, op: Operation) -> Tensor:
+    """Several tensors, one after another; where it is not along the batch, what the samples share stays shared."""
+    result, (tensors, *rest) = op(), op.args
+    dim = op.kwargs.get("dim", rest[0] if rest else 0) % max(1, result.ndim)
+    if dim == 0 or "out" in op.kwargs or any(tensor.ndim != result.ndim for tensor in tensors):
+        return _linear(tape, op)
+    places = [i for i, tensor in enumerate(tensors) if tape.depends(tensor)]
+
+    def joined(*rows: Tensor) -> Tensor:
+        batch, given = max(row.shape[1] for row in rows), dict(zip(places, rows, strict=True))
+        parts = (given.get(i, rows[0].new_zeros(1)) for i in range(len(tensors)))
+        shapes = ((rows[0].shape[0], batch, *tensor.shape[1:]) for tensor in tensors)
+        return torch.cat([part.expand(shape) for part, shape in zip(parts, shapes, strict=True)], dim + 1)
+
+    return tape.learn(result, [tensors[i] for i in places], lambda *jets: linear(joined, jets))
 
 
 def _multilinear(tape: Tape, op: Operation) -> Tensor:
@@ -242,6 +273,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_those_like("reshape"), _linear),
     **dict.fromkeys(_those_like("clone"), _same_entries),
     **dict.fromkeys(_those_like("detach"), _constant),
+    **_named(_reshape, "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as"),
+    **_named(_join, "cat concat concatenate"),
     **_named(_linear, "sum mean cumsum diff trace tril triu"),
     **_named(_matmul, "matmul mm"),
     **_named(
