@@ -120,6 +120,7 @@ FUNCTIONS = {
     "in place": lambda: Of(in_place, nn.Linear(D, H), nn.Linear(H, H)),
     "arithmetic": lambda: Of(arithmetic),
     "moved": lambda: Of(moved),
+    "joined": lambda: Of(lambda m, x: torch.cat([x, x * x, x.sin()], dim=-1).prod(dim=1)),
     "pairs": lambda: Of(pairs, a=torch.tensor(0.7)),
     "determinant": lambda: Of(determinant, nn.Linear(D // 3, 3), a=torch.tensor(0.7)),
     "attention": lambda: Of(attention, nn.Linear(D // 3, 12)),
