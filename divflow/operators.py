@@ -15,7 +15,6 @@ from torch.func import functional_call, jacrev, vmap
 
 from divflow.divergence.dense import products_per_pass
 from divflow.divergence.estimator import Estimator
-from divflow.divergence.exact import Exact
 from divflow.divergence.field import (
     Field,
     FieldError,
@@ -24,8 +23,12 @@ from divflow.divergence.field import (
     checked_state,
     linearize,
 )
+from divflow.divergence.plan import Plan
+from divflow.laplacian import ValueGradientLaplacian, explain, one_number_a_sample
+from divflow.laplacian import value_gradient_laplacian as at_time
 
 __all__ = [
+    "explain_laplacian",
     "flat_gradient",
     "gradient",
     "hessian",
@@ -33,6 +36,7 @@ __all__ = [
     "laplacian",
     "parameter_jacobian",
     "partial_derivative",
+    "value_gradient_laplacian",
 ]
 
 
@@ -47,7 +51,7 @@ def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         >>> gradient(lambda x: (x**2).sum(dim=1), x)
         tensor([[4., 6.]])
     """
-    at = linearize(f, checked_state(x), _one_number_a_sample)
+    at = linearize(f, checked_state(x), one_number_a_sample)
     return at.pullback(x.new_ones(1, x.shape[0]))[0]
 
 
@@ -124,19 +128,69 @@ def hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def laplacian(f: Callable[[Tensor], Tensor], x: Tensor, estimator: Estimator | None = None) -> Float[Tensor, " k"]:
     """The Laplacian of a scalar function of each sample, the divergence of its gradient: `(k,)`.
 
+    Exact, it is carried forward with value and gradient (`value_gradient_laplacian`, which has them all) where the
+    operations of f have rules, at a third of the cost of D products with the Hessian; anything else takes these.
+    `explain_laplacian` says which, and why. Differentiable in x and parameters.
+
     Args:
         f: `f(x) -> (k,)`.
         x: states `(k, *event)`.
-        estimator: of the divergence; exact if None.
+        estimator: of the divergence of the gradient; the exact Laplacian if None.
 
     Raises:
-        FieldError: f does not return one number a sample, or x is not a floating-point tensor.
+        FieldError: f does not return one number a sample, or mixes samples, or x is not a floating-point tensor.
 
     Example:
         >>> laplacian(lambda x: (x**3).sum(dim=1), torch.tensor([[1.0, 2.0]]))
         tensor([18.])
     """
-    return (estimator or Exact())(lambda _, z: gradient(f, z), 0.0, x).divergence
+    if estimator is not None:
+        return estimator(lambda _, z: gradient(f, z), 0.0, x).divergence
+    return value_gradient_laplacian(f, x).laplacian
+
+
+def value_gradient_laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> ValueGradientLaplacian:
+    """f(x) `(k,)`, its gradient `(k, *event)` and its Laplacian `(k,)`, from one evaluation.
+
+    Args:
+        f: `f(x) -> (k,)`.
+        x: states `(k, *event)`.
+
+    Raises:
+        FieldError: as `laplacian`.
+
+    Example:
+        The local energy of variational Monte Carlo, E_L = -1/2 (lap log psi + |grad log psi|^2) + V, of n particles in
+        a harmonic trap, V = 1/2 |x|^2, in atomic units. For psi = exp(-a |x|^2 / 2) it is a n d / 2 + (1 - a^2) |x|^2 / 2
+        in d dimensions, and the same everywhere, n d / 2, in the ground state, a = 1:
+
+        >>> def log_psi(x):
+        ...     return -0.5 * a * (x**2).sum(dim=(1, 2))
+        >>> def local_energy(x):
+        ...     _, gradient, laplacian = value_gradient_laplacian(log_psi, x)
+        ...     return -0.5 * (laplacian + (gradient**2).sum(dim=(1, 2))) + 0.5 * (x**2).sum(dim=(1, 2))
+        >>> a, x = 1.0, torch.tensor([[[0.5, 0.0, 1.0], [2.0, -1.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 2.0]]])
+        >>> local_energy(x)
+        tensor([3., 3.])
+        >>> a = 0.5
+        >>> local_energy(x)
+        tensor([3.8438, 3.0000])
+    """
+    return at_time(lambda _, z: f(z), 0.0, x)
+
+
+def explain_laplacian(f: Callable[[Tensor], Tensor], x: Tensor) -> Plan:
+    """How `laplacian(f, x)` is computed, why, and what it is expected to cost, relative to f.
+
+    Its method is "forward_laplacian", or "reverse" for products with the Hessian. f is evaluated, unless that is known.
+
+    Example:
+        >>> explain_laplacian(lambda x: x.sin().prod(dim=1), torch.ones(2, 3)).method
+        'forward_laplacian'
+        >>> explain_laplacian(lambda x: x.amax(dim=1), torch.ones(2, 3)).why
+        'dense products: amax has no rule'
+    """
+    return explain(lambda _, z: f(z), 0.0, x)
 
 
 def partial_derivative(f: Callable[..., Tensor], inputs: Sequence[Tensor], wrt: int) -> Tensor:
@@ -268,15 +322,6 @@ def _plain(tensor: Tensor) -> Tensor:
     """A tensor that can enter a graph, which those made in inference mode can't."""
     with torch.inference_mode(False):
         return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _one_number_a_sample(value: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-        raise FieldError(
-            f"f must return one number a sample, shape ({x.shape[0]},), but returned {_description(value)}; "
-            "sum over the event dimensions"
-        )
-    return value
 
 
 def _one_value_a_sample(value: Tensor, x: Tensor) -> Tensor:

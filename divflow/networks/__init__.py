@@ -9,6 +9,7 @@ from divflow.networks.hollow_egnn import HollowEGNN
 from divflow.networks.hollow_mlp import HollowMLP
 from divflow.networks.mlp import MLP
 from divflow.networks.pair_field import PairField
+from divflow.networks.potential import MLPPotential, Potential, QuadraticPotential
 from divflow.networks.time import GaussianFourierEmbedding, SinusoidalEmbedding
 from divflow.networks.token_mixer import TokenMixer
 from divflow.networks.unet import UNet
@@ -22,8 +23,11 @@ __all__ = [
     "GaussianFourierEmbedding",
     "HollowEGNN",
     "HollowMLP",
+    "MLPPotential",
     "NetworkError",
     "PairField",
+    "Potential",
+    "QuadraticPotential",
     "SinusoidalEmbedding",
     "TokenMixer",
     "UNet",

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from divflow.networks.conditioning import condition, time_features, zero_initialize
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "fully_connected"]
+
+
+def fully_connected(widths: Sequence[int], activation: Callable[[], nn.Module], bias: bool = True) -> nn.Sequential:
+    """Linear layers of these widths with activations between them; `bias` is the last one's."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths[:-1]):
+        layers += [nn.Linear(before, after), activation()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=bias))
 
 
 class MLP(nn.Module):
@@ -49,14 +57,9 @@ class MLP(nn.Module):
         self.context_features, self.time_embedding = context_features, time_embedding
         conditions = time_features(time_embedding) + context_features
         size = math.prod(self.event_shape)
-        widths = [size + conditions, *hidden]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Linear(before, after), activation()]
-        layers.append(nn.Linear(widths[-1], size))
+        self.layers = fully_connected([size + conditions, *hidden, size], activation)
         if zero_init:
-            zero_initialize(layers[-1])
-        self.layers = nn.Sequential(*layers)
+            zero_initialize(self.layers[-1])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's value at (t, x); see the class for the shapes."""

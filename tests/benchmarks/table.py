@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import exact  # noqa: E402 - the folders are no packages
+import laplacian  # noqa: E402
 import score_step  # noqa: E402
 import training_step  # noqa: E402
 import variance  # noqa: E402
@@ -32,6 +33,8 @@ PARTS = {
     "steps": training_step.steps,
     "convolutions": exact.convolutions,
     "known": exact.known,
+    "laplacian": lambda: laplacian.four_hidden(32) + laplacian.four_hidden(256),
+    "gradient_field": laplacian.two_hidden,
     "score": lambda: score_step.steps() + score_step.gradient_noise(),
     "variance": lambda: variance.reduction(FOLDER),
 }

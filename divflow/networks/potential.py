@@ -1,0 +1,170 @@
+"""Gradient fields: velocities and scores that are the gradient of a scalar potential, with its Laplacian as divergence."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from divflow.divergence import FieldError, ValueAndDivergence
+from divflow.laplacian import value_gradient_laplacian
+from divflow.networks.conditioning import NetworkError, condition, time_features, zero_initialize
+from divflow.networks.mlp import fully_connected
+from divflow.operators import gradient
+
+__all__ = ["MLPPotential", "Potential", "QuadraticPotential"]
+
+
+class Potential(nn.Module):
+    """The gradient of a potential, v(t, x) = sign * grad_x (phi + quadratic)(t, x).
+
+    With sign -1 it is the velocity of OT-Flow (Onken et al. 2021, arXiv 2006.00104), or the score of an energy phi.
+    The divergence is the Laplacian, which `value_and_divergence` carries forward with the gradient where the
+    operations of phi have rules (`divflow.laplacian`): no double backward is left, not in training either. phi should
+    be smooth: the divergence takes its second derivatives, and training the third ones.
+
+    Args:
+        phi: a module `phi(t, x) -> (k,)`, or `phi(t, x, context)` for a conditional field.
+        sign: 1 or -1.
+        quadratic: another potential that is added, such as `QuadraticPotential`; None for none.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, *event)`, context a row a sample; returns `(k, *event)`.
+
+    Raises:
+        NetworkError: another sign.
+        FieldError: by a call, where phi does not return one number a sample.
+
+    Example:
+        >>> class Bowl(nn.Module):
+        ...     def forward(self, t, x):
+        ...         return (1 + t) * (x**4).sum(dim=1) / 4
+        >>> Potential(Bowl(), sign=-1).value_and_divergence(torch.tensor(1.0), torch.tensor([[1.0, 2.0]]))
+        ValueAndDivergence(value=tensor([[ -2., -16.]]), divergence=tensor([-30.]))
+    """
+
+    def __init__(self, phi: nn.Module, sign: int = 1, quadratic: nn.Module | None = None) -> None:
+        super().__init__()
+        if sign not in (1, -1):
+            raise NetworkError(f"sign must be 1 or -1, but is {sign}; put any other factor into phi")
+        self.phi, self.sign, self.quadratic = phi, sign, quadratic
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The gradient at (t, x); see the class for the shapes."""
+        return self.sign * gradient(lambda z: self.potential(t, z, context), x)
+
+    def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Float[Tensor, " batch"]:
+        """The potential itself, phi + quadratic, without the sign."""
+        value = self.phi(t, x) if context is None else self.phi(t, x, context)
+        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise FieldError(
+                f"phi must return one number a sample, shape ({x.shape[0]},) for x of shape {tuple(x.shape)}, but "
+                f"returned {found}; sum over the event's dimensions, or squeeze a last one of size 1"
+            )
+        return value if self.quadratic is None else value + self.quadratic(t, x)
+
+    def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> ValueAndDivergence:
+        """The field `(k, *event)` and its divergence `(k,)`, sign times the Laplacian, from one pass.
+
+        Raises:
+            FieldError: phi does not return one number a sample, or mixes samples.
+        """
+        of_context = self.potential if context is None else lambda t, z: self.potential(t, z, context)
+        _, slope, laplacian = value_gradient_laplacian(of_context, t, x)
+        return ValueAndDivergence(self.sign * slope, self.sign * laplacian)
+
+    def extra_repr(self) -> str:
+        """The sign."""
+        return f"sign={self.sign}"
+
+
+class QuadraticPotential(nn.Module):
+    """OT-Flow's quadratic part, 1/2 s^T A^T A s + b^T s with s = [x, t] (Onken et al. 2021, equation 9).
+
+    Its constant is left out, which no field shows and no training finds. It starts with b = 0 and small A.
+
+    Args:
+        event_shape: shape of one sample, without the batch; an int for vectors.
+        rank: the number of rows of A, at most D + 1.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, *event)`; returns `(k,)`.
+
+    Raises:
+        NetworkError: a rank below 1.
+    """
+
+    def __init__(self, event_shape: int | Sequence[int], rank: int = 10) -> None:
+        super().__init__()
+        if rank < 1:
+            raise NetworkError(f"rank must be at least 1, but is {rank}; leave the quadratic part out for none")
+        size = 1 + math.prod((event_shape,) if isinstance(event_shape, int) else event_shape)
+        self.linear = nn.Parameter(torch.zeros(size))
+        self.square_root = nn.Parameter(torch.randn(min(rank, size), size) / size)
+
+    def forward(self, t: Tensor, x: Tensor) -> Float[Tensor, " batch"]:
+        """The value at (t, x)."""
+        s = torch.cat([x.reshape(x.shape[0], len(self.linear) - 1), condition(t, x, None, 0)], dim=1)
+        return 0.5 * (s @ self.square_root.mT).square().sum(dim=1) + s @ self.linear
+
+
+class MLPPotential(Potential):
+    """The gradient of a multilayer perceptron with one output, over the flattened event, time and context.
+
+    With one hidden layer its divergence costs about what its value does, with more about one forward pass a
+    dimension.
+
+    Args:
+        event_shape: shape of one sample, without the batch; an int for vectors.
+        hidden: width of each hidden layer.
+        activation: class or function that makes an activation module; twice differentiable.
+        context_features: number of features of the (flattened) context; 0 for none.
+        zero_init: start with a last layer of zeros: without quadratic part the field vanishes.
+        time_embedding: a module such as `SinusoidalEmbedding`; None for time itself.
+        sign: 1 or -1.
+        quadratic_rank: of a `QuadraticPotential` that is added; 0 for none.
+
+    Shape:
+        t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        hidden: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        context_features: int = 0,
+        zero_init: bool = False,
+        time_embedding: nn.Module | None = None,
+        sign: int = 1,
+        quadratic_rank: int = 0,
+    ) -> None:
+        phi = _ScalarMLP(event_shape, hidden, activation, context_features, zero_init, time_embedding)
+        super().__init__(phi, sign, QuadraticPotential(event_shape, quadratic_rank) if quadratic_rank else None)
+
+
+class _ScalarMLP(nn.Module):
+    """Fully connected layers to one number; the last has no bias, which the gradient would not show."""
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        hidden: Sequence[int],
+        activation: Callable[[], nn.Module],
+        context_features: int,
+        zero_init: bool,
+        time_embedding: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.size = math.prod((event_shape,) if isinstance(event_shape, int) else event_shape)
+        self.context_features, self.time_embedding = context_features, time_embedding
+        conditions = time_features(time_embedding) + context_features
+        self.layers = fully_connected([self.size + conditions, *hidden, 1], activation, bias=False)
+        if zero_init:
+            zero_initialize(self.layers[-1])
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Float[Tensor, " batch"]:
+        conditions = condition(t, x, context, self.context_features, self.time_embedding)
+        return self.layers(torch.cat([x.reshape(x.shape[0], self.size), conditions], dim=1)).squeeze(1)
