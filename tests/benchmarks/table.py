@@ -28,6 +28,7 @@ PARTS = {
     "large": exact.large,
     "growth": exact.growth,
     "steps": training_step.steps,
+    "nested": training_step.nested,
     "convolutions": exact.convolutions,
     "score": lambda: score_step.steps() + score_step.gradient_noise(),
     "variance": lambda: variance.reduction(FOLDER),
