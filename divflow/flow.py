@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Real
@@ -19,9 +20,13 @@ from divflow.divergence.field import checked_state
 from divflow.divergence.seeded import seeded
 from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
+from divflow.likelihood.gauss_kronrod import gauss_kronrod
 from divflow.solver import Evaluations, Solver
 
 __all__ = ["ContinuousFlow", "FlowEvaluation"]
+
+# Times at which an estimator learns what it does of a flow: the nodes of fifteen.
+_REFERENCE_TIMES = 15
 
 
 class FlowEvaluation(NamedTuple):
@@ -284,13 +289,27 @@ class ContinuousFlow(nn.Module):
                     x,
                     _as_scalar(t_start, x),
                     _as_scalar(t_end, x),
-                    estimator=self.estimator,
+                    estimator=self.estimator.prepare(field, x, functools.partial(self._trajectories, context)),
                     solver=self.solver,
                     evaluations=Evaluations() if evaluations is None else evaluations,
                     generator=generator,
                     diagnostics=diagnostics,
                     penalties=penalties,
                 )
+
+    def _trajectories(self, context: Tensor | None, references: Tensor) -> tuple[Tensor, Tensor]:
+        """For `Estimator.prepare`."""
+        if context is not None:
+            raise FieldError(
+                "reference samples of a conditional flow would need contexts of their own, which an estimator can't "
+                "carry; take references from the batch, such as ControlVariate(Hutchinson(), references=16)"
+            )
+        start, end = sorted(self.times())
+        times = [start + (end - start) * node for node in gauss_kronrod(_REFERENCE_TIMES).nodes.tolist()]
+        backwards = self.times()[1] == end
+        ordered = times[::-1] if backwards else times
+        states = self.trajectory(references, [self.t_data, *ordered])[1:]
+        return references.new_tensor(times), states.flip(0) if backwards else states
 
     def _prepare(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ConditionedField]:
         x = checked_state(x)

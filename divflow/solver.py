@@ -12,6 +12,7 @@ from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
 from divflow.arguments import check_count, check_positive
+from divflow.dense_output import Steps
 from divflow.errors import DivflowError
 
 __all__ = ["Evaluations", "Solver", "SolverError"]
@@ -116,6 +117,12 @@ class Solver:
         check_positive("atol", self.atol)
         check_positive("step_size", (self.options or {}).get("step_size", 1))
 
+    @property
+    def dense(self) -> bool:
+        """Whether `solve` can record its steps, for the states at times that are chosen afterwards."""
+        restarts = (self.options or {}).get("jump_t") is not None
+        return self.method == "dopri5" and self.gradient == "direct" and not restarts
+
     def solve(
         self,
         field: Callable[[Tensor, State], State],
@@ -124,6 +131,7 @@ class Solver:
         *,
         evaluations: Evaluations | None = None,
         parameters: Sequence[Tensor] = (),
+        record: Steps | None = None,
     ) -> State:
         """The states at all `times`, starting from `state` at `times[0]`.
 
@@ -134,6 +142,7 @@ class Solver:
                 their steps, fixed-step methods likewise, by cubic Hermite polynomials.
             evaluations: a counter to add to.
             parameters: the tensors, besides the state and the times, that `gradient="adjoint"` differentiates in.
+            record: filled with the steps, where the solver is `dense` and the state one tensor.
 
         Returns:
             For each tensor of the state one of shape `(len(times), *its shape)`.
@@ -147,7 +156,7 @@ class Solver:
             raise SolverError(f"a state of {state[0].dtype} is too coarse to integrate; use float32, with autocast")
         if sum(part.numel() for part in state) == 0:
             return tuple(part.new_zeros(len(times), *part.shape) for part in state)
-        monitor = _Monitor(field, self, evaluations, state[0].device)
+        monitor = _Monitor(field, self, evaluations, state[0].device, record)
         keywords = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self._options(times)}
         single = len(state) == 1  # torchdiffeq copies tuples at every evaluation
         try:
@@ -227,8 +236,10 @@ def _distinct(steps: Tensor, outputs: Tensor, jumps: Tensor) -> Tensor:
 class _Monitor:
     """A field as torchdiffeq sees it: counted, capped, in the state's dtype, its last step remembered."""
 
-    def __init__(self, field: Callable, solver: Solver, evaluations: Evaluations, device: torch.device) -> None:
-        self._field, self._solver, self._evaluations = field, solver, evaluations
+    def __init__(
+        self, field: Callable, solver: Solver, evaluations: Evaluations, device: torch.device, record: Steps | None
+    ) -> None:
+        self._field, self._solver, self._evaluations, self._record = field, solver, evaluations, record
         self._calls, self._backward = 0, False
         self._time: Tensor | None = None
         self.inside_field = False
@@ -240,6 +251,9 @@ class _Monitor:
         if solver.method != "scipy_solver":  # it has no callbacks, and torchdiffeq warns of those it does not know
             self.callback_step = self._remember
             self.callback_step_adjoint = self._check_step
+        if record is not None:
+            self.callback_accept_step = record.accept
+            self.callback_reject_step = record.reject
 
     def __call__(self, t: Tensor, state: State) -> State:
         self._calls += 1
@@ -256,6 +270,8 @@ class _Monitor:
             # The norm of torchdiffeq's adjoint is a Python max, in which a NaN is lost and the step accepted.
             self._time = t.detach()
             raise SolverError(self.failure("the velocity became non-finite"))
+        if self._record is not None:
+            self._record.evaluated(derivative)
         return derivative
 
     def begin_backward(self) -> None:

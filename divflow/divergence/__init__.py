@@ -9,6 +9,7 @@ from torch import Tensor
 
 from divflow.divergence.autograd import Autograd
 from divflow.divergence.check import check_field
+from divflow.divergence.control_variate import ControlVariate
 from divflow.divergence.estimator import Estimate, Estimator, ValueAndDivergence
 from divflow.divergence.exact import Exact
 from divflow.divergence.field import Field, FieldError
@@ -19,6 +20,7 @@ from divflow.divergence.sketched import HutchPlusPlus, XTrace
 
 __all__ = [
     "Autograd",
+    "ControlVariate",
     "Estimate",
     "Estimator",
     "Exact",

@@ -1,15 +1,15 @@
 """The protocol that every way to a divergence follows, exact or estimated."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from divflow.divergence.field import Field
+from divflow.divergence.field import Field, linearize_field
 
-__all__ = ["Estimate", "Estimator", "ValueAndDivergence", "accumulation_dtype"]
+__all__ = ["Estimate", "Estimator", "FrozenProbes", "Products", "ValueAndDivergence", "accumulation_dtype"]
 
 
 class ValueAndDivergence(NamedTuple):
@@ -88,6 +88,45 @@ class Estimator(ABC):
             generator: of what is drawn beforehand.
         """
         return [self] * len(bundles)
+
+    def prepare(self, g: Field, x: Tensor, trajectories: Callable[[Tensor], tuple[Tensor, Tensor]]) -> "Estimator":
+        """The estimator with what it learns beforehand of a field along a flow's trajectories: itself, for most.
+
+        Args:
+            g: the field.
+            x: states such as it will be asked for, `(k, *event)`.
+            trajectories: of samples of the flow's data `(r, *event)`: times `(n,)`, increasing, and the states there,
+                `(n, r, *event)`.
+        """
+        return self
+
+
+class Products(Protocol):
+    """A field at a point: its value, and vector-Jacobian products there (`Linearization`)."""
+
+    value: Tensor
+
+    def pullback(self, vectors: Tensor, constant: bool = False) -> Tensor:
+        """v^T J for every vector v, `(products, k, *event)`; without a graph if it is to be `constant`."""
+
+
+class FrozenProbes(Estimator):
+    """An estimator whose random vectors are drawn: it needs a field's value and products alone."""
+
+    frozen = True
+
+    def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
+        """The value, the estimate, and its standard error; `generator` is not used."""
+        self.check(x)
+        return self.from_products(linearize_field(g, t, x), x)
+
+    @abstractmethod
+    def check(self, x: Tensor) -> None:
+        """Refuse an x of another shape than the vectors were drawn for."""
+
+    @abstractmethod
+    def from_products(self, field: Products, x: Tensor) -> Estimate:
+        """The estimate of the trace of that Jacobian at x."""
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 
 from divflow.arguments import check_count
 from divflow.divergence.dense import products_per_pass
-from divflow.divergence.estimator import Estimate, Estimator, accumulation_dtype
-from divflow.divergence.field import Field, FieldError, checked_state, flatten_event, linearize_field
+from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes, Products, accumulation_dtype
+from divflow.divergence.field import Field, FieldError, checked_state, flatten_event
 from divflow.divergence.probes import DISTRIBUTIONS, draw_orthogonal_probes, draw_probes
 
 __all__ = ["FixedProbes", "Hutchinson", "standard_error_of_mean"]
@@ -60,20 +60,21 @@ class Hutchinson(Estimator):
 
 
 @dataclass(frozen=True, eq=False)
-class FixedProbes(Estimator):
+class FixedProbes(FrozenProbes):
     """Hutchinson's estimator with given probes, `(num_probes, k, *event)`."""
 
     probes: Tensor
-    frozen = True
 
-    def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the mean over the probes, and its standard error; `generator` is not used."""
+    def check(self, x: Tensor) -> None:
+        """Refuse an x of another shape than the probes were drawn for."""
         if checked_state(x).shape != self.probes.shape[1:]:
             raise FieldError(
                 f"the probes were drawn for x of shape {tuple(self.probes.shape[1:])}, but x has shape "
                 f"{tuple(x.shape)}; freeze the estimator for this batch"
             )
-        field = linearize_field(g, t, x)
+
+    def from_products(self, field: Products, x: Tensor) -> Estimate:
+        """The value, the mean over the probes, and its standard error."""
         chunks = self.probes.split(products_per_pass(x))
         products = torch.cat([field.pullback(chunk) for chunk in chunks])
         samples = _quadratic_form(products, self.probes)

@@ -18,16 +18,14 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from divflow.divergence.dense import products_per_pass
-from divflow.divergence.estimator import Estimate, Estimator, accumulation_dtype
+from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes, Products, accumulation_dtype
 from divflow.divergence.exact import Exact
 from divflow.divergence.field import (
     Field,
     FieldError,
-    Linearization,
     checked_state,
     event_size,
     flatten_event,
-    linearize_field,
 )
 from divflow.divergence.hutchinson import standard_error_of_mean
 from divflow.divergence.probes import draw_probes
@@ -67,7 +65,7 @@ class _Sketched(Estimator):
         """The random vectors for a batch."""
 
     @abstractmethod
-    def _trace(self, product: "_Products", vectors: Vectors) -> tuple[Tensor, Tensor | None]:
+    def _trace(self, product: "_FlatProducts", vectors: Vectors) -> tuple[Tensor, Tensor | None]:
         """The estimate and its standard error."""
 
 
@@ -94,7 +92,7 @@ class HutchPlusPlus(_Sketched):
     def _draw(self, x: Tensor, generator: Generator | None) -> Vectors:
         return flatten_event(draw_probes("rademacher", self.num_products - self.num_products // 3, x, generator), 2)
 
-    def _trace(self, product: "_Products", vectors: Vectors) -> tuple[Tensor, Tensor | None]:
+    def _trace(self, product: "_FlatProducts", vectors: Vectors) -> tuple[Tensor, Tensor | None]:
         third = self.num_products // 3
         sketch, probes = vectors[:third], vectors[third:]
         basis = _orthonormal(product(sketch, constant=True))
@@ -128,7 +126,7 @@ class XTrace(_Sketched):
     def _draw(self, x: Tensor, generator: Generator | None) -> Vectors:
         return flatten_event(draw_probes("sphere", self.num_products // 2, x, generator), 2)
 
-    def _trace(self, product: "_Products", vectors: Vectors) -> tuple[Tensor, Tensor | None]:
+    def _trace(self, product: "_FlatProducts", vectors: Vectors) -> tuple[Tensor, Tensor | None]:
         count, size = len(vectors), vectors.shape[-1]
         images = product(vectors)
         basis, triangle = _qr(images.detach())
@@ -153,30 +151,31 @@ class XTrace(_Sketched):
 
 
 @dataclass(frozen=True, eq=False)
-class _Frozen(Estimator):
+class _Frozen(FrozenProbes):
     """A sketched estimator with given random vectors."""
 
     estimator: _Sketched
     vectors: Vectors
-    frozen = True
 
-    def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the estimate and its standard error; `generator` is not used."""
+    def check(self, x: Tensor) -> None:
+        """Refuse an x of other sizes than the vectors were drawn for."""
         if checked_state(x).shape[0] != self.vectors.shape[1] or event_size(x) != self.vectors.shape[2]:
             raise FieldError(
                 f"the random vectors were drawn for {self.vectors.shape[1]} samples of {self.vectors.shape[2]} "
                 f"dimensions, but x has shape {tuple(x.shape)}; freeze the estimator for this batch"
             )
-        field = linearize_field(g, t, x)
+
+    def from_products(self, field: Products, x: Tensor) -> Estimate:
+        """The value, the estimate and its standard error."""
         with torch.autocast(x.device.type, enabled=False):
-            divergence, error = self.estimator._trace(_Products(field, x), self.vectors.to(accumulation_dtype(x)))
+            divergence, error = self.estimator._trace(_FlatProducts(field, x), self.vectors.to(accumulation_dtype(x)))
         return Estimate(field.value, divergence, None if error is None else error.detach())
 
 
-class _Products:
+class _FlatProducts:
     """Products A v = J^T v with flat vectors, in the precision that the trace is summed in."""
 
-    def __init__(self, field: Linearization, x: Tensor) -> None:
+    def __init__(self, field: Products, x: Tensor) -> None:
         self._field, self._x = field, x
 
     def __call__(self, vectors: Vectors, constant: bool = False) -> Vectors:

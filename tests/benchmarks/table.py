@@ -31,6 +31,7 @@ PARTS = {
     "normalized": exact.normalized,
     "deep": exact.deep,
     "steps": training_step.steps,
+    "nested": training_step.nested,
     "convolutions": exact.convolutions,
     "known": exact.known,
     "laplacian": lambda: laplacian.four_hidden(32) + laplacian.four_hidden(256),

@@ -152,7 +152,7 @@ def _reference(flow, twin, x, context, start, end, generator, log_det):
     context = None if context is None else context.double()
     quadrature, sampled = isinstance(flow.likelihood, Quadrature), flow.estimator.stochastic and log_det
     like = x.to(next(flow.velocity.parameters()).dtype)
-    nodes = flow.likelihood.nodes if quadrature else 0
+    nodes = (flow.likelihood.nodes or 15) if quadrature else 0
     probes = None
     if sampled and not quadrature:
         probes = flow.estimator.freeze(like, generator).probes.double()

@@ -82,7 +82,7 @@ CALLS = {
     "Solver options": (lambda v: Solver(options=v), [{"no": 1}, "step_size", 3]),
     "Solver step_size": (lambda v: Solver("rk4", options={"step_size": v}), [0, -1, "a", float("nan")]),
     "Solver max_evaluations": (lambda v: Solver(max_evaluations=v), [0, -1, "2", float("nan")]),
-    "Quadrature nodes": (lambda v: Quadrature(v), [*NO_COUNTS, 2, 4, 1]),
+    "Quadrature nodes": (lambda v: Quadrature(v), [*(v for v in NO_COUNTS if v is not None), 2, 4, 1]),
     "Quadrature tolerance": (lambda v: Quadrature(tolerance=v), NO_POSITIVES),
     "Quadrature max_intervals": (lambda v: Quadrature(max_intervals=v), [0, -1, "2", None]),
     "flow event_shape": (lambda v: ContinuousFlow(field, v), [-1, "2", None, 2.5, [2.5], [-1]]),
