@@ -65,6 +65,7 @@ class ControlVariate(Estimator):
         FieldError: references of another event shape; by a call, states of more than 4,096 dimensions.
 
     Example:
+        >>> from divflow.divergence import Hutchinson, divergence
         >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> estimator = ControlVariate(Hutchinson(), references=torch.zeros(1, 2))
         >>> divergence(lambda t, x: x @ matrix.T, 0.0, torch.ones(3, 2), estimator)  # J = C: nothing is left

@@ -44,6 +44,20 @@ class WithTime(nn.Module):
         return self.net(torch.cat([x, self.embed(column(t, x))], dim=-1))
 
 
+class Preconditioned(nn.Module):
+    """A network between scales of each sample's time, around which the state is carried, as denoisers and scores are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.narrow = two_hidden(nn.Tanh).net, nn.Linear(D, 1)
+
+    def forward(self, t, x):
+        t = column(t, x)
+        inner = self.net(x / (1 + t * t).sqrt())
+        entries = inner[:, [2, 2, 0, 5, 1, 4]] * t.exp() + self.narrow(inner) * t.cos()
+        return entries / t - x / (1 + t) + torch.cat([x[:, :1] * t, (x[:, 1:] * t).flip(1)], dim=1)
+
+
 class TimeAtEachLayer(nn.Module):
     """FFJORD's concat layers."""
 
@@ -448,6 +462,7 @@ NETWORKS = {
     "deep residual": lambda: Residual(4),
     "shared weights": Shared,
     "gated by time": Gated,
+    "preconditioned": Preconditioned,
     "gated by itself": GatedByItself,
     "glu": Glu,
     "coupling": Coupling,

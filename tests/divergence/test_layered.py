@@ -11,7 +11,9 @@ from torch import nn
 
 from divflow.divergence import Autograd, Exact, FieldError, divergence
 from divflow.divergence.layered import contract, follow
-from divflow.divergence.layered.choose import choose, network_of
+from divflow.divergence.layered.choose import choose
+from divflow.divergence.layered.cuts import Network
+from divflow.divergence.layered.paths import bases_of
 
 LAYERED = Exact("layered")
 TIMES = {"scalar t": lambda k: torch.tensor(0.3), "t per sample": lambda k: torch.linspace(0.1, 0.9, k)}
@@ -318,12 +320,52 @@ def test_the_trace_is_the_same_wherever_paths_are_cut(name):
     with torch.no_grad():
         followed = follow(field, torch.tensor(0.3, dtype=torch.float64), x, products=False)
         terms = followed.trace.terms(followed.output)
-        count, cheapest = len(network_of(terms, ()).bases), choose(terms, len(x))
-        cuts = [(*rest, count - 1) for r in range(3) for rest in itertools.combinations(range(count - 1), r)]
-        for cut in [*cuts, tuple(range(count)), cheapest]:
+        bases = bases_of(terms)
+        cuts = [(*rest, bases[-1]) for r in range(3) for rest in itertools.combinations(bases[:-1], r)]
+        networks = [Network(terms, bases, frozenset(map(id, cut))) for cut in [*cuts, bases]]
+        for network in [*networks, choose(terms, len(x))]:
             for chunk_size in (None, 2):
-                result = followed.divergence(contract.contraction(network_of(terms, cut), D), chunk_size)
+                result = followed.divergence(contract.contraction(network, D), chunk_size)
                 torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_verified_call_gives_the_same_bits(name, grad):
+    """Calls 1, 2 and 4 are verified, 3 and 5 are not; a run that is resumed counts anew, and must end with the same."""
+    field, x = make(name, torch.float32)
+    field.requires_grad_(grad is torch.enable_grad)
+    with grad():
+        results = [divergence(field, 0.3, x, LAYERED).detach() for _ in range(5)]
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+def test_what_was_chosen_for_one_network_is_not_taken_for_another_that_does_the_same_operations():
+    """The same operations on tensors of the same shapes, applied one after another or side by side."""
+    first, second = (torch.randn(D, D, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(3, D, dtype=torch.float64)
+
+    def deep(t, x):
+        for _ in range(3):
+            x = (x @ first).tanh()
+        return x @ second + x
+
+    def wide(t, x):
+        a = (x @ first).tanh()
+        b, c = (a @ first).tanh(), (x @ second).tanh()
+        return b @ second + c
+
+    for field in (deep, wide):
+        torch.testing.assert_close(LAYERED(field, 0.0, x).divergence, Autograd()(field, 0.0, x).divergence)
+
+
+def test_numbers_of_each_sample_cost_nothing():
+    """They commute with every matrix, so that times of their own leave a score or a denoiser its closed form."""
+    field, x = make("preconditioned", torch.float64)
+    shared, own = (Exact().explain(field, t, x) for t in (torch.tensor(0.3), torch.linspace(0.1, 0.9, len(x))))
+    assert "carried through" not in own.why
+    assert own.cost_in_forward_passes <= 1.1 * shared.cost_in_forward_passes
 
 
 def test_chunks_of_the_longer_products():

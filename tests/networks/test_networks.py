@@ -122,8 +122,12 @@ def test_divergence_of_unets_and_its_gradient(name, t):
 @pytest.mark.parametrize("t", [0.3, [0.1, 0.5, 0.9]])
 def test_waves_of_time_leave_the_divergence_its_method(waves, t):
     t = torch.tensor(t)
-    for network in (MLP(3, time_embedding=waves(8)), ConcatSquash(3, time_embedding=waves(8))):
-        assert Exact().explain(network, t, torch.randn(3, 3)).method == "layered"
+    for make in (MLP, ConcatSquash):
+        plain, waving = (
+            Exact().explain(net, t, torch.randn(3, 3)) for net in (make(3), make(3, time_embedding=waves(8)))
+        )
+        assert waving.method == plain.method
+    assert plain.method == ("layered" if t.ndim == 0 else "reverse")  # gates of a sample are diagonals like any other
     network = ConvNet((1, 16, 16), hidden=(4,), time_embedding=waves(4))
     assert Exact().explain(network, t, torch.randn(3, 1, 16, 16)).method == "colored"
 

@@ -20,20 +20,17 @@ from torch import Tensor
 from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import Field, Linearization, event_size, flatten_event, linearize_field
 from divflow.divergence.layered import contract
-from divflow.divergence.layered.choose import choose, cost, network_of
+from divflow.divergence.layered.choose import choose, cost
 from divflow.divergence.layered.contract import Contraction
 from divflow.divergence.layered.jacobian import NoRule, apply
 from divflow.divergence.layered.trace import Trace
 from divflow.divergence.layered.verify import require_equal
-from divflow.divergence.recent import Recent
 
 __all__ = ["Contraction", "Followed", "NoRule", "follow"]
 
 
 # The dimensions up to which a sample's whole Jacobian is formed, once, to check the trace.
 _LARGEST_JACOBIAN = 2**12
-# Where networks are cut, by what was done.
-_CUTS: Recent[tuple[int, ...]] = Recent(256)
 
 
 class Followed(NamedTuple):
@@ -71,13 +68,9 @@ class Followed(NamedTuple):
         Raises:
             NoRule: the Jacobian is not known.
         """
-        terms, key = self.trace.terms(self.output), (self.trace.batch, self.signature)
-        cut = _CUTS.get(key)
-        if cut is None:
-            cut = choose(terms, self.trace.batch)
-            _CUTS.keep(key, cut)
+        network = choose(self.trace.terms(self.output), self.trace.batch)
         with torch.inference_mode(False), torch.set_grad_enabled(self.field.create_graph):
-            return contract.contraction(network_of(terms, cut), event_size(self.output))
+            return contract.contraction(network, event_size(self.output))
 
     def cost(self, contraction: Contraction) -> float:
         """Multiplications that the trace takes, and what takes as long as them."""

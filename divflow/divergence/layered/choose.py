@@ -6,14 +6,15 @@ depth has all its paths through its input: D rows, the first matrix known, which
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from divflow.divergence.layered import cuts
 from divflow.divergence.layered.cuts import Network, length
-from divflow.divergence.layered.jacobian import Base, Term
+from divflow.divergence.layered.jacobian import Base, Linear, Term, is_number
 from divflow.divergence.layered.paths import bases_of, chains
+from divflow.divergence.recent import Recent
 
-__all__ = ["choose", "cost", "network_of"]
+__all__ = ["choose", "cost"]
 
 _MOST_PATHS = 512
 # What takes as long as so many multiplications of a matrix product: to set up a path in closed form, or the rows through
@@ -21,15 +22,37 @@ _MOST_PATHS = 512
 _PATH, _PLACE, _ELEMENT = 2**18, 2**20, 16
 
 
-def network_of(terms: list[Term], cut: tuple[int, ...]) -> Network:
-    """The Jacobian that some terms stand for, cut at the bases of these numbers."""
+# Where networks are cut, by what they are made of: shapes, and which are diagonals.
+_CUTS: Recent[tuple[int, ...]] = Recent(256)
+
+
+def choose(terms: list[Term], batch: int) -> Network:
+    """The Jacobian that some terms stand for, cut where it is cheapest."""
     bases = bases_of(terms)
+    key = batch, _shape(terms, bases)
+    cut = _CUTS.get(key)
+    if cut is None:
+        cut = _best(terms, bases, batch)
+        _CUTS.keep(key, cut)
     return Network(terms, bases, frozenset(id(bases[i]) for i in cut))
 
 
-def choose(terms: list[Term], batch: int) -> tuple[int, ...]:
-    """Numbers of the bases to cut at, in the order of `bases_of`."""
-    bases = bases_of(terms)
+def _shape(terms: list[Term], bases: list[Base]) -> Hashable:
+    """All that `cost` depends on."""
+    numbers = {id(base): number for number, base in enumerate(bases)}
+
+    def of(terms: list[Term]) -> Hashable:
+        return tuple(
+            (numbers[id(base)], None if d is None else (d.ndim, is_number(d)), columns and len(columns.index))
+            for base, d, _, columns in terms
+        )
+
+    parts = ((base.matrix.shape, of(base.source)) if isinstance(base, Linear) else base.size for base in bases)
+    return of(terms), *parts
+
+
+def _best(terms: list[Term], bases: list[Base], batch: int) -> tuple[int, ...]:
+    """Numbers of the bases to cut at."""
     costs: dict[tuple[int, ...], float] = {}
 
     def cost_of(cut: tuple[int, ...]) -> float:
@@ -79,7 +102,7 @@ def _of_chain(chain: list[Term], batch: int) -> float:
         return 0
     lengths = [length(term) for term in chain]
     shapes = [(lengths[i], lengths[i + 1]) for i in range(len(chain) - 1)]
-    sampled = [term.diagonal is not None and term.diagonal.ndim == 2 for term in chain]
+    sampled = [term.diagonal is not None and term.diagonal.ndim == 2 and not is_number(term.diagonal) for term in chain]
     diagonal = [sampled[0] or sampled[-1], *sampled[1:-1]]
     if sum(diagonal) > 2:
         return math.inf

@@ -5,7 +5,7 @@ for the whole batch) the trace is
 
     none:  tr(M)        one:  d . diag(M)        two:  d_1^T (M_1 * M_2^T) d_2        (* elementwise)
 
-and what goes through the places where a network is cut, which all longer paths do, is carried around as rows (`cuts`).
+times what of the diagonals is one number a sample, which commutes with all of them, such as a noise level; and what goes through the places where a network is cut, which all longer paths do, is carried around as rows (`cuts`).
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def trace(contraction: Contraction, batch: int, like: Tensor, chunk_size: int | 
     """
     total = like.new_zeros(batch)
     with torch.autocast(like.device.type, enabled=False):
-        bilinear: dict[tuple[int, int], list] = {}
+        bilinear: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
         for base in contraction.cut:
             total = total + cuts.through(contraction.network, base, batch, like, chunk_size)
         for cycle in contraction.cycles:
@@ -99,23 +99,31 @@ def trace(contraction: Contraction, batch: int, like: Tensor, chunk_size: int | 
             if not cycle.matrices:
                 total = total + factors[0].sum(dim=-1)
             elif len(places) == 2:
-                first, second = factors
                 weights = _kept(cycle, places, functools.partial(_bilinear_form, cycle, *places))
-                bilinear.setdefault((id(first), id(second)), [first, second]).append(weights)
+                key = (*map(id, factors), *map(id, cycle.numbers))
+                bilinear.setdefault(key, (factors, cycle.numbers, []))[2].append(weights)
             else:
                 start = places[0] if places else 0
                 weights = _kept(cycle, places, functools.partial(_diagonal_of, _rotated(cycle.matrices, start)))
-                total = total + (factors[0] @ weights if factors else weights.sum())
-        for first, second, *matrices in bilinear.values():
+                total = total + _times(factors[0] @ weights if factors else weights.sum(), cycle.numbers)
+        for (first, second), numbers, matrices in bilinear.values():
             # Paths through the same two diagonals (residual connections) share one product.
             matrix = matrices[0] if len(matrices) == 1 else torch.stack(matrices).sum(dim=0)
-            total = total + ((first @ matrix) * second).sum(dim=1)
+            total = total + _times(((first @ matrix) * second).sum(dim=1), numbers)
     return total
+
+
+def _times(trace: Tensor, numbers: list[Tensor]) -> Tensor:
+    """A trace times numbers of each sample."""
+    for number in numbers:
+        trace = trace * number[:, 0]
+    return trace
 
 
 def _converted(cycle: Cycle, like: Tensor) -> Cycle:
     diagonals = [None if d is None else d.to(like) for d in cycle.diagonals]
-    return cycle._replace(diagonals=diagonals, matrices=[matrix.to(like) for matrix in cycle.matrices])
+    matrices, numbers = ([z.to(like) for z in tensors] for tensors in (cycle.matrices, cycle.numbers))
+    return cycle._replace(diagonals=diagonals, matrices=matrices, numbers=numbers)
 
 
 def _kept(cycle: Cycle, places: list[int], compute: Callable[[], Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from divflow.divergence.layered.jacobian import Base, Linear, Term, put, take
+from divflow.divergence.layered.jacobian import Base, Linear, Term, is_number, put, take
 
 __all__ = ["Network", "cost", "length", "memory", "through"]
 
@@ -122,7 +122,7 @@ def _spread_and_close(
             entries = (rows * take(matrix, term.rows, 1)[:, start:stop].mT).sum(dim=-1)
             diagonal = term.diagonal
             if diagonal is not None:
-                entries = entries * (diagonal if diagonal.ndim == 0 else diagonal[..., start:stop]).to(rows)
+                entries = entries * (diagonal if is_number(diagonal) else diagonal[..., start:stop]).to(rows)
             total = total + entries.sum(dim=-1)
         return total
     rows = rows if matrix is None else rows @ matrix

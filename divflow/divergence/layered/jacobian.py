@@ -26,6 +26,8 @@ __all__ = [
     "Term",
     "add",
     "apply",
+    "entries_of",
+    "is_number",
     "linear",
     "move",
     "product",
@@ -34,7 +36,8 @@ __all__ = [
     "take",
 ]
 
-# A diagonal is None (ones), shared by the batch and of shape () or (r,), or one a sample, (k, r).
+# A diagonal is None (ones), shared by the batch and of shape () or (r,), or one a sample, (k, r), or (k, 1) where it is
+# one number for all entries, which commutes with every matrix.
 Diagonal = Tensor | None
 # How many times narrower a layer's output must be to be multiplied with the layer below.
 _NARROW = 8
@@ -114,9 +117,19 @@ class Term(NamedTuple):
     columns: Entries | None = None
 
 
-def take(tensor: Tensor, entries: Entries | None, dim: int) -> Tensor:
-    """`entries` of a tensor's dimension, where it has that dimension at all."""
-    return tensor if entries is None or tensor.ndim == 0 else entries.take(tensor, dim)
+def take(matrix: Tensor, entries: Entries | None, dim: int) -> Tensor:
+    """`entries` of a matrix's dimension."""
+    return matrix if entries is None else entries.take(matrix, dim)
+
+
+def is_number(diagonal: Diagonal) -> bool:
+    """Whether a diagonal is one number for all entries, the batch's or each sample's."""
+    return diagonal is not None and (diagonal.ndim == 0 or (diagonal.ndim == 2 and diagonal.shape[1] == 1))
+
+
+def entries_of(diagonal: Tensor, entries: Entries | None) -> Tensor:
+    """A diagonal's entries, of whatever kind it is."""
+    return diagonal if is_number(diagonal) else take(diagonal, entries, -1)
 
 
 def put(tensor: Tensor, entries: Entries | None, size: int) -> Tensor:
@@ -132,12 +145,12 @@ def product(a: Diagonal, b: Diagonal) -> Diagonal:
 
 
 def scale(terms: list[Term], factor: Tensor) -> list[Term]:
-    """The terms of `factor * v`: factor `()` or `(n,)` where the batch shares it, `(k, n)` where not."""
+    """The terms of `factor * v`, a diagonal's."""
     scaled, products = [], {}
     for base, diagonal, rows, columns in terms:
         key = id(diagonal), id(rows)
         if key not in products:  # equal diagonals stay one object, by which paths through them share a product
-            products[key] = product(diagonal, take(factor, rows, -1))
+            products[key] = product(diagonal, entries_of(factor, rows))
         scaled.append(Term(base, products[key], rows, columns))
     return scaled
 
@@ -219,7 +232,7 @@ def move(terms: list[Term], movement: Movement) -> list[Term]:
             chosen, rows, columns = place
             key = id(term.diagonal), id(chosen)
             if key not in taken:
-                taken[key] = None if term.diagonal is None else take(term.diagonal, chosen, -1)
+                taken[key] = None if term.diagonal is None else entries_of(term.diagonal, chosen)
             moved.append(Term(term.base, taken[key], rows, columns))
     return moved
 

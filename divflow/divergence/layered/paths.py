@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from divflow.divergence.layered.cuts import Network
-from divflow.divergence.layered.jacobian import Base, Diagonal, Entries, Linear, Term, product, take
+from divflow.divergence.layered.jacobian import (
+    Base,
+    Diagonal,
+    Entries,
+    Linear,
+    Term,
+    entries_of,
+    is_number,
+    product,
+    take,
+)
 
 __all__ = ["Cycle", "Origin", "bases_of", "chains", "cycles"]
 
@@ -23,10 +33,15 @@ class Cycle(NamedTuple):
     """A cyclic product D_1 M_1 ... D_p M_p; a diagonal is None for ones, else one a sample, `(k, n)`.
 
     Where there are no matrices, the only diagonal is a whole vector of diagonal entries, of any kind.
+
+    Attributes:
+        numbers: factors of the whole, one number a sample, `(k, 1)`.
+        origins: of the matrices.
     """
 
     diagonals: list[Diagonal]
     matrices: list[Tensor]
+    numbers: list[Tensor] = []
     origins: list["Origin | None"] = []
 
 
@@ -79,9 +94,9 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
     outer, inner = chain[0], chain[-1]
     if len(chain) == 1:
         fixed = _fixed(outer.rows, outer.columns, size)
-        entries = torch.ones(()) if outer.diagonal is None else take(outer.diagonal, fixed, -1)
+        entries = torch.ones(()) if outer.diagonal is None else entries_of(outer.diagonal, fixed)
         count = size if fixed is None else len(fixed.index)
-        return Cycle([entries.expand(count) if entries.ndim == 0 else entries], []) if count else None
+        return Cycle([entries.expand(*entries.shape[:-1], count)], []) if count else None
     at_output, at_input = _meeting(outer.rows, inner.columns, size)
     if at_output is not None and not len(at_output.index):
         return None
@@ -97,11 +112,15 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
         matrix = above.base.matrix
         origins.append(Origin(matrix, 0 if matrix.is_inference() else matrix._version, rows, columns))
         matrices.append(take(take(matrix, rows, 0), columns, 1))
+    numbers = []
     for i, diagonal in enumerate(diagonals):
         if diagonal is not None and diagonal.ndim < 2:
             matrices[i] = matrices[i] * diagonal.reshape(-1, 1).to(matrices[i])
             diagonals[i] = origins[i] = None
-    return Cycle(diagonals, matrices, origins)
+        elif diagonal is not None and is_number(diagonal):
+            numbers.append(diagonal)
+            diagonals[i] = None
+    return Cycle(diagonals, matrices, numbers, origins)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -115,7 +134,7 @@ def _fixed(rows: Entries | None, columns: Entries | None, size: int) -> Entries 
 
 def _take_diagonal(diagonal: Diagonal, entries: Entries | None) -> Diagonal:
     """Entries of a diagonal, of whatever kind."""
-    return None if diagonal is None else take(diagonal, entries, -1)
+    return None if diagonal is None else entries_of(diagonal, entries)
 
 
 @functools.lru_cache(maxsize=1024)

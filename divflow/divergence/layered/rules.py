@@ -176,10 +176,13 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _silu_derivative(u: Tensor, y: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return torch.ops.aten.silu_backward(_one(y.dtype, y.device).expand_as(u), u)
     gate = u.sigmoid()
-    return gate + y * (1 - gate)
+    return torch.addcmul(gate, y, 1 - gate)
+
+
+def _mish_derivative(u: Tensor, y: Tensor) -> Tensor:
+    gate = F.softplus(u).tanh()
+    return torch.addcmul(gate, u * u.sigmoid(), 1 - gate.square())
 
 
 # Derivatives of y = f(u), and partial derivatives of y = f(a, b), of the most common functions: forward mode gives the
@@ -187,7 +190,9 @@ def _silu_derivative(u: Tensor, y: Tensor) -> Tensor:
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "tanh": lambda u, y: torch.addcmul(_one(y.dtype, y.device), y, y, value=-1),
     "sigmoid": lambda u, y: y * (1 - y),
+    # torch has two formulas for these, with a graph and without, so that rounding would tell whether a call is verified.
     "silu": _silu_derivative,
+    "mish": _mish_derivative,
     "relu": lambda u, y: (u > 0).to(y.dtype),
     "exp": lambda u, y: y,
     "sin": lambda u, y: u.cos(),
@@ -236,7 +241,7 @@ def _expansion(event: torch.Size, expanded: torch.Size) -> Movement:
 
 
 def _diagonal(derivative: Tensor | float, value: Tensor, may_share: bool) -> Tensor:
-    """A derivative as a factor of the value's flattened events: `()` or `(n,)` if the batch shares it, else `(k, n)`."""
+    """A derivative as a factor of the value's flattened events, see `Diagonal`; what the batch may share it does."""
     if not isinstance(derivative, Tensor):
         return torch.as_tensor(derivative, dtype=value.dtype)
     if not derivative.is_floating_point():
@@ -251,6 +256,8 @@ def _diagonal(derivative: Tensor | float, value: Tensor, may_share: bool) -> Ten
     if may_share and (derivative.ndim < value.ndim or derivative.shape[0] == 1 or expanded):
         row = derivative[0] if derivative.ndim == value.ndim else derivative
         return row.expand(event).reshape(event.numel())
+    if derivative.ndim == value.ndim and derivative.shape == (value.shape[0], *[1] * len(event)):
+        return derivative.reshape(value.shape[0], 1)
     return derivative.expand(value.shape).reshape(value.shape[0], event.numel())
 
 
