@@ -176,9 +176,20 @@ class ContinuousFlow(nn.Module):
             context: one row a sample, `(num_samples, ...)`.
             generator: draws the base samples and the probes.
         """
-        z = self.base.sample(num_samples, generator)
-        carried = self._transport(z, context, self.t_base, self.t_data, generator, diagnostics=False)
-        return carried.state, self.base.log_prob(z) - carried.log_det
+        samples, evaluation = self.rsample_and_evaluate(num_samples, context, generator)
+        return samples, evaluation.log_prob
+
+    def rsample_and_evaluate(
+        self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None
+    ) -> tuple[Tensor, FlowEvaluation]:
+        """Samples `(num_samples, *event)` and what is known of their log-densities, from one solve; see `rsample_and_log_prob`."""
+        z, evaluations = self.base.sample(num_samples, generator), Evaluations()
+        carried = self._transport(
+            z, context, self.t_base, self.t_data, generator, evaluations=evaluations, diagnostics=False
+        )
+        log_prob = self.base.log_prob(z) - carried.log_det
+        known = carried.quadrature_error, carried.standard_error
+        return carried.state, FlowEvaluation(log_prob, z, -carried.log_det, *known, evaluations)
 
     def distribution(self, context: Tensor | None = None, context_dim: int = 1) -> FlowDistribution:
         """The flow as a `torch.distributions.Distribution`, given one context or a batch of them."""
@@ -191,9 +202,10 @@ class ContinuousFlow(nn.Module):
         generator: Generator | None = None,
         *,
         context: Tensor | None = None,
+        correct: bool = False,
     ) -> ImportanceWeights:
         """Samples weighted towards a target that is known up to a constant: `divflow.importance.importance_weights`."""
-        return importance_weights(self, log_target, num_samples, generator, context=context)
+        return importance_weights(self, log_target, num_samples, generator, context=context, correct=correct)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:

@@ -33,6 +33,9 @@ class ImportanceWeights(NamedTuple):
             half of the squared standard error.
         standard_error: of log_normalizer, in nats, sqrt((n / effective_sample_size - 1) / (n - 1)), by the delta
             method; to be believed where the effective sample size is large.
+        probe_share: of the variance of log w_i, what the noise of an estimated divergence makes: the mean of its squared
+            standard errors over that variance. Zero where the divergence is exact; near one, more probes would raise the
+            effective sample size, and a better flow would not.
     """
 
     samples: Tensor
@@ -40,6 +43,7 @@ class ImportanceWeights(NamedTuple):
     effective_sample_size: Tensor
     log_normalizer: Tensor
     standard_error: Tensor
+    probe_share: Tensor
 
 
 def importance_weights(
@@ -49,38 +53,61 @@ def importance_weights(
     generator: Generator | None = None,
     *,
     context: Tensor | None = None,
+    correct: bool = False,
 ) -> ImportanceWeights:
     """Samples of a flow with their weights; samples and densities come from one solve.
+
+    **An estimated divergence** gives log p + e with E[e] = 0, so that weights are too large on average, by
+    E[exp(-e)] = exp(s^2 / 2) for a normal e of variance s^2, and most where s is: log Z and expectations are biased, and
+    no number of samples shows it (arXiv 2601.21177). It is refused, unless it is to be corrected: then w_i is multiplied by
+    exp(-s_i^2 / 2), s_i the standard error of log p(x_i). The assumption is that e is normal, as the sum over many nodes
+    and dimensions nearly is, and that s_i^2 is known: from m probes it has m - 1 degrees of freedom, and log Z stays
+    too large by about s^4 / (4 (m - 1)).
 
     Differentiable in the flow's parameters; use `torch.no_grad()` where that is not wanted, to keep no graph.
 
     Args:
-        flow: one whose divergence is exact.
+        flow: one whose divergence is exact, or estimated by two probes at least if it is to be corrected.
         log_target: the logarithm of the target, up to a constant, of samples `(n, *event)`: `(n,)`, in nats; -inf where
             the target vanishes.
         num_samples: n, at least 2.
         generator: of the samples.
         context: one row a sample, for a conditional flow.
+        correct: for half the variance of an estimated log p.
 
     Raises:
-        ImportanceError: a stochastic estimator; a target of another shape, NaN, infinite, or zero at all samples.
+        ImportanceError: a stochastic estimator that is not corrected, or does not know its error; a target of another shape, NaN, infinite, or zero at all samples.
         ValueError: fewer than 2 samples.
         FieldError, SolverError: as `ContinuousFlow.log_prob`.
     """
     check_count("num_samples", num_samples, least=2)
-    if flow.estimator.stochastic:
+    if flow.estimator.stochastic and not correct:
         raise ImportanceError(
             f"{flow.estimator} is unbiased for log p and not for 1 / p, so the weights would be wrong on average; use "
-            "flow.replace(estimator=Exact())"
+            "flow.replace(estimator=Exact()), or correct=True, which takes the noise for normal"
         )
-    samples, log_prob = flow.rsample_and_log_prob(num_samples, context, generator)
+    samples, found = flow.rsample_and_evaluate(num_samples, context, generator)
+    if found.standard_error is None:
+        raise ImportanceError(
+            f"{flow.estimator} does not know its error, so its weights can't be corrected; use two probes at least"
+        )
     target = _checked_target(log_target(samples), num_samples)
-    log_weights = target - log_prob
+    log_weights, noise = target - found.log_prob, found.standard_error.square()
+    share = _share(noise, log_weights.detach())
+    log_weights = log_weights - noise / 2
     total = log_weights.logsumexp(dim=0)
     normalized = log_weights - total
     size = (-(2 * normalized).logsumexp(dim=0)).exp()
     error = ((num_samples / size - 1).clamp_min(0) / (num_samples - 1)).sqrt()
-    return ImportanceWeights(samples, normalized, size, total - math.log(num_samples), error)
+    return ImportanceWeights(samples, normalized, size, total - math.log(num_samples), error, share)
+
+
+def _share(noise: Tensor, log_weights: Tensor) -> Tensor:
+    """Of the variance of weights, where the target does not vanish; exactly zero where there is no noise."""
+    inside = log_weights.isfinite()
+    if not noise.any():
+        return noise.new_zeros(())
+    return (noise[inside].mean() / log_weights[inside].var()).clamp(max=1)
 
 
 def _checked_target(target: Tensor, num_samples: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import divflow
 from divflow import adapters, operators
-from divflow.divergence import Hutchinson, HutchPlusPlus, XTrace, check_field, divergence
+from divflow.bases import MeanFreeNormal
+from divflow.divergence import ControlVariate, Exact, Hutchinson, HutchPlusPlus, XTrace, check_field, divergence
 from divflow.experiment import train
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
@@ -28,7 +29,20 @@ from divflow.matching import (
     TrigonometricPath,
     VariancePreservingPath,
 )
-from divflow.networks import MLP, ConcatSquash, ConvNet, GaussianFourierEmbedding, SinusoidalEmbedding, UNet
+from divflow.networks import (
+    EGNN,
+    MLP,
+    ConcatSquash,
+    ConvNet,
+    GaussianFourierEmbedding,
+    HollowEGNN,
+    HollowMLP,
+    MLPPotential,
+    PairField,
+    SinusoidalEmbedding,
+    TokenMixer,
+    UNet,
+)
 from divflow.score import SubVariancePreserving, VarianceExploding, VariancePreserving, probability_flow
 from divflow.score.objectives import (
     DenoisingScoreMatching,
@@ -72,6 +86,17 @@ NETWORKS = {
     "gated": (ConcatSquash((2,), hidden=(8,)), (2,)),
     "convolutions": (ConvNet((1, 4, 4), hidden=(4,)), (1, 4, 4)),
     "UNet": (UNet((1, 4, 4), channels=(4, 8)), (1, 4, 4)),
+    "potential": (MLPPotential(2, hidden=(8, 8), quadratic_rank=1), (2,)),
+    "hollow": (HollowMLP(4, hidden=(8,)), (4,)),
+    "particles": (EGNN((3, 2), hidden=8, layers=1, types=[0, 0, 1]), (3, 2)),
+    "hollow particles": (HollowEGNN((3, 2), hidden=8, types=[0, 0, 1]), (3, 2)),
+    "pairs": (PairField((3, 2), hidden=(8,)), (3, 2)),
+    "tokens": (TokenMixer((3, 2), hidden=(8,), width=8, heads=2), (3, 2)),
+}
+NORMALIZED = {
+    "layer norm": [nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 4)],
+    "softmax": [nn.Linear(4, 8), nn.Softmax(dim=1), nn.Linear(8, 4)],
+    "deep": [nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)],
 }
 
 
@@ -129,6 +154,55 @@ def test_networks(device, network, event):
     check_field(net, 0.3, x.to(device))
     result = divergence(net, torch.tensor(0.3, device=device), x.to(device))
     close(result, divergence(copy.deepcopy(net).cpu(), 0.3, x), rtol=1e-3, atol=1e-4)
+
+
+@each_device
+@pytest.mark.parametrize("layers", NORMALIZED.values(), ids=NORMALIZED)
+def test_normalized_and_deep_networks(device, layers):
+    net, x = nn.Sequential(*copy.deepcopy(layers)).double(), torch.randn(3, 4, dtype=torch.float64)
+    there = copy.deepcopy(net).to(device)
+    results = [
+        divergence(lambda t, x, n=n: n(x), 0.0, p, Exact("layered")) for n, p in ((there, x.to(device)), (net, x))
+    ]
+    close(*results)
+    close(*(gradients(r.sum(), n) for r, n in zip(results, (there, net), strict=True)))
+
+
+@each_device
+@pytest.mark.parametrize("references", [1, torch.randn(3, 6)], ids=["of the batch", "given"])
+def test_a_control_variate_along_a_flow(device, references):
+    net, x = Network((6,), torch.float32), torch.randn(8, 6)
+    estimator = ControlVariate(Hutchinson(2), references)
+    flow = ContinuousFlow(net, 6, estimator=estimator, solver=Solver("rk4"), likelihood=Quadrature(7))
+    there = copy.deepcopy(flow).to(device)
+    results = [f.evaluate(p, generator=Generator().manual_seed(0)) for f, p in ((there, x.to(device)), (flow, x))]
+    close(results[0].log_prob, results[1].log_prob, rtol=1e-3, atol=1e-3)
+    close(results[0].standard_error, results[1].standard_error, rtol=1e-2, atol=1e-4)
+
+
+@each_device
+@pytest.mark.parametrize("solver", [Solver("dopri5"), Solver("rk4")], ids=["dense", "not dense"])
+def test_as_many_nodes_as_it_takes(device, solver):
+    base = Independent(Normal(torch.zeros(2).double(), torch.ones(2).double()), 1)
+    flow = ContinuousFlow(Network((2,)), 2, likelihood=Quadrature(tolerance=1e-6), solver=solver, base=base)
+    there, x = copy.deepcopy(flow).to(device), torch.randn(3, 2, dtype=torch.float64)
+    results = [f.log_prob(p) for f, p in ((there, x.to(device)), (flow, x))]
+    close(*results)
+    close(*(gradients(r.sum(), f) for r, f in zip(results, (there, flow), strict=True)))
+
+
+@each_device
+@generators
+def test_weights_of_particles(device, source):
+    net = PairField((3, 2), hidden=(8,))
+    flow = ContinuousFlow(net, (3, 2), base=MeanFreeNormal((3, 2)), solver=Solver("rk4")).to(device)
+
+    def log_target(x):
+        return -x.square().sum(dim=(1, 2))
+
+    weights = flow.importance_weights(log_target, 16, generator=Generator(source).manual_seed(0))
+    assert weights.samples.device.type == device
+    close(weights.log_weights.logsumexp(0), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
 @each_device

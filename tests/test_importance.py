@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal
 from divflow.divergence import Hutchinson
 from divflow.flow import ContinuousFlow
 from divflow.importance import ImportanceError
+from divflow.likelihood import Augmented, Quadrature
 from divflow.solver import Solver
 
 N = 4_000
@@ -116,3 +117,41 @@ def test_estimated_densities_and_single_samples_are_refused():
         flow.replace(estimator=Hutchinson(2)).importance_weights(truth.log_prob, 4)
     with pytest.raises(ValueError, match="num_samples.*2.*1"):
         flow.importance_weights(truth.log_prob, 1)
+
+
+@torch.no_grad()
+def test_noise_of_probes_biases_weights_by_half_its_variance_and_is_corrected_for():
+    """A flow that is the target, so that all spread of the weights is the probes'."""
+    torch.manual_seed(0)
+    flow = ContinuousFlow(LinearVelocity((12,)), 12, solver=Solver("rk4")).double()
+    flow.velocity.A.mul_(1.5)
+    truth = carried_normal(flow.velocity, 0.0, 1.0)
+    noisy = flow.replace(estimator=Hutchinson(8))
+    found = noisy.importance_weights(lambda x: truth.log_prob(x) + 3, N, Generator().manual_seed(0), correct=True)
+    _, evaluation = noisy.rsample_and_evaluate(N, generator=Generator().manual_seed(0))
+    variance = evaluation.standard_error.square().mean()
+    assert variance > 0.1
+    assert 0.9 < found.probe_share <= 1
+    assert abs(found.log_normalizer - 3) < 4 * found.standard_error + variance**2 / 28
+    uncorrected = (truth.log_prob(found.samples) + 3 - evaluation.log_prob).logsumexp(0) - math.log(N)
+    assert uncorrected - 3 > variance / 2 - 4 * found.standard_error
+    assert uncorrected - 3 > 8 * found.standard_error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("likelihood", [Quadrature(7), Augmented()])
+def test_an_exact_divergence_has_no_share_in_the_weights_and_nothing_to_correct(likelihood):
+    flow, truth = linear()
+    flow = flow.replace(likelihood=likelihood)
+    results = [
+        flow.importance_weights(target(truth)[1], 20, Generator().manual_seed(0), correct=correct)
+        for correct in (True, False)
+    ]
+    assert results[0].probe_share == results[1].probe_share == 0
+    assert torch.equal(results[0].log_weights, results[1].log_weights)
+
+
+def test_noise_that_is_not_known_can_not_be_corrected():
+    flow, truth = linear()
+    with pytest.raises(ImportanceError, match="does not know its error.*two probes"):
+        flow.replace(estimator=Hutchinson(1)).importance_weights(truth.log_prob, 4, correct=True)
