@@ -124,7 +124,7 @@ W = torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6).sin()
 
 
 def _running_statistics():
-    norm = nn.InstanceNorm1d(2, track_running_stats=True)
+    norm = nn.InstanceNorm1d(2, track_running_stats=True).double()
     return lambda x: norm(x.view(-1, 2, 3)).flatten(1)
 
 
