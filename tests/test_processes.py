@@ -129,7 +129,7 @@ class Velocity(nn.Module):
 def test_processes_that_need_different_numbers_of_evaluations_do_not_wait_inside_a_solve(tmp_path):
     (tmp_path / "stiff.py").write_text(STIFF)
     settings = [override for override in TWO if not override.startswith(("network", "solver@", "likelihood@"))]
-    own = ["network=custom", "network._target_=stiff.Velocity", "likelihood=quadrature_nested", "data.num_val=21"]
+    own = ["network=custom", "network._target_=stiff.Velocity", "likelihood=quadrature_tight", "data.num_val=21"]
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CALLS": f"{tmp_path}/calls"}
     log = tmp_path / "log"
     with process_group(command(*settings, *own, f"hydra.run.dir={tmp_path}/run"), log, env) as process:

@@ -22,7 +22,7 @@ from divflow.solver import Solver
 SIZES = [(2, 64, 512), (16, 128, 256), (43, 256, 256)]
 TARGETS = dict(zip(SIZES, (1.6, 7, 25), strict=True))
 TOLERANCE = 1e-5
-LOOSE = 0.1  # nats, for every sample
+LOOSE = 0.5  # nats, for every sample: what configs train with
 
 Row = tuple[str, str, str, str]
 
