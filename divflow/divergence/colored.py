@@ -35,10 +35,12 @@ class Coloring(NamedTuple):
     Attributes:
         seen: `(D, D)`, whether output i depends on input j.
         colors: indicators of the colours, `(colors, D)`.
+        statistics: of normalizations, a sample, with which held this is so.
     """
 
     seen: Tensor
     colors: Tensor
+    statistics: int = 0
 
 
 def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
