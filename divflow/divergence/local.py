@@ -60,16 +60,14 @@ def evaluate(
     Raises:
         NotLocal: the field is not what was coloured.
     """
-    if coloring.statistics:
-        held = normalized.hold(g, t, x, states, verify)
-        if held.total != coloring.statistics:
-            raise NotLocal("it has other statistics than before")
-        if verify:
-            normalized.check(held, followed.field, x, coloring.seen)
-        return Local(coloring, followed.field, held)
+    held = normalized.hold(g, t, x, states, verify) if coloring.statistics else None
+    if held is not None and held.total != coloring.statistics:
+        raise NotLocal("it has other statistics than before")
+    if verify and held is not None:
+        normalized.check(held, followed.field, x)
     if verify:
-        colored.check(followed.field, x, coloring.seen)
-    return Local(coloring, followed.field, None)
+        colored.check(followed.field if held is None else held.local, x, coloring.seen)
+    return Local(coloring, followed.field, held)
 
 
 def choose(g: Field, t: Tensor, x: Tensor, followed: Followed, states: list[Tensor]) -> Local:
@@ -108,9 +106,9 @@ def _found(g: Field, t: Tensor, x: Tensor, followed: Followed, states: list[Tens
         if NORMALIZATIONS.keys().isdisjoint(name for name, *_ in followed.trace.signature):
             raise
     held = normalized.hold(g, t, x, states, verify=True)
+    normalized.check(held, followed.field, x)
     try:
         coloring = colored.find(held.field, t, x, held.local)._replace(statistics=held.total)
     except NotLocal as error:
         raise NotLocal(f"with its normalizations' statistics held, {error}") from error
-    normalized.check(held, followed.field, x, coloring.seen)
     return Local(coloring, followed.field, held)

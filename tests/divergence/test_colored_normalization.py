@@ -271,6 +271,49 @@ def test_other_paths_beside_the_statistics_are_seen(function):
     torch.testing.assert_close(divergence(field, 0.3, x), divergence(field, 0.3, x, Autograd()))
 
 
+def recomputed(h):
+    return torch.utils.checkpoint.checkpoint(F.group_norm, h, 1, use_reentrant=False)
+
+
+def by_kernel(h):
+    if h.grad_fn is not None and "GroupNorm" not in (h := F.group_norm(h, 1)).grad_fn.name():
+        raise ValueError("not torch's own")
+    return h
+
+
+@pytest.mark.parametrize("function", [recomputed, by_kernel])
+def test_what_bears_no_parts_is_dense(function):
+    field, x, _, _ = make("two groups")
+    field.net[1] = nn.Sequential(Applied(function), nn.Dropout(0.5))
+    results = []
+    for estimator in (Exact(), Exact(), Exact("reverse")):
+        torch.manual_seed(0)
+        results.append((*estimator(field, 0.3, x), torch.rand(3)))
+    assert Exact().explain(field, 0.3, x).method == "reverse"
+    for result in results[:2]:
+        torch.testing.assert_close(result, results[2])
+
+
+class InPlace(nn.Module):
+    """Changes its argument, and what is normalized."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Conv2d(4, 1, 1)
+
+    def forward(self, t, x):
+        x *= 2
+        h = self.norm(self.first(x))
+        h += 1
+        return self.last(torch.nn.functional.silu(h, inplace=True))
+
+
+def test_in_place():
+    field, x = InPlace().double(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    assert Exact().explain(field, 0.3, x).method == "colored"
+    torch.testing.assert_close(divergence(field, 0.3, x), divergence(field, 0.3, x, Autograd()))
+
+
 def test_nothing_random_is_used_up():
     """Dropout drops the same in all evaluations, and what is drawn later is what it would have been."""
     field, x, _, _ = make("two groups")
