@@ -116,7 +116,8 @@ class Exact(Estimator):
             "layered" has a closed form for networks of linear maps and elementwise functions, at the
             price of about one probe whatever D is (see `divflow.divergence.layered`); "colored" takes one
             product for many dimensions of a local field, such as a convolutional network (see
-            `divflow.divergence.colored`); "reverse" takes rows of the Jacobian from one evaluation of the
+            `divflow.divergence.colored`), and two for each statistic of the normalizations in it, such as GroupNorm,
+            evaluating it three times (see `divflow.divergence.normalized`); "reverse" takes rows of the Jacobian from one evaluation of the
             field; "forward" takes columns (`torch.func.jvp`), for fields with forward-mode rules, evaluating
             once a pass; torch's rules for it are believed, and not compared with autograd (see `dense.forward`). "auto" takes the cheapest that applies (`explain` says which and why): the choice is
             made at the first call for a field and shape of x, which takes longer than the following ones.

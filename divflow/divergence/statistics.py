@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from divflow.divergence.colored import NotLocal
@@ -72,14 +73,15 @@ class Take(_ByParts):
 
     def __init__(self, x: Tensor, verify: bool) -> None:
         super().__init__(verify)
-        self._x, self._start = x, x.grad_fn
+        self._x = x
+        self._start: Node | None = None
         self.statistics: list[Tensor] = []
         self.chosen: list[bool] = []
         self.owners: set[int] = set()
         self.refused = 0
 
     def value(self, g: Field, t: Tensor, z: Tensor) -> Tensor:
-        """The field's value, at x as it was made by the graph's node that depending on x is told by."""
+        """The field's value at z, whose node in the graph tells what depends on it."""
         self._start = z.grad_fn
         with self:
             return g(t, z)

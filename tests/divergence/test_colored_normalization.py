@@ -263,6 +263,45 @@ def test_normalizations_by_other_parts_are_refused(name, later, monkeypatch):
     assert Exact().explain(field, 0.3, x).method == "reverse"
 
 
+def test_another_value_is_refused_behind_a_last_layer_of_zeros(monkeypatch):
+    field, x, _, _ = make("two groups")
+    nn.init.zeros_(field.net[-1].weight)
+    right = statistics.NORMALIZATIONS["group_norm"]
+    monkeypatch.setitem(statistics.NORMALIZATIONS, "group_norm", lambda h, *a, **k: right(h, *a, **k) * 1.01)
+    plan = Exact().explain(field, 0.3, x)
+    assert plan.method == "reverse"
+    assert "group_norm has another value" in plan.why
+
+
+def test_a_field_that_never_has_the_same_value_is_dense():
+    """Its noise comes from a generator that nobody can set back."""
+    field, x, _, _ = make("two groups")
+    noise = torch.Generator().manual_seed(0)
+    field.net.insert(1, Applied(lambda h: h + torch.randn(h.shape, generator=noise, dtype=h.dtype)))
+    plan = Exact().explain(field, 0.3, x)
+    assert plan.method == "reverse"
+    assert "another value" in plan.why
+
+
+def test_other_statistics_than_were_planned_for_are_not_held():
+    """Under autocast a normalization is not computed by parts, and the rest is not local: this no signature tells."""
+    field, x, _, _ = make("one group")
+    field, x, precise = field.float(), x.float(), field.net[1].float()
+    use = {"autocast": False}
+
+    def norm(h):
+        h = F.group_norm(h, 2)
+        with torch.autocast("cpu", enabled=use["autocast"]):
+            return precise(h)
+
+    field.net[1] = Applied(norm)
+    for _ in range(2):
+        assert Exact().explain(field, 0.3, x).method == "colored"
+        divergence(field, 0.3, x)
+    use["autocast"] = True
+    torch.testing.assert_close(divergence(field, 0.3, x), divergence(field, 0.3, x, Autograd()))
+
+
 @pytest.mark.parametrize("function", [hidden, beside])
 def test_other_paths_beside_the_statistics_are_seen(function):
     field, x, _, _ = make("two groups")
