@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.arguments import check_count
-from divflow.divergence import colored, dense, own
+from divflow.divergence import dense, local, own
 from divflow.divergence.colored import Coloring
 from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.estimator import Estimate, Estimator
@@ -22,6 +22,7 @@ from divflow.divergence.field import (
     linearize_field,
 )
 from divflow.divergence.layered import Contraction, Followed, NoRule, follow
+from divflow.divergence.local import Local, NotLocal
 from divflow.divergence.plan import Plan, Plans, circumstances
 from divflow.divergence.state import state_of
 
@@ -35,6 +36,8 @@ _WORTH_SEPARATING = 0.5
 # How much lighter a value between weighs, in how many products a pass holds, than an entry of x (measured on
 # MLPs, where weighing it fully costs a third of the time, and UNets, where not at all doubles it).
 _LIGHTER = 8
+# Products, for each dimension, up to which colours are worth it.
+_WORTH_COLORING = 0.8
 # Structures of one field that plans are made for, before it is taken for one that never does the same twice.
 _MOST_STRUCTURES = 8
 
@@ -89,16 +92,16 @@ class _Choices:
 
 
 class _Made(NamedTuple):
-    """A choice, the evaluation that it was made or found for, and the way a layered one takes."""
+    """A choice, the evaluation that it was made or found for, and what a layered or a coloured one is taken by."""
 
     choice: _Choice
     followed: Followed
     contraction: Contraction | None = None
+    local: Local | None = None
 
 
-# Choices by field and circumstances; colourings by field, event shape and structure, whatever the batch.
+# Choices by field and circumstances.
 _CHOICES: Plans[_Choices] = Plans()
-_COLORINGS: Plans[Coloring] = Plans(size=8)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class Exact(Estimator):
             "layered" has a closed form for networks of linear maps and elementwise functions, at the
             price of about one probe whatever D is (see `divflow.divergence.layered`); "colored" takes one
             product for many dimensions of a local field, such as a convolutional network (see
-            `divflow.divergence.colored`); "reverse" takes rows of the Jacobian from one evaluation of the
+            `divflow.divergence.colored`), and two for each statistic of the normalizations in it, such as GroupNorm,
+            evaluating it three times (see `divflow.divergence.normalized`); "reverse" takes rows of the Jacobian from one evaluation of the
             field; "forward" takes columns (`torch.func.jvp`), for fields with forward-mode rules, evaluating
             once a pass; torch's rules for it are believed, and not compared with autograd (see `dense.forward`). "auto" takes the cheapest that applies (`explain` says which and why): the choice is
             made at the first call for a field and shape of x, which takes longer than the following ones.
@@ -166,14 +170,13 @@ class Exact(Estimator):
         always = choices.get(None)
         if always is not None:
             return self._dense_result(always, linearize_field(g, t, x), x)
-        choice, followed, contraction = self._made(g, t, x, choices)
-        if contraction is not None:
-            return _exactly(followed.field.value, followed.divergence(contraction, self.chunk_size))
-        if choice.coloring is None:
-            return self._dense_result(choice, followed.field, x)
-        plan, recompute = choice.plan, self.chunk_size is not None
-        divergence = colored.trace(followed.field, x, choice.coloring.colors, plan.chunk_size, recompute)
-        return _exactly(followed.field.value, divergence)
+        made = self._made(g, t, x, choices)
+        choice, field = made.choice, made.followed.field
+        if made.contraction is not None:
+            return _exactly(field.value, made.followed.divergence(made.contraction, self.chunk_size))
+        if made.local is None:
+            return self._dense_result(choice, field, x)
+        return _exactly(field.value, made.local.divergence(x, choice.plan.chunk_size, self.chunk_size is not None))
 
     def _dense_result(self, choice: _Choice, field: Linearization, x: Tensor) -> Estimate:
         return _exactly(field.value, dense.reverse(field, x, choice.plan.chunk_size, self.chunk_size is not None))
@@ -186,7 +189,7 @@ class Exact(Estimator):
         followed, made = None, None
         try:
             followed = follow(g, t, x, products, verify)
-            made = self._known(choices, followed, x, verify)
+            made = self._known(g, t, x, choices, followed, states, verify)
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -205,30 +208,34 @@ class Exact(Estimator):
             choices.surprise()
             return _Made(_Choice(self._dense(x, "dense products: it did other operations than before")), followed)
         choices.stateful = state_of(g) != before
-        return self._new(g, t, x, choices, followed)
+        return self._new(g, t, x, choices, followed, states)
 
-    def _known(self, choices: _Choices, followed: Followed, x: Tensor, verify: bool) -> _Made | None:
+    def _known(
+        self, g: Field, t: Tensor, x: Tensor, choices: _Choices, followed: Followed, states: list[Tensor], verify: bool
+    ) -> _Made | None:
         """What was chosen for this structure, verified if it is due; None if there is nothing, or it is wrong."""
         choice = choices.get(followed.signature)
         if choice is None or followed.hides():
             return None
         try:
-            contraction = followed.contraction() if choice.plan.method == "layered" else None
+            if choice.coloring is not None:
+                evaluated = local.evaluate(g, t, x, followed, choice.coloring, states, verify)
+                return _Made(choice, followed, local=evaluated)
+            contraction = followed.contraction()
             if verify:
-                if contraction is not None:
-                    followed.verify(contraction)
-                elif choice.coloring is not None:
-                    colored.check(followed.field, x, choice.coloring.seen)
-        except (NoRule, colored.NotLocal):
+                followed.verify(contraction)
+        except (NoRule, NotLocal):
             return None
         return _Made(choice, followed, contraction)
 
-    def _new(self, g: Field, t: Tensor, x: Tensor, choices: _Choices, followed: Followed) -> _Made:
+    def _new(
+        self, g: Field, t: Tensor, x: Tensor, choices: _Choices, followed: Followed, states: list[Tensor]
+    ) -> _Made:
         """Choose for what the field did, and remember the choice."""
         if self.method == "auto" and len(choices) >= _MOST_STRUCTURES:
             made = _Made(_Choice(self._dense(x, "dense products: it does other operations at every call")), followed)
         else:
-            made = self._choose(g, t, x, followed, choices.stateful)
+            made = self._choose(g, t, x, followed, states, choices.stateful)
         dense_products = made.choice.plan.method == "reverse"
         # Nothing can be verified where the value is infinite or NaN.
         if not dense_products or followed.field.value.isfinite().all():
@@ -260,7 +267,9 @@ class Exact(Estimator):
             _CHOICES.keep(kept, g, self, *circumstances(t, x))
         return kept
 
-    def _choose(self, g: Field, t: Tensor, x: Tensor, followed: Followed, changes_itself: bool) -> _Made:
+    def _choose(
+        self, g: Field, t: Tensor, x: Tensor, followed: Followed, states: list[Tensor], changes_itself: bool
+    ) -> _Made:
         reasons = []
         if self.method in ("auto", "layered"):
             try:
@@ -271,10 +280,10 @@ class Exact(Estimator):
         if self.method in ("auto", "colored"):
             try:
                 if changes_itself:
-                    raise colored.NotLocal("the field changes its own state when it is evaluated")
-                coloring = _coloring(g, t, x, followed)
-                return _Made(_Choice(self._colored(x, coloring, followed), coloring), followed)
-            except colored.NotLocal as error:
+                    raise NotLocal("the field changes its own state when it is evaluated")
+                found = local.choose(g, t, x, followed, states)
+                return _Made(_Choice(self._colored(x, found, followed), found.coloring), followed, local=found)
+            except NotLocal as error:
                 reasons.append(f"not colored: {error}")
         if self.method != "auto":
             raise FieldError(
@@ -300,14 +309,14 @@ class Exact(Estimator):
         cost = 1 + products / value
         return Plan("layered", why, 0, 1, cost, cost / 2, memory)
 
-    def _colored(self, x: Tensor, coloring: Coloring, followed: Followed) -> Plan:
-        count, size = len(coloring.colors), event_size(x)
-        if self.method == "auto" and count > 0.8 * size:
-            raise colored.NotLocal(f"it takes {count} colours for {size} dimensions")
+    def _colored(self, x: Tensor, found: Local, followed: Followed) -> Plan:
+        count = found.products
+        if self.method == "auto" and count > _WORTH_COLORING * event_size(x):
+            raise NotLocal(f"it takes {found.why}")
         # A network of images has far more activations than its states have entries.
         chunk = self._chunk_size(x, count, max(1, followed.trace.elements // x.numel()))
-        why = f"a local field: {count} colours for {size} dimensions"
-        return Plan("colored", why, count, chunk, 1 + count, (1 + count) / 2, self._memory(x, chunk, followed))
+        memory = self._memory(x, chunk, followed)
+        return Plan("colored", f"a local field: {found.why}", count, chunk, 1 + count, (1 + count) / 2, memory)
 
     def _dense(self, x: Tensor, why: str, followed: Followed | None = None) -> Plan:
         size = event_size(x)
@@ -324,24 +333,6 @@ class Exact(Estimator):
 
     def _chunk_size(self, x: Tensor, count: int, activations: int = 1) -> int:
         return min(self.chunk_size or dense.products_per_pass(x, activations), max(count, 1))
-
-
-def _coloring(g: Field, t: Tensor, x: Tensor, followed: Followed) -> Coloring:
-    if followed.hides() or not followed.trace.depends(followed.output):
-        raise colored.NotLocal("a part of it is hidden from torch functions")
-    if followed.trace.choices:
-        raise colored.NotLocal(f"{followed.trace.choices[0]} may choose what is seen")
-    key = x.shape[1:], x.dtype, x.device, followed.structure
-    coloring = _COLORINGS.get(g, *key)
-    if coloring is not None:
-        try:
-            colored.check(followed.field, x, coloring.seen)
-            return coloring
-        except colored.NotLocal:
-            pass  # it was another field: find its own
-    coloring = colored.find(g, t, x, followed.field)
-    _COLORINGS.keep(coloring, g, *key)
-    return coloring
 
 
 def _exactly(value: Tensor, divergence: Tensor) -> Estimate:

@@ -186,8 +186,8 @@ class _Before(torch.autograd.Function):
         return vectors.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Operations that are followed through simpler ones: normalizations, softmax, gates.
 
 A layer normalization is a mean, a difference, a mean of squares and a product: a diagonal, and a path through an entry or
-two a sample. What is written here need not be torch's own way, but must have its value: both are compared.
+two a sample. What is written here need not be torch's own way, but must have its value: both are compared. The numbers
+that a group shares, a mean and a scale, pass through `statistic`, by which others may be put in their place.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,13 @@ from torch import Tensor
 
 from divflow.divergence.layered.jacobian import NoRule
 
-__all__ = ["DECOMPOSED"]
+__all__ = ["DECOMPOSED", "NORMALIZATIONS"]
+
+Statistic = Callable[[Tensor], Tensor]
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
 
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -27,16 +34,23 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
+    *,
+    statistic: Statistic = _itself,
 ) -> Tensor:
-    return _affine(_standardized(input, _trailing(input, normalized_shape), eps), weight, bias)
+    return _affine(_standardized(input, _trailing(input, normalized_shape), eps, statistic), weight, bias)
 
 
 def _rms_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    statistic: Statistic = _itself,
 ) -> Tensor:
     eps = torch.finfo(_precise(input).dtype).eps if eps is None else eps
     mean = input.square().mean(_trailing(input, normalized_shape), keepdim=True)
-    return _affine(input * torch.rsqrt(mean + eps), weight, None)
+    return _affine(input * statistic(torch.rsqrt(mean + eps)), weight, None)
 
 
 def _group_norm(
@@ -46,9 +60,12 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
+    *,
+    statistic: Statistic = _itself,
 ) -> Tensor:
     groups = input.reshape(input.shape[0], num_groups, input.shape[1:].numel() // num_groups)
-    return _affine(_standardized(groups, [2], eps).reshape(input.shape), *_by_channel(input, weight, bias))
+    normalized = _standardized(groups, [2], eps, statistic).reshape(input.shape)
+    return _affine(normalized, *_by_channel(input, weight, bias))
 
 
 def _instance_norm(
@@ -61,6 +78,8 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
+    *,
+    statistic: Statistic = _itself,
 ) -> Tensor:
     if not use_input_stats:
         assert running_mean is not None
@@ -69,7 +88,8 @@ def _instance_norm(
         return _affine((input - mean) * torch.rsqrt(variance + eps), *_by_channel(input, weight, bias))
     if running_mean is not None:
         raise NoRule("instance_norm that keeps running statistics")
-    return _affine(_standardized(input, [*range(2, input.ndim)], eps), *_by_channel(input, weight, bias))
+    normalized = _standardized(input, [*range(2, input.ndim)], eps, statistic)
+    return _affine(normalized, *_by_channel(input, weight, bias))
 
 
 def _softmax(input: Tensor, dim: int | None = None, *rest: object, **options: object) -> Tensor:
@@ -100,9 +120,9 @@ def _std_mean(input: Tensor, dim: Any, *, correction: float = 1, keepdim: bool =
     return input.std(dim, correction=correction, keepdim=keepdim), input.mean(dim, keepdim=keepdim)
 
 
-def _standardized(input: Tensor, dims: list[int], eps: float) -> Tensor:
-    centred = input - _precise(input).mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+def _standardized(input: Tensor, dims: list[int], eps: float, statistic: Statistic) -> Tensor:
+    centred = input - statistic(_precise(input).mean(dims, keepdim=True))
+    return centred * statistic(torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps))
 
 
 def _precise(input: Tensor) -> Tensor:
@@ -126,12 +146,17 @@ def _affine(value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
     return value if bias is None else value + bias
 
 
-DECOMPOSED: dict[str, Callable[..., Any]] = {
-    "glu": _glu,
+NORMALIZATIONS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
     "instance_norm": _instance_norm,
+}
+"""Those by statistics of each sample, which their keyword `statistic`, a function of a tensor, may replace."""
+
+DECOMPOSED: dict[str, Callable[..., Any]] = {
+    **NORMALIZATIONS,
+    "glu": _glu,
     "softmax": _softmax,
     "softmin": _softmin,
     "log_softmax": _log_softmax,
