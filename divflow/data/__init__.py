@@ -4,9 +4,11 @@ from divflow.data.dequantization import Dequantization, TruncatedNormalDequantiz
 from divflow.data.digits import Digits, Mnist
 from divflow.data.discrete import DiscreteImages
 from divflow.data.images import Images
+from divflow.data.literature import Literature
 from divflow.data.module import DataError, TensorDataModule
 from divflow.data.table import Table
 from divflow.data.toy import Toy
+from divflow.data.uci import Uci
 from divflow.transforms import Affine, Compose, Logit, Transform
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Digits",
     "DiscreteImages",
     "Images",
+    "Literature",
     "Logit",
     "Mnist",
     "Table",
@@ -24,5 +27,6 @@ __all__ = [
     "Toy",
     "Transform",
     "TruncatedNormalDequantization",
+    "Uci",
     "UniformDequantization",
 ]
