@@ -1,4 +1,4 @@
-"""Lightning data modules: toy densities with a known log-density, handwritten digits, images and tables of one's own."""
+"""Lightning data modules: toy densities with a known log-density, digits, tables, simulations, and images and tables of one's own."""
 
 from divflow.data.dequantization import Dequantization, TruncatedNormalDequantization, UniformDequantization
 from divflow.data.digits import Digits, Mnist
@@ -6,6 +6,7 @@ from divflow.data.discrete import DiscreteImages
 from divflow.data.images import Images
 from divflow.data.literature import Literature
 from divflow.data.module import DataError, TensorDataModule
+from divflow.data.simulations import Simulations
 from divflow.data.table import Table
 from divflow.data.toy import Toy
 from divflow.data.uci import Uci
@@ -22,6 +23,7 @@ __all__ = [
     "Literature",
     "Logit",
     "Mnist",
+    "Simulations",
     "Table",
     "TensorDataModule",
     "Toy",
