@@ -1,8 +1,8 @@
 """What a run's own results do not say, of it or of a peer: python results_measures.py RUN OUT [MEASURE], for a run of divflow."""
 
+import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +15,7 @@ from timing import medians
 from torch import Tensor
 
 from divflow.data import Simulations
-from divflow.divergence import Exact, Hutchinson
-from divflow.flow import ContinuousFlow
+from divflow.divergence import Estimator, Exact, Hutchinson
 from divflow.likelihood import Quadrature
 
 OBSERVATIONS, DRAWS = range(1, 11), 1_000
@@ -56,13 +55,6 @@ def posterior(trained: Trained) -> dict[str, float]:
     }
 
 
-class _Fixed(Hutchinson):
-    """One draw of the probes for all nodes, as one solve of FFJORD has it."""
-
-    def along(self, x, bundles, generator=None):
-        return [self.freeze(x, generator)] * len(bundles)
-
-
 @torch.no_grad()
 def probes(trained: Trained) -> dict[str, float]:
     """The likelihood's cost, exact and by one product a node, and the error of one log p by such estimates.
@@ -73,26 +65,18 @@ def probes(trained: Trained) -> dict[str, float]:
     x, _ = density.transform(trained.data.test.rows[:ROWS])
     x = x.to(density.dtype)
     exact = density.flow.replace(estimator=Exact(), likelihood=Quadrature(NODES))
-    ways = {
-        "exact": exact,
-        "orthogonal": exact.replace(estimator=Hutchinson()),
-        "fixed": exact.replace(estimator=_Fixed()),
+    ways: dict[str, Callable[[], Estimator]] = {
+        "exact": Exact,
+        "orthogonal": Hutchinson,
+        "fixed": lambda: Hutchinson().freeze(x),  # one draw for all nodes, as one solve of FFJORD has it
     }
-    truth, metrics = exact.log_prob(x), {}
-    for name, flow in ways.items():
-        metrics[f"{name}_seconds"] = _seconds(flow, x)
-        if name != "exact":
-            errors = torch.stack([flow.log_prob(x) - truth for _ in range(REPEATS)])
-            metrics[f"{name}_error"] = errors.square().mean().sqrt().item()
+    flows = {name: exact.replace(estimator=make()) for name, make in ways.items()}
+    seconds = medians({name: functools.partial(flow.log_prob, x) for name, flow in flows.items()}, 3.0)
+    metrics, truth = {f"{name}_seconds": value for name, value in seconds.items()}, exact.log_prob(x)
+    for name in ("orthogonal", "fixed"):
+        draws = [exact.replace(estimator=ways[name]()).log_prob(x) for _ in range(REPEATS)]
+        metrics[f"{name}_error"] = (torch.stack(draws) - truth).square().mean().sqrt().item()
     return metrics
-
-
-def _seconds(flow: ContinuousFlow, x: Tensor) -> float:
-    flow.log_prob(x)
-    started = time.perf_counter()
-    for _ in range(3):
-        flow.log_prob(x)
-    return (time.perf_counter() - started) / 3
 
 
 MEASURES: dict[str, Callable[[Trained], dict[str, float]]] = {"posterior": posterior, "probes": probes}
