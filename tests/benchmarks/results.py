@@ -5,8 +5,9 @@
 
 runs these rows, all of them if none is named: ours by `python train.py experiment=ROW seed=...`, and each peer of
 `results_rows.py` in turn. Every process is one of its own, whose peak memory is taken. What is found is added to
-`outputs/results/results.json`, row by row, so that a run that is stopped goes on; from it the table and the figure are made.
-`--publish` puts these into docs/results.md. A word with = is a setting of ours, for trials: trainer.max_steps=20 --seeds 0 --out elsewhere.
+`outputs/results/results.json`, seed by seed; what is there is not run again, so that a run that was stopped goes on, unless
+`--again` says so. From it the table and the figure are made, which `--publish` puts into docs/results.md. A word with = is a
+setting of ours, for trials: trainer.max_steps=20 --seeds 0 --out elsewhere.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="rows, and settings of ours with =")
     parser.add_argument("--seeds", type=numbers, help="such as 0,1,2, in place of the rows' own")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "results")
+    parser.add_argument("--again", action="store_true", help="run what is there, too")
     parser.add_argument(
         "--publish", action="store_true", help="put table and figure into the documentation, and run nothing"
     )
@@ -45,30 +47,32 @@ def main() -> None:
     names = [word for word in arguments.words if "=" not in word] or list(ROWS)
     if unknown := set(names) - set(ROWS):
         parser.error(f"there is no row {', '.join(sorted(unknown))}; they are {', '.join(ROWS)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "results.json"
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.json"
     found: list[Result] = json.loads(file.read_text()) if file.is_file() else []
-    if not arguments.publish:
-        for name in names:
-            for seed in arguments.seeds or ROWS[name].seeds:
-                new = run_row(name, ROWS[name], seed, settings, arguments.out)
-                keys = {key(result) for result in new}
-                found = [result for result in found if key(result) not in keys] + new
-                file.write_text(json.dumps(found, indent=2) + "\n")
+    failed = []
+    for name in [] if arguments.publish else names:
+        for seed in arguments.seeds or ROWS[name].seeds:
+            others = [result for result in found if (result["row"], result["seed"]) != (name, seed)]
+            if len(others) < len(found) and not arguments.again:
+                continue
+            try:
+                found = others + run_row(name, ROWS[name], seed, settings, out)
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{name}, seed {seed}: {error}")
+            file.write_text(json.dumps(found, indent=2) + "\n")
     print(markdown(found))
-    draw(found, arguments.out / "results.png")
+    draw(found, out / "results.png")
     if arguments.publish:
-        publish(found, arguments.out / "results.png", ROOT / "docs")
+        publish(found, out / "results.png", ROOT / "docs")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def numbers(text: str) -> list[int]:
     """Of 0,1,2."""
     return [int(part) for part in text.split(",")]
-
-
-def key(result: Result) -> tuple[str, str, int]:
-    """What a later result takes the place of."""
-    return result["row"], result["who"], result["seed"]
 
 
 def run_row(name: str, row: Row, seed: int, settings: Sequence[str], out: Path) -> list[Result]:
@@ -112,7 +116,7 @@ def run(command: Sequence[str]) -> float:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{shlex.join(command)} ended with {process.returncode}")
+        raise subprocess.CalledProcessError(process.returncode, shlex.join(command))
     return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
