@@ -3,6 +3,7 @@
 import importlib.util
 import math
 
+import numpy as np
 import pytest
 import torch
 from run import FAST, config
@@ -10,6 +11,7 @@ from scipy.stats import kstest
 
 import divflow
 from divflow.build import ConfigError
+from divflow.cli import main
 from divflow.data import DataError, Simulations
 from divflow.data.simulations import slcp, two_moons
 from divflow.experiment import train
@@ -83,7 +85,7 @@ def test_contexts_are_those_of_their_parameters():
 
 
 @pytest.mark.parametrize("task", ["flow", "flow_matching"])
-def test_conditional_flows_train_are_judged_and_come_back(tmp_path, task):
+def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch, task):
     results = train(config(f"task={task}", *SMALL, *FAST, f"output_dir={tmp_path}"))
     density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
     data = Simulations("two_moons", 60, 20)
@@ -92,6 +94,11 @@ def test_conditional_flows_train_are_judged_and_come_back(tmp_path, task):
     assert not torch.equal(density.log_prob(x, context), density.log_prob(x, context.flip(0)))
     assert density.sample(20, context).shape == (20, 2)
     assert (tmp_path / "figures" / "final.png").is_file()
+    monkeypatch.chdir(tmp_path)
+    main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=judged.npy", "batch_size=7"])
+    np.testing.assert_allclose(np.load("judged.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
+    with pytest.raises(SystemExit, match="built for 2 context features, but got 0"):
+        main(["sample", "ckpt_path=checkpoints/best.ckpt"])
 
 
 def test_what_takes_no_context_is_refused(tmp_path):
