@@ -12,12 +12,14 @@ class Row:
         peers: names of `results_peers.PEERS`: trained for as many seconds as ours, with about as many parameters.
         measure: of `results_measures.MEASURES`, of ours and of each peer; None for the likelihood alone.
         seeds: of training; the split is the same for all.
+        note: such as why it loses, for below the table.
     """
 
     what: str
     peers: tuple[str, ...] = ()
     measure: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
+    note: str = ""
 
 
 BOTH = ("zuko_nsf", "zuko_cnf")

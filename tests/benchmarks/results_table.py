@@ -22,6 +22,7 @@ HEAD = (
 )
 # Measures of `results_measures.py`, by what they are called in the table.
 MEASURED = {
+    "bits_per_dim_estimator_error": "of the error over rows, by probes, bits/dim",
     "c2st": "C2ST",
     "log_prob_per_second": "log-probabilities a second",
     "exact_seconds": "exact likelihood of 64 test rows, s",
@@ -49,7 +50,7 @@ def likelihood(seeds: Sequence[Result]) -> tuple[str, float, float, float]:
 
 
 def markdown(found: Sequence[Result]) -> str:
-    """The table of likelihoods, and below it what else was measured, means over seeds."""
+    """The table of likelihoods, and below it the notes of its rows and what else was measured, means over seeds."""
     lines, more = [HEAD], ["| data | model | measure | value |", "|---|---|---|---|"]
     for seeds in grouped(found):
         row, who, count = ROWS[seeds[0]["row"]].what, seeds[0]["who"], len(seeds)
@@ -62,11 +63,15 @@ def markdown(found: Sequence[Result]) -> str:
         )
         for name, what in MEASURED.items():
             values = [result["metrics"][name] for result in seeds if name in result["metrics"]]
-            if values:
+            if any(values):
                 error = seeds[0]["metrics"].get(f"{name}_standard_error")
                 shown = f"{np.mean(values):.3g}" + ("" if error is None else f" ± {error:.2g} over observations")
                 more.append(f"| {row} | {who} | {what} | {shown} |")
-    return "\n".join([*lines, "", *more] if len(more) > 2 else lines)
+    notes = [
+        f"- {row.what}: {row.note}" for name, row in ROWS.items() if row.note and name in {it["row"] for it in found}
+    ]
+    parts = [lines, notes, more if len(more) > 2 else []]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def average(seeds: Sequence[Result], name: str) -> float:
