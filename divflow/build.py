@@ -56,11 +56,11 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
 
     Args:
         config: plain values. `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
-            `event_shape` is that of the data. A flow has `t_base`, `t_data` and `base` (None for the standard normal); a score has `sde`
+            `event_shape` is that of the data, and so is `context_features` where they have a context. A flow has `t_base`, `t_data` and `base` (None for the standard normal); a score has `sde`
             (None for none), `data_std`, `noise_levels` and `sampler` (None for the SDE's probability flow).
     """
     shape = tuple(config["event_shape"])
-    network = build_network(config["network"], shape)
+    network = build_network(config["network"], shape, config.get("context_features", 0))
     transform = instantiate(config["transform"], _convert_="all")
     if "sde" not in config:
         times = {name: config[name] for name in ("t_base", "t_data")}
@@ -101,15 +101,22 @@ def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: instantiate(config[name], _convert_="all") for name in _WAYS if config.get(name) is not None}
 
 
-def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> nn.Module:
-    """The velocity network of a config, told the event shape if its class asks for it.
+def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], context_features: int = 0) -> nn.Module:
+    """The velocity network of a config, told the event shape if its class asks for it, and the context's features if there are any.
 
     Raises:
-        ConfigError: what `_target_` makes is no module.
+        ConfigError: what `_target_` makes is no module, or it takes no context and there is one.
     """
     make = instantiate({**config, "_partial_": True}, _convert_="all")
     if "event_shape" in _free_arguments(make):
         make = functools.partial(make, event_shape=event_shape)
+    if context_features:
+        if "context_features" not in _free_arguments(make):
+            raise ConfigError(
+                f"the data have a context of {context_features} features, but network._target_={config['_target_']} takes no "
+                "context_features; use network=mlp, or another network that does"
+            )
+        make = functools.partial(make, context_features=context_features)
     network = make()
     if not isinstance(network, nn.Module):
         raise ConfigError(

@@ -120,6 +120,8 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
     names = ("network", "estimator", "likelihood", "solver", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
     density_config |= {"event_shape": list(data.event_shape), "transform": data.transform.config()}
+    if data.context_features:
+        density_config["context_features"] = data.context_features
     if hasattr(data, "columns"):
         density_config["columns"] = list(data.columns)
     density = build_density(density_config)

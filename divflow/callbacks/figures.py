@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from divflow.callbacks.averaging import WeightAverage
 from divflow.callbacks.declared import declared
-from divflow.data.module import TensorDataModule
+from divflow.data.module import TensorDataModule, split_context
 from divflow.density import FlowDensity
 from divflow.figures import plot_curves, plot_images, plot_pairs, plot_plane
 from divflow.loggers import log_figure
@@ -27,7 +27,7 @@ class Figures(L.Callback):
     """Write `figures/step_000100.png`, ... while training, `figures/final.png` after the test, and the learning curve.
 
     In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for other data
-    histograms and pairs of columns. Always of the averaged weights, where there are such. The last figure's samples are left in
+    histograms and pairs of columns; where data have a context, samples given theirs. Always of the averaged weights, where there are such. The last figure's samples are left in
     `samples.npy`, too, in the units of the data. The learning curve is drawn from `metrics.csv`.
 
     Figures while training are left out where they would take more than their share of the time: the first is drawn when
@@ -77,8 +77,14 @@ class Figures(L.Callback):
             return
         training = task.training
         task.eval()
-        count = 64 if data.images else self.num_samples
-        samples = task.judged.sample(count, generator=Generator(task.device).manual_seed(0))
+        count, context = 64 if data.images else self.num_samples, None
+        if data.context_features:
+            _, context = split_context(data.test.__getitems__(list(range(min(count, len(data.test))))))
+        generator = Generator(task.device).manual_seed(0)
+        if context is None:
+            samples = task.judged.sample(count, generator=generator)
+        else:  # a sample for the context of each datum
+            samples = cast(FlowDensity, task.judged).sample(len(context), context.to(task.device), generator)
         figure = self._draw(task, data, samples)
         task.train(training)
         self._write(trainer, figure, name)
@@ -102,7 +108,7 @@ class Figures(L.Callback):
         rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)
-        if data.event_shape == (2,):
+        if data.event_shape == (2,) and not data.context_features:
             score = getattr(density, "score", None)
             if isinstance(density, FlowDensity):
                 return plot_plane(rows, samples, density.log_prob, score, _paths(density))

@@ -42,7 +42,7 @@ def run(config: DictConfig) -> float:
     if isinstance(trained.density, UnnormalizedDensity):
         raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density; sample from it instead")
     settings = data_config(config, trained.columns)
-    rows, data = _rows(settings, config.split)
+    rows, context, data = _rows(settings, config.split)
     shape = tuple(trained.density.flow.event_shape)
     if tuple(rows.shape[1:]) != shape:
         raise ConfigError(
@@ -51,7 +51,7 @@ def run(config: DictConfig) -> float:
         )
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
     fabric = launched(config.device)
-    values = _judged(fabric, trained.density, rows, data, size, config.seed)
+    values = _judged(fabric, trained.density, (rows, context), data, size, config.seed)
     metrics = _metrics(values, None if data is None else data.bit_per_dim)
     if fabric.is_global_zero:
         names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]
@@ -61,28 +61,35 @@ def run(config: DictConfig) -> float:
     return metrics["nll"]
 
 
-def _rows(settings: dict[str, Any], split: str) -> tuple[Tensor, Any]:
-    """The rows of a split and their data module. All rows of a file are those of the file, in its order."""
+def _rows(settings: dict[str, Any], split: str) -> tuple[Tensor, Tensor | None, Any]:
+    """The rows of a split, with their context if they have one, and their data module. All rows of a file are those of the file, in its order."""
     from divflow.data import Table  # here, since it imports Lightning
-    from divflow.data.module import TensorDataModule, check_finite
+    from divflow.data.module import TensorDataModule, check_finite, split_context
     from divflow.data.table import read_table
 
     if split == "all" and settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table"):
         rows, names = read_table(settings["path"], settings.get("columns"), settings.get("separator", ","))
         check_finite(rows, names)
-        return rows, None
+        return rows, None, None
     data = instantiate(settings, _convert_="all")
     if not isinstance(data, TensorDataModule):
         raise ConfigError(f"data._target_={settings['_target_']} made a {type(data).__name__}, not a TensorDataModule")
     data.prepare_data()
     data.setup("test")
     parts = [getattr(data, name) for name in (_SPLITS[:-1] if split == "all" else (split,))]
-    return torch.cat([part.__getitems__(list(range(len(part)))) for part in parts]), data
+    found = [split_context(part.__getitems__(list(range(len(part))))) for part in parts]
+    rows, context = torch.cat([rows for rows, _ in found]), [context for _, context in found if context is not None]
+    return rows, torch.cat(context) if context else None, data
 
 
 @torch.no_grad()
 def _judged(
-    fabric: "Fabric", density: FlowDensity, rows: Tensor, data: "TensorDataModule | None", size: int, seed: int | None
+    fabric: "Fabric",
+    density: FlowDensity,
+    split: tuple[Tensor, Tensor | None],
+    data: "TensorDataModule | None",
+    size: int,
+    seed: int | None,
 ) -> dict[str, Tensor]:
     """What is known of every row, by name, `(n,)`; NaN where it is not. Each process takes its share of the batches.
 
@@ -93,12 +100,14 @@ def _judged(
 
     seed = fabric.broadcast(torch.seed() if seed is None else seed)
     density = density.to(fabric.device)
+    rows, context = split
     found = torch.zeros(len(rows), len(_AVERAGED) + len(_VARIANCES), dtype=torch.float64)
     for number, part in enumerate(batches(len(rows), size, "Evaluating", shown=fabric.is_global_zero)):
         if number % fabric.world_size != fabric.global_rank:
             continue
         generator = Generator(fabric.device).manual_seed(combined_seed(seed, number))
-        batch = rows[part].to(fabric.device)
+        x = rows[part].to(fabric.device)
+        batch = x if context is None else (x, context[part].to(fabric.device))
         judged = judge_likelihood(density, batch, data, 1 if data is None else data.num_draws, generator)
         for i, name in enumerate((*_AVERAGED, *_VARIANCES)):
             value = judged.get(name)

@@ -1,12 +1,15 @@
-"""Lightning data modules: toy densities with a known log-density, handwritten digits, images and tables of one's own."""
+"""Lightning data modules: toy densities with a known log-density, digits, tables, simulations, and images and tables of one's own."""
 
 from divflow.data.dequantization import Dequantization, TruncatedNormalDequantization, UniformDequantization
 from divflow.data.digits import Digits, Mnist
 from divflow.data.discrete import DiscreteImages
 from divflow.data.images import Images
+from divflow.data.literature import Literature
 from divflow.data.module import DataError, TensorDataModule
+from divflow.data.simulations import Simulations
 from divflow.data.table import Table
 from divflow.data.toy import Toy
+from divflow.data.uci import Uci
 from divflow.transforms import Affine, Compose, Logit, Transform
 
 __all__ = [
@@ -17,12 +20,15 @@ __all__ = [
     "Digits",
     "DiscreteImages",
     "Images",
+    "Literature",
     "Logit",
     "Mnist",
+    "Simulations",
     "Table",
     "TensorDataModule",
     "Toy",
     "Transform",
     "TruncatedNormalDequantization",
+    "Uci",
     "UniformDequantization",
 ]

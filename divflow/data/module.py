@@ -15,7 +15,19 @@ from divflow.data.order import ShuffledRows, combined_seed
 from divflow.errors import DivflowError
 from divflow.transforms import Affine, Transform
 
-__all__ = ["DataError", "Rows", "TensorDataModule", "check_finite", "split_rows"]
+__all__ = [
+    "Batch",
+    "ConditionalRows",
+    "DataError",
+    "Rows",
+    "TensorDataModule",
+    "check_finite",
+    "split_context",
+    "split_rows",
+]
+
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Data `(k, *event)`, or these and a context of one row a sample, `(k, ...)`."""
 
 
 class DataError(DivflowError, ValueError):
@@ -37,17 +49,42 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Batch:
         """One row."""
         return self.rows[index]
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
+    def __getitems__(self, indices: list[int]) -> Batch:
         """A batch of rows, `(k, *event)`."""
         return self.rows[indices]
 
 
+class ConditionalRows(Rows):
+    """The rows of a tensor, each with a context: batches are pairs of `(k, *event)` and `(k, ...)`.
+
+    Attributes:
+        context: of each row.
+    """
+
+    def __init__(self, rows: Tensor, context: Tensor) -> None:
+        super().__init__(rows)
+        self.context = context
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One row and its context."""
+        return self.rows[index], self.context[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A batch of rows and their contexts."""
+        return self.rows[indices], self.context[indices]
+
+
+def split_context(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The data of a batch, and their context, None where there is none."""
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+
+
 class TensorDataModule(L.LightningDataModule):
-    """Base of divflow's data modules: batches are tensors `(k, *event)` of the data as they are.
+    """Base of divflow's data modules: batches are tensors `(k, *event)` of the data as they are, or with a context beside them.
 
     A subclass sets `train`, `val` and `test` (datasets such as `Rows`) and `transform` in `setup`.
 
@@ -59,6 +96,7 @@ class TensorDataModule(L.LightningDataModule):
         dequantization: the noise u of discrete data.
         num_draws: of that noise, for each row of the test.
         images: whether samples are drawn as a grid of images.
+        context_features: features of the context by which a density of the data is conditional; 0 for none.
 
     In several processes each trains on its share of every epoch; evaluation divides the rows without
     repeating any, so that averages are those of one process.
@@ -72,6 +110,7 @@ class TensorDataModule(L.LightningDataModule):
     dequantization: Dequantization = UniformDequantization()
     num_draws: int = 1
     images: bool = False
+    context_features: int = 0
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()

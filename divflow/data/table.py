@@ -1,6 +1,5 @@
 """A table of one's own: the numeric columns of a .csv, .npy or .parquet file."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,15 +10,14 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from divflow.data.dependence import TOLERANCE, dependent_columns
-from divflow.data.module import DataError, Rows, TensorDataModule, check_finite, split_rows
+from divflow.data.columns import Columns, listed
+from divflow.data.module import DataError
 from divflow.data.separator import apparent_separator, checked_separator
-from divflow.transforms import Affine
 
 __all__ = ["Table", "read_table"]
 
 
-class Table(TensorDataModule):
+class Table(Columns):
     r"""Rows of numbers from a file, one row a sample, standardized by the training rows.
 
     The standardization's log-determinant is accounted for: log-densities are per unit of the file's columns. Booleans are
@@ -53,37 +51,8 @@ class Table(TensorDataModule):
         seed: int = 0,
         separator: str = ",",
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, seed)
-        rows, self.columns = read_table(path, columns, separator)
-        check_finite(rows, self.columns)
-        train, val, test = split_rows(rows, val_fraction, test_fraction, seed)
-        constant = [name for name, deviation in zip(self.columns, train.std(dim=0), strict=True) if deviation == 0]
-        if constant:
-            raise DataError(
-                f"column {', '.join(constant)} is constant over the training rows, so it has no density; leave it out, "
-                "by columns=[...]"
-            )
-        _warn_of_dependence(train, self.columns)
-        self.event_shape = (rows.shape[1],)
-        self.transform = Affine(train.mean(dim=0), train.std(dim=0))
-        self.train, self.val, self.test = Rows(train), Rows(val), Rows(test)
-
-
-def _warn_of_dependence(rows: Tensor, names: Sequence[str]) -> None:
-    dependent = dependent_columns(rows)
-    if dependent:
-        functions = [f"{names[i]} (of {_listed([names[j] for j in others])})" for i, others in dependent.items()]
-        rest = ",".join(name for i, name in enumerate(names) if i not in dependent)
-        warnings.warn(
-            f"over the {len(rows)} training rows these columns are linear functions of others, to {TOLERANCE:g} of their "
-            f"standard deviation: {_listed(functions)}. The density is degenerate and its likelihood unbounded; leave them "
-            f"out, by columns=[{rest}]",
-            stacklevel=3,
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        rows, names = read_table(path, columns, separator)
+        super().__init__(rows, names, batch_size, eval_batch_size, val_fraction, test_fraction, seed)
 
 
 def read_table(
@@ -133,7 +102,7 @@ def read_table(
     ]
     if text:
         raise DataError(
-            f"{path.name} has columns that are not numbers: {_listed(text)}; leave them out, by columns=[...], or encode them"
+            f"{path.name} has columns that are not numbers: {listed(text)}; leave them out, by columns=[...], or encode them"
         )
     if table.num_columns == 0:
         raise DataError(f"{path.name} has no columns")

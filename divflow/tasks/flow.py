@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from divflow.data.module import Batch, split_context
 from divflow.density import FlowDensity
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowEvaluation
@@ -70,14 +71,15 @@ class FlowTask(FlowDensityTask):
         self._regularization = _checked_regularization(regularization or {})
         self._last: FlowEvaluation | None = None
 
-    def check(self, batch: Tensor) -> None:
+    def check(self, batch: Batch) -> None:
         """Before the first step: the velocity must be a field, and treat the samples independently."""
-        flow = self.density.flow
-        check_field(flow.field(), flow.times()[0], self.transformed(batch))
+        flow, (x, context) = self.density.flow, self.transformed(batch)
+        check_field(flow.field(context), flow.times()[0], x)
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """The loss of a batch `(k, *event)`, in nats: the mean of -log p(x), and the regularization."""
-        result = self.density.evaluate(batch, diagnostics=False, penalties=tuple(self._regularization))
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, in nats: the mean of -log p(x), or of -log p(x | context), and the regularization."""
+        x, context = split_context(batch)
+        result = self.density.evaluate(x, context, diagnostics=False, penalties=tuple(self._regularization))
         self._last = result
         nll = -result.log_prob.mean()
         loss = nll
@@ -89,7 +91,7 @@ class FlowTask(FlowDensityTask):
         self.log("train/nfe_divergence", self.count(result.evaluations.divergence))
         if result.quadrature_error is not None:
             self.log("train/quadrature_error", result.quadrature_error.mean())
-        bits = None if self.data is None else self.data.bits_per_dim(result.log_prob.detach(), batch)
+        bits = None if self.data is None else self.data.bits_per_dim(result.log_prob.detach(), x)
         if bits is not None:
             self.log("train/bits_per_dim", bits.mean())
         return loss

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from divflow.data.module import Batch, split_context
 from divflow.density import FlowDensity
 from divflow.flow import ContinuousFlow
 from divflow.tasks.task import Task
@@ -49,12 +50,14 @@ class FlowDensityTask(Task):
         """The density as validation and test evaluate it."""
         return self.density.with_flow(self._evaluation[0])
 
-    def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
+    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """The log-density of a batch, and what is known of it."""
         return self.judge_likelihood(self.judged, batch)
 
     @torch.no_grad()
-    def transformed(self, batch: Tensor) -> Tensor:
-        """What the flow models: T(x) of data x, in the flow's dtype."""
-        y, _ = self.density.transform(batch)
-        return y.to(self.density.dtype)
+    def transformed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the flow models, T(x) of the data x of a batch, and their context, in the flow's dtype."""
+        x, context = split_context(batch)
+        y, _ = self.density.transform(x)
+        dtype = self.density.dtype
+        return y.to(dtype), None if context is None else context.to(dtype)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from divflow.arguments import check_count
+from divflow.data.module import Batch
 from divflow.density import FlowDensity
 from divflow.flow import ContinuousFlow
 from divflow.matching import ConditionalFlowMatching
@@ -67,15 +68,20 @@ class FlowMatchingTask(FlowDensityTask):
                 f"and t_data={t_data:g}; leave both at their defaults, t_base=0.0 and t_data=1.0"
             )
 
-    def check(self, batch: Tensor) -> None:
+    def check(self, batch: Batch) -> None:
         """Before the first step: the velocity must be a field, treat the samples independently, and take a time for each."""
-        self.objective.check(self.density.flow.velocity, self.transformed(batch))
+        self.objective.check(self.density.flow.velocity, *self.transformed(batch))
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """The mean of the objective over a batch `(k, *event)`."""
-        flow, x = self.density.flow, self.transformed(batch)
-        x = x.repeat(self.draws, *[1] * (x.ndim - 1))
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean of the objective over a batch."""
+        flow, (x, context) = self.density.flow, self.transformed(batch)
+        x = _repeated(x, self.draws)
+        context = None if context is None else _repeated(context, self.draws)
         noise = flow.base.sample(len(x), None).to(x)
-        loss = self.objective(flow.velocity, x, noise=noise).mean()
+        loss = self.objective(flow.velocity, x, noise=noise, context=context).mean()
         self.log("train/loss", loss.detach())
         return loss
+
+
+def _repeated(rows: Tensor, times: int) -> Tensor:
+    return rows.repeat(times, *[1] * (rows.ndim - 1))

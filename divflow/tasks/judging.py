@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import Generator, Tensor
 
-from divflow.data.module import TensorDataModule
+from divflow.data.module import Batch, TensorDataModule, split_context
 from divflow.density import FlowDensity
 
 __all__ = ["judge_likelihood"]
@@ -16,7 +16,7 @@ Values = dict[str, Tensor | None]
 
 def judge_likelihood(
     density: FlowDensity,
-    batch: Tensor,
+    batch: Batch,
     data: TensorDataModule | None = None,
     num_draws: int = 1,
     generator: Generator | None = None,
@@ -33,15 +33,16 @@ def judge_likelihood(
 
     Args:
         density: that judges.
-        batch: `(k, *event)`.
+        batch: data `(k, *event)`, or these and their context.
         data: the data module, where it is one of divflow's.
         num_draws: K, of the noise of discrete data; the batch itself is the first draw.
         generator: of probes and noise; torch's default one if None.
     """
-    draws = [_judge(density, batch, data, generator)]
+    x, context = split_context(batch)
+    draws = [_judge(density, x, context, data, generator)]
     if data is None or data.bit_per_dim is None or num_draws == 1:
         return draws[0]
-    draws += [_judge(density, data.redrawn(batch, generator), data, generator) for _ in range(num_draws - 1)]
+    draws += [_judge(density, data.redrawn(x, generator), context, data, generator) for _ in range(num_draws - 1)]
     values = {name: _mean([draw[name] for draw in draws]) for name in draws[0]}
     unit = data.bit_per_dim
     bounds = -unit * torch.stack([bits for draw in draws if (bits := draw["bits_per_dim"]) is not None])
@@ -59,8 +60,10 @@ def judge_likelihood(
     return values
 
 
-def _judge(density: FlowDensity, x: Tensor, data: TensorDataModule | None, generator: Generator | None) -> Values:
-    result = density.evaluate(x, generator=generator)
+def _judge(
+    density: FlowDensity, x: Tensor, context: Tensor | None, data: TensorDataModule | None, generator: Generator | None
+) -> Values:
+    result = density.evaluate(x, None if context is None else context.to(density.dtype), generator)
     truth = None if data is None else data.log_prob(x)
     nll, errors = -result.log_prob, result.standard_error
     return {

@@ -8,12 +8,13 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from divflow.data.module import Batch, split_context
 from divflow.density import ScoreDensity, UnnormalizedDensity
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow
 from divflow.score.objectives import Objective, TimeConditionalScoreMatching
 from divflow.score.probability_flow import probability_flow
-from divflow.tasks.task import Task
+from divflow.tasks.task import Task, TrainingError
 from divflow.transforms import Affine
 
 __all__ = ["ScoreTask"]
@@ -72,34 +73,44 @@ class ScoreTask(Task):
         density, (flow,) = self.density, self._evaluation
         return density.with_flow(flow) if isinstance(density, ScoreDensity) and flow is not None else density
 
-    def check(self, batch: Tensor) -> None:
-        """Before the first step: the score must be a field, and treat the samples independently."""
+    def check(self, batch: Batch) -> None:
+        """Before the first step: the score must be a field, and treat the samples independently.
+
+        Raises:
+            TrainingError: the data have a context, which scores do not take.
+        """
         y = self._transformed(batch)
         objective = self.objective
         time = objective.draw_times(y).t if isinstance(objective, TimeConditionalScoreMatching) else 0.5
         check_field(self.density.score_field, time, y)
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """The mean of the objective over a batch `(k, *event)`."""
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean of the objective over a batch."""
         loss = self.objective(self.density.score_field, self._transformed(batch)).mean()
         self.log("train/loss", loss.detach())
         return loss
 
-    def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
+    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """The objective with noise that is the same at every validation, the Fisher divergence and the log-density."""
         judged = self.judged
         noise = Generator(self.device).manual_seed(batch_idx)
         values: dict[str, Tensor | None] = {
             "loss": self.objective(judged.score_field, self._transformed(batch), generator=noise)
         }
-        truth = None if self.data is None else self.data.score(batch)
+        x, _ = split_context(batch)
+        truth = None if self.data is None else self.data.score(x)
         if truth is not None:
-            values["fisher_divergence"] = (judged.score(batch) - truth).flatten(1).square().sum(dim=1) / 2
+            values["fisher_divergence"] = (judged.score(x) - truth).flatten(1).square().sum(dim=1) / 2
         return values | (self.judge_likelihood(judged, batch) if isinstance(judged, ScoreDensity) else {})
 
     @torch.no_grad()
-    def _transformed(self, batch: Tensor) -> Tensor:
-        y, _ = self.density.transform(batch)
+    def _transformed(self, batch: Batch) -> Tensor:
+        x, context = split_context(batch)
+        if context is not None:
+            raise TrainingError(
+                "scores take no context, but the data have one; train a flow: task=flow or task=flow_matching"
+            )
+        y, _ = self.density.transform(x)
         parameter = next(self.parameters(), None)
         return y if parameter is None else y.to(parameter.dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from divflow.data.module import TensorDataModule
+from divflow.data.module import Batch, TensorDataModule
 from divflow.data.order import combined_seed
 from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.errors import DivflowError
@@ -62,15 +62,15 @@ class Task(L.LightningModule):
         """The density as validation and test evaluate it."""
 
     @abstractmethod
-    def check(self, batch: Tensor) -> None:
+    def check(self, batch: Batch) -> None:
         """Before the first step: what is trained must be a field, and treat the samples independently."""
 
     @abstractmethod
-    def loss(self, batch: Tensor) -> Tensor:
-        """The loss of a training batch `(k, *event)`, a scalar, and its logs."""
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a training batch, a scalar, and its logs."""
 
     @abstractmethod
-    def judge(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor | None]:
+    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """Values per sample of a validation or test batch, by name, to be averaged; None is left out."""
 
     @property
@@ -91,7 +91,7 @@ class Task(L.LightningModule):
         if self._noise_seed is None:
             self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Noise of the batch's own, whatever was drawn before: that of a run that never stopped.
 
         Raises:
@@ -102,11 +102,11 @@ class Task(L.LightningModule):
             self._checked = True
         self._seed(_TRAINING, self.current_epoch, batch_idx)
 
-    def on_validation_batch_start(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise at each validation."""
         self._seed(_JUDGING, batch_idx)
 
-    def on_test_batch_start(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise as in validation."""
         self._seed(_JUDGING, batch_idx)
 
@@ -114,7 +114,7 @@ class Task(L.LightningModule):
         seed = torch.initial_seed() if self._noise_seed is None else self._noise_seed
         torch.manual_seed(combined_seed(seed, self.global_rank, *numbers))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
         loss = self.loss(batch)
         self._losses.append((batch_idx, loss.detach()))
@@ -136,11 +136,11 @@ class Task(L.LightningModule):
             checked.append(("gradient", self.trainer.fit_loop.batch_idx, norm))
         self._stop_unless_finite(checked)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the validation averages."""
         self._average("val", self.judge(batch, batch_idx))
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test averages."""
         self._average("test", self.judge(batch, batch_idx))
 
@@ -166,7 +166,7 @@ class Task(L.LightningModule):
         """A number to log, filled in on the device: Lightning would copy it there, for which the host waits."""
         return torch.full((), float(number), device=self.device)
 
-    def judge_likelihood(self, density: FlowDensity, batch: Tensor) -> dict[str, Tensor | None]:
+    def judge_likelihood(self, density: FlowDensity, batch: Batch) -> dict[str, Tensor | None]:
         """What a batch's log-density gives `judge`; in the test, of as many draws of noise as the data say."""
         data = self.data
         draws = data.num_draws if data is not None and self.trainer.testing else 1

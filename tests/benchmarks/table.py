@@ -14,10 +14,11 @@ import torch
 
 matplotlib.use("agg")
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parents[1] / "examples")]
 
 import exact  # noqa: E402 - the folders are no packages
 import laplacian  # noqa: E402
+import residual  # noqa: E402
 import score_step  # noqa: E402
 import training_step  # noqa: E402
 import variance  # noqa: E402
@@ -36,6 +37,7 @@ PARTS = {
     "known": exact.known,
     "laplacian": lambda: laplacian.four_hidden(32) + laplacian.four_hidden(256),
     "gradient_field": laplacian.two_hidden,
+    "residual": residual.steps,
     "score": lambda: score_step.steps() + score_step.gradient_noise(),
     "variance": lambda: variance.reduction(FOLDER),
 }

@@ -1,0 +1,162 @@
+"""Parameters and what simulators make of them, for posteriors p(parameters | observation) by conditional flows."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from divflow.data.module import ConditionalRows, DataError, TensorDataModule
+from divflow.transforms import Affine
+
+__all__ = ["Simulations", "slcp", "two_moons"]
+
+# Of each task, in the package sbibm.
+_OBSERVATIONS = 10
+
+
+class _Simulator(NamedTuple):
+    """Parameters are uniform in [-bound, bound]."""
+
+    parameters: int
+    bound: float
+    simulate: Callable[[Tensor, Generator | None], Tensor]
+
+
+class Simulations(TensorDataModule):
+    """Parameters of a simulator, each with a simulation as its context; the flow's density is the posterior.
+
+    A conditional flow that maximizes the likelihood of parameters given simulations, or matches them, estimates the posterior for
+    every observation at once (neural posterior estimation, Papamakarios and Murray 2016). Simulators and priors are those
+    of Lueckmann et al. 2021 (arXiv:2101.04653, tasks T.3 and T.8), whose package sbibm ships ten observations of each with samples of
+    their posteriors (`observation`, `reference`). Parameters and simulations are standardized by the training rows.
+
+    Args:
+        name: "two_moons" or "slcp".
+        num_simulations: of which a tenth is for validation.
+        num_test: further simulations, for the test.
+        batch_size: rows a training step, in each process.
+        eval_batch_size: rows a validation or test step; `batch_size` if None.
+        seed: of all simulations.
+
+    Attributes:
+        simulator: its name.
+        columns: the names of the parameters.
+
+    Raises:
+        DataError: another name, or too few simulations.
+
+    Example:
+        >>> x, context = next(iter(Simulations("slcp", 1000, batch_size=10).train_dataloader()))
+        >>> x.shape, context.shape
+        (torch.Size([10, 5]), torch.Size([10, 8]))
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_simulations: int = 10_000,
+        num_test: int = 2_000,
+        batch_size: int = 256,
+        eval_batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, seed)
+        if name not in _SIMULATORS:
+            raise DataError(f"there is no simulator {name!r}; data.name must be one of {', '.join(_SIMULATORS)}")
+        if num_simulations < 20 or num_test < 2:
+            raise DataError(
+                f"num_simulations must be at least 20 and num_test at least 2, but they are {num_simulations} and {num_test}"
+            )
+        self.simulator = name
+        size, bound, simulate = _SIMULATORS[name]
+        generator = Generator().manual_seed(seed)
+        parameters = (2 * torch.rand(num_simulations + num_test, size, generator=generator) - 1) * bound
+        simulations = simulate(parameters, generator)
+        sizes = [num_simulations - num_simulations // 10, num_simulations // 10, num_test]
+        train, seen = parameters[: sizes[0]], simulations[: sizes[0]]
+        self.transform = Affine(train.mean(dim=0), train.std(dim=0))
+        self._observed = Affine(seen.mean(dim=0), seen.std(dim=0))
+        context, _ = self._observed(simulations)
+        splits = zip(parameters.split(sizes), context.split(sizes), strict=True)
+        self.train, self.val, self.test = (ConditionalRows(*split) for split in splits)
+        self.event_shape, self.context_features = (size,), simulations.shape[1]
+        self.columns = [f"parameter_{i + 1}" for i in range(size)]
+
+    def observation(self, number: int) -> Tensor:
+        """The context of one of sbibm's observations, 1 to 10: `(context_features,)`.
+
+        Raises:
+            DataError: another number, or sbibm is not installed.
+        """
+        context, _ = self._observed(self._read(number, "observation.csv"))
+        return context[0]
+
+    def reference(self, number: int) -> Tensor:
+        """10,000 samples of the posterior of one of sbibm's observations, `(10000, D)`.
+
+        Raises:
+            DataError: another number, or sbibm is not installed.
+        """
+        return self._read(number, "reference_posterior_samples.csv.bz2")
+
+    def _read(self, number: int, file: str) -> Tensor:
+        if not 1 <= number <= _OBSERVATIONS:
+            raise DataError(f"observations are numbered from 1 to {_OBSERVATIONS}, but {number} was asked for")
+        spec = importlib.util.find_spec("sbibm")  # whose import needs packages that are not needed to read its files
+        if spec is None or spec.origin is None:
+            raise DataError(
+                "observations and their posteriors are in the package sbibm, which is not installed: pip install "
+                "--no-deps sbibm (its files are read, and what it depends on does not fit current versions)"
+            )
+        path = Path(spec.origin).parent / "tasks" / self.simulator / "files" / f"num_observation_{number}" / file
+        if not path.is_file():
+            raise DataError(
+                f"the package sbibm has no {path}, which version 1.1.0 has; pip install --no-deps sbibm==1.1.0"
+            )
+        return torch.from_numpy(np.loadtxt(path, np.float32, delimiter=",", skiprows=1, ndmin=2))
+
+
+def two_moons(parameters: Tensor, generator: Generator | None = None) -> Tensor:
+    """A point of a crescent, moved by the two parameters; their posterior is two crescents (Greenberg et al. 2019).
+
+        x = (r cos a + 1/4 - |p_1 + p_2| / sqrt 2, r sin a + (p_2 - p_1) / sqrt 2),   a ~ U(-pi/2, pi/2), r ~ N(0.1, 0.01^2)
+
+    Args:
+        parameters: `(k, 2)`.
+        generator: of a and r.
+
+    Returns:
+        `(k, 2)`.
+    """
+    first, second = parameters.unbind(dim=1)
+    angle = math.pi * (torch.rand(len(parameters), generator=generator) - 0.5)
+    radius = 0.1 + 0.01 * torch.randn(len(parameters), generator=generator)
+    x = radius * angle.cos() + 0.25 - (first + second).abs() / math.sqrt(2)
+    return torch.stack([x, radius * angle.sin() + (second - first) / math.sqrt(2)], dim=1)
+
+
+def slcp(parameters: Tensor, generator: Generator | None = None) -> Tensor:
+    """Four draws of a normal density in the plane: a simple likelihood with a complex posterior (Papamakarios et al. 2019).
+
+        N((p_1, p_2), S),   standard deviations p_3^2 and p_4^2, correlation tanh p_5
+
+    Args:
+        parameters: `(k, 5)`.
+        generator: of the draws.
+
+    Returns:
+        `(k, 8)`, one draw after another.
+    """
+    mean, deviations, correlation = parameters[:, None, :2], parameters[:, None, 2:4].square(), parameters[:, 4].tanh()
+    noise = torch.randn(len(parameters), 4, 2, generator=generator)
+    first, second = noise.unbind(dim=2)
+    mixed = correlation[:, None] * first + (1 - correlation.square())[:, None].sqrt() * second
+    return (mean + deviations * torch.stack([first, mixed], dim=2)).flatten(1)
+
+
+_SIMULATORS = {"two_moons": _Simulator(2, 1.0, two_moons), "slcp": _Simulator(5, 3.0, slcp)}

@@ -1,0 +1,38 @@
+"""The rows of the table of results: an experiment each, with what it is compared to."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment, `configs/experiment/<its name>.yaml`, beside peers on the same split.
+
+    Attributes:
+        what: the data and their size, for the table.
+        peers: names of `results_peers.PEERS`: trained for as many seconds as ours, with about as many parameters.
+        measure: of `results_measures.MEASURES`, of ours and of each peer; None for the likelihood alone.
+        seeds: of training; the split is the same for all.
+        note: such as why it loses, for below the table.
+    """
+
+    what: str
+    peers: tuple[str, ...] = ()
+    measure: str | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    note: str = ""
+
+
+BOTH = ("zuko_nsf", "zuko_cnf")
+ROWS = {
+    "uci_casp": Row("CASP, D = 9, 45,730 rows", BOTH),
+    "uci_ccpp": Row("CCPP, D = 5, 9,568 rows", BOTH),
+    "uci_grid": Row("grid stability, D = 12, 10,000 rows", BOTH),
+    "sbi_two_moons": Row("posterior of two moons, D = 2, 10,000 simulations", ("zuko_nsf",), "posterior"),
+    "sbi_slcp": Row("posterior of SLCP, D = 5, 10,000 simulations", ("zuko_nsf",), "posterior"),
+    "digits_flow_matching": Row("digits, 8 x 8, flow matching", ("zuko_nsf",), "probes"),
+    "digits_likelihood": Row("digits, 8 x 8, maximum likelihood", ("zuko_nsf",), "probes"),
+    "digits_score": Row("digits, 8 x 8, score matching", (), "probes"),
+    "mnist_flow_matching": Row("MNIST, 28 x 28, flow matching, UNet"),
+    "mnist_likelihood": Row("MNIST, 28 x 28, maximum likelihood, MLP", (), "probes"),
+    "mnist_score": Row("MNIST, 28 x 28, score matching, UNet"),
+}

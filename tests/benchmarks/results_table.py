@@ -1,0 +1,122 @@
+"""The table of results in Markdown, and its figure."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from results_rows import ROWS
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+Result = dict[str, Any]
+BEGIN, END = "<!-- written by tests/benchmarks/results.py -->", "<!-- end -->"
+HEAD = (
+    "| data | model | NLL | ± rows | ± seeds | seeds | evaluations | training, s | peak, MiB | parameters |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+# Measures of `results_measures.py`, by what they are called in the table.
+MEASURED = {
+    "bits_per_dim_estimator_error": "of the error over rows, by probes, bits/dim",
+    "c2st": "C2ST",
+    "log_prob_per_second": "log-probabilities a second",
+    "exact_seconds": "exact likelihood of 64 test rows, s",
+    "orthogonal_seconds": "estimated by a product at each of 15 nodes, s",
+    "orthogonal_error": "error of one log p, orthogonal probes, nats",
+    "fixed_error": "error of one log p, one fixed probe, nats",
+}
+
+
+def grouped(found: Sequence[Result]) -> list[list[Result]]:
+    """The seeds of each row and model, in the order of the rows, ours first."""
+    rows = list(ROWS)
+    models = list(dict.fromkeys(["divflow", *(peer for row in ROWS.values() for peer in row.peers)]))
+    ordered = sorted(found, key=lambda result: (rows.index(result["row"]), models.index(result["who"]), result["seed"]))
+    return [list(group) for _, group in itertools.groupby(ordered, key=lambda result: (result["row"], result["who"]))]
+
+
+def likelihood(seeds: Sequence[Result]) -> tuple[str, float, float, float]:
+    """The unit, the mean over seeds, and standard errors over test rows and over seeds (NaN for one seed)."""
+    name = "bits_per_dim" if "bits_per_dim" in seeds[0]["metrics"] else "nll"
+    values = np.array([result["metrics"][name] for result in seeds])
+    rows = np.array([result["metrics"][f"{name}_standard_error"] for result in seeds])
+    spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return ("bits/dim" if name == "bits_per_dim" else "nats"), values.mean(), np.sqrt((rows**2).mean()), spread
+
+
+def markdown(found: Sequence[Result]) -> str:
+    """The table of likelihoods, and below it the notes of its rows and what else was measured, means over seeds."""
+    lines, more = [HEAD], ["| data | model | measure | value |", "|---|---|---|---|"]
+    for seeds in grouped(found):
+        row, who, count = ROWS[seeds[0]["row"]].what, seeds[0]["who"], len(seeds)
+        unit, mean, over_rows, over_seeds = likelihood(seeds)
+        spread = "" if np.isnan(over_seeds) else f"{over_seeds:.3f}"
+        peak, size = average(seeds, "peak_memory_mib"), seeds[0]["parameters"]
+        lines.append(
+            f"| {row} | {who} | {mean:.3f} {unit} | {over_rows:.3f} | {spread} | {count} | {evaluations(seeds)} "
+            f"| {average(seeds, 'seconds'):.0f} | {peak:.0f} | {size:,} |"
+        )
+        for name, what in MEASURED.items():
+            values = [result["metrics"][name] for result in seeds if name in result["metrics"]]
+            if any(values):
+                error = seeds[0]["metrics"].get(f"{name}_standard_error")
+                shown = f"{np.mean(values):.3g}" + ("" if error is None else f" ± {error:.2g} over observations")
+                more.append(f"| {row} | {who} | {what} | {shown} |")
+    notes = [
+        f"- {row.what}: {row.note}" for name, row in ROWS.items() if row.note and name in {it["row"] for it in found}
+    ]
+    parts = [lines, notes, more if len(more) > 2 else []]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def average(seeds: Sequence[Result], name: str) -> float:
+    """Over seeds."""
+    return float(np.mean([result[name] for result in seeds]))
+
+
+def evaluations(seeds: Sequence[Result]) -> str:
+    """Of the field for the likelihood of a batch, for the solve and for the divergence, or of both at once; none in one pass."""
+    metrics = [result["metrics"] for result in seeds]
+    if "nfe" not in metrics[0]:
+        return ""
+    parts = [name for name in ("nfe", "nfe_divergence") if name in metrics[0]]
+    return " + ".join(f"{np.mean([values[name] for values in metrics]):.0f}" for name in parts)
+
+
+def draw(found: Sequence[Result], path: Path) -> None:
+    """A panel for each row: the likelihood of each model, with bars of two standard errors over rows and seeds together."""
+    groups = {row: list(models) for row, models in itertools.groupby(grouped(found), key=lambda seeds: seeds[0]["row"])}
+    count = max(1, len(groups))
+    columns = min(4, count)
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure = plt.figure(figsize=(3 * columns, 2.6 * -(-count // columns)), layout="constrained")
+    for i, (row, models) in enumerate(groups.items()):
+        axes = figure.add_subplot(-(-count // columns), columns, i + 1)
+        for place, seeds in enumerate(models):
+            unit, mean, over_rows, over_seeds = likelihood(seeds)
+            error = 2 * np.hypot(over_rows, np.nan_to_num(over_seeds))
+            color = "tab:red" if seeds[0]["who"] == "divflow" else "0.4"
+            axes.errorbar(place, mean, error, marker="o", capsize=3, color=color)
+            axes.set_ylabel(f"NLL, {unit}")
+        axes.set_xticks(range(len(models)), [seeds[0]["who"] for seeds in models])
+        axes.set(title=row, xlim=(-0.5, max(1, len(models)) - 0.5))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def publish(found: Sequence[Result], figure: Path, docs: Path) -> None:
+    """Write table, figure and numbers to the documentation, between the two marks of results.md."""
+    page = docs / "results.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{page} must have the marks {BEGIN} and {END}, between which the table goes")
+    shutil.copy(figure, docs / "results.png")
+    (docs / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    image = "![Negative log-likelihood of every model on every row](results.png)"
+    page.write_text(f"{before}{BEGIN}\n\n{markdown(found)}\n\n{image}\n\n{END}{after}")

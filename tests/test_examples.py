@@ -1,0 +1,89 @@
+"""Every script of examples/ in a small form, and the facts that it relies on."""
+
+import csv
+import importlib
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from run import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, request):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("example", ["lightning_module"], indirect=True)
+def test_a_lightning_module_learns_the_score(example):
+    assert example.main(60) < example.main(1)
+
+
+@pytest.mark.parametrize("example", ["csv_to_samples"], indirect=True)
+def test_from_csv_to_samples(example, tmp_path):
+    nll = example.main(None, tmp_path / "samples.csv", 40, 50)
+    assert math.isfinite(nll)
+    rows = list(csv.reader((tmp_path / "samples.csv").read_text().splitlines()))
+    assert rows[0] == ["sepal length", "sepal width", "petal length", "petal width"]
+    assert len(rows) == 51
+    means = torch.tensor([[float(value) for value in row] for row in rows[1:]]).mean(dim=0)
+    assert 5 < means[0] < 7  # centimetres, as in the file
+
+
+def test_diffusers_likelihood(monkeypatch, tmp_path):
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("diffusers_likelihood")
+    bits, error = example.main(None, 2, 8)
+    assert 0 < error < bits
+    torch.manual_seed(0)
+    unet, scheduler = example.trained_here(2, example.Digits((1, 8, 8), margin=None))
+    unet.save_pretrained(tmp_path / "unet")
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    again, _ = example.main(tmp_path, 0, 8)
+    assert again == pytest.approx(bits, rel=0.05)  # of another 2 steps from the same seed, and the same probes
+
+
+def test_several_processes_test_every_row_once():
+    done = subprocess.run(
+        [sys.executable, "several_processes.py", "--processes", "2", "--steps", "3"],
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 3 steps" in done.stdout
+    assert done.stdout.count("nats over 1001 rows") == 1
+
+
+@pytest.mark.parametrize("example", ["fokker_planck"], indirect=True)
+def test_the_fokker_planck_residual(example):
+    """The known solution leaves none, and torch.func finds the same of a network."""
+    problem = example.Problem()
+    problem.matrix, problem.means = problem.matrix.double(), problem.means.double()
+    t = example.LAST * torch.rand(16, 1, dtype=torch.float64)
+    x = problem.sample(t)
+    for of in (example.residual, example.residual_by_torch_func):
+        assert of(problem, problem.log_density, t, x).abs().max() < 1e-10
+    network = example.Network(problem).double()
+    ours, theirs = (of(problem, network, t, x) for of in (example.residual, example.residual_by_torch_func))
+    torch.testing.assert_close(ours, theirs)
+    assert ours.abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("example", ["fokker_planck"], indirect=True)
+def test_the_fokker_planck_equation_is_learned(example):
+    before, after = example.main(40, 64)
+    assert after < before
+
+
+def test_every_example_is_tested():
+    named = (ROOT / "tests" / "test_examples.py").read_text()
+    assert all(path.stem in named for path in EXAMPLES.glob("*.py"))

@@ -1,0 +1,103 @@
+"""The rows of results: their experiments compose, their peers and measures exist, and the table says what was found."""
+
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from run import ROOT, config
+from torch.distributions import Normal
+
+BENCHMARKS = ROOT / "tests" / "benchmarks"
+
+
+def load(monkeypatch, name):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module(name)
+
+
+def result(row, who, seed, nll, error, **more):
+    metrics = {"nll": nll, "nll_standard_error": error, "nfe": 40.0, "nfe_divergence": 31.0, **more}
+    return {
+        "row": row,
+        "who": who,
+        "seed": seed,
+        "metrics": metrics,
+        "seconds": 60.0,
+        "peak_memory_mib": 500.0,
+        "parameters": 1234,
+    }
+
+
+def test_every_row_is_an_experiment_with_peers_and_measures(monkeypatch):
+    pytest.importorskip("zuko")
+    rows = load(monkeypatch, "results_rows").ROWS
+    peers, measures = load(monkeypatch, "results_peers").PEERS, load(monkeypatch, "results_measures").MEASURES
+    for name, row in rows.items():
+        assert config(f"experiment={name}", "output_dir=x").trainer.max_steps > 0
+        assert set(row.peers) <= set(peers)
+        assert row.measure is None or row.measure in measures
+        assert len(row.seeds) >= 3
+        assert f"experiment={name}\n" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_errors_over_rows_and_seeds_are_told_apart(monkeypatch):
+    table = load(monkeypatch, "results_table")
+    found = [result("uci_casp", "divflow", seed, nll, 0.03) for seed, nll in enumerate((1.0, 1.2, 1.4))]
+    found.append(result("uci_casp", "zuko_nsf", 0, 0.9, 0.02) | {"metrics": {"nll": 0.9, "nll_standard_error": 0.02}})
+    unit, mean, over_rows, over_seeds = table.likelihood(found[:3])
+    assert unit == "nats"
+    assert mean == pytest.approx(1.2)
+    assert over_rows == pytest.approx(0.03)
+    assert over_seeds == pytest.approx(np.std([1.0, 1.2, 1.4], ddof=1) / math.sqrt(3))
+    lines = table.markdown(found[::-1]).splitlines()
+    assert "| divflow | 1.200 nats | 0.030 | 0.115 | 3 | 40 + 31 | 60 | 500 | 1,234 |" in lines[2]
+    assert "| zuko_nsf | 0.900 nats | 0.020 |  | 1 |  |" in lines[3]
+
+
+def test_a_table_is_published_between_its_marks(monkeypatch, tmp_path):
+    table = load(monkeypatch, "results_table")
+    found = [result("uci_casp", "divflow", 0, 1.0, 0.03)]
+    (tmp_path / "results.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    for _ in range(2):
+        table.draw(found, tmp_path / "figure.png")
+        table.publish(found, tmp_path / "figure.png", tmp_path)
+    page = (tmp_path / "results.md").read_text()
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "old" not in page
+    assert page.count("1.000 nats") == 1
+    assert (tmp_path / "results.png").is_file()
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
+def test_c2st_is_a_half_of_equal_samples_and_near_one_of_others(monkeypatch):
+    measures = load(monkeypatch, "results_measures")
+    x, y = torch.randn(2, 200, 2)
+    assert measures.c2st(x, y) == pytest.approx(0.5, abs=0.1)
+    # A shift by d of one normal density: the best classifier's accuracy is Phi(d / 2).
+    best = Normal(0.0, 1.0).cdf(torch.tensor(1.0)).item()
+    assert measures.c2st(x, y + torch.tensor([2.0, 0.0])) == pytest.approx(best, abs=0.06)
+
+
+def test_a_peer_has_the_size_of_ours_and_the_density_of_the_data(monkeypatch):
+    """It integrates to one in the units of the data, whose columns differ in scale."""
+    pytest.importorskip("zuko")
+    from divflow.data.columns import Columns
+
+    peers = load(monkeypatch, "results_peers")
+    torch.manual_seed(0)
+    scales = torch.tensor([100.0, 0.01], dtype=torch.float64)
+    data = Columns(torch.randn(400, 2, dtype=torch.float64) * scales, ["a", "b"], batch_size=50)
+    axis = torch.linspace(-8, 8, 121, dtype=torch.float64)
+    cell = (axis[1] - axis[0]) ** 2 * scales.prod()
+    for name, (make, rate) in peers.PEERS.items():
+        peer = peers.Zuko(peers.of_size(make, data, 3_000), data)
+        assert peers.parameters(peer.model) == pytest.approx(3_000, rel=0.35)
+        assert peers.train(peer, rate, peers.endless(data), 0.2, 0.9) > 0
+        peers.judging(peer.model)
+        with torch.no_grad():
+            total = peer.log_prob(torch.cartesian_prod(axis, axis) * scales, None).exp().sum() * cell
+        assert total.item() == pytest.approx(1, abs=0.02), name
