@@ -1,13 +1,14 @@
-"""Lightning data modules: toy densities with a known log-density, handwritten digits, images and tables of one's own."""
+"""Lightning data modules: toy densities and particles of known log-density, handwritten digits, images and tables of one's own."""
 
 from divflow.data.dequantization import Dequantization, TruncatedNormalDequantization, UniformDequantization
 from divflow.data.digits import Digits, Mnist
 from divflow.data.discrete import DiscreteImages
 from divflow.data.images import Images
 from divflow.data.module import DataError, TensorDataModule
+from divflow.data.particles import Particles
 from divflow.data.table import Table
 from divflow.data.toy import Toy
-from divflow.transforms import Affine, Compose, Logit, Transform
+from divflow.transforms import Affine, Compose, Logit, MeanFreeScale, Transform
 
 __all__ = [
     "Affine",
@@ -18,7 +19,9 @@ __all__ = [
     "DiscreteImages",
     "Images",
     "Logit",
+    "MeanFreeScale",
     "Mnist",
+    "Particles",
     "Table",
     "TensorDataModule",
     "Toy",

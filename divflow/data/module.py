@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from divflow.data.dequantization import Dequantization, UniformDequantization, dequantize, quantize
 from divflow.data.order import ShuffledRows, combined_seed
+from divflow.energies import PairEnergy
 from divflow.errors import DivflowError
 from divflow.transforms import Affine, Transform
 
@@ -59,6 +60,7 @@ class TensorDataModule(L.LightningDataModule):
         dequantization: the noise u of discrete data.
         num_draws: of that noise, for each row of the test.
         images: whether samples are drawn as a grid of images.
+        energy: of particles with a Boltzmann density, that samples can be weighted towards; None for others.
 
     In several processes each trains on its share of every epoch; evaluation divides the rows without
     repeating any, so that averages are those of one process.
@@ -72,6 +74,7 @@ class TensorDataModule(L.LightningDataModule):
     dequantization: Dequantization = UniformDequantization()
     num_draws: int = 1
     images: bool = False
+    energy: PairEnergy | None = None
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()
