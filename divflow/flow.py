@@ -191,9 +191,10 @@ class ContinuousFlow(nn.Module):
         generator: Generator | None = None,
         *,
         context: Tensor | None = None,
+        batch_size: int | None = None,
     ) -> ImportanceWeights:
         """Samples weighted towards a target that is known up to a constant: `divflow.importance.importance_weights`."""
-        return importance_weights(self, log_target, num_samples, generator, context=context)
+        return importance_weights(self, log_target, num_samples, generator, context=context, batch_size=batch_size)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Generator, Tensor
 
 from divflow.arguments import check_count
@@ -49,6 +50,7 @@ def importance_weights(
     generator: Generator | None = None,
     *,
     context: Tensor | None = None,
+    batch_size: int | None = None,
 ) -> ImportanceWeights:
     """Samples of a flow with their weights; samples and densities come from one solve.
 
@@ -61,10 +63,11 @@ def importance_weights(
         num_samples: n, at least 2.
         generator: of the samples.
         context: one row a sample, for a conditional flow.
+        batch_size: samples a solve, which bounds the memory; all at once if None.
 
     Raises:
         ImportanceError: a stochastic estimator; a target of another shape, NaN, infinite, or zero at all samples.
-        ValueError: fewer than 2 samples.
+        ValueError: fewer than 2 samples, or a batch size that is no whole number of at least 1.
         FieldError, SolverError: as `ContinuousFlow.log_prob`.
     """
     check_count("num_samples", num_samples, least=2)
@@ -73,8 +76,16 @@ def importance_weights(
             f"{flow.estimator} is unbiased for log p and not for 1 / p, so the weights would be wrong on average; use "
             "flow.replace(estimator=Exact())"
         )
-    samples, log_prob = flow.rsample_and_log_prob(num_samples, context, generator)
-    target = _checked_target(log_target(samples), num_samples)
+    if batch_size is not None:
+        check_count("batch_size, unless it is None,", batch_size)
+    size, parts = batch_size or num_samples, []
+    for start in range(0, num_samples, size):
+        given = None if context is None else context[start : start + size]
+        count = min(size, num_samples - start)
+        samples, log_prob = flow.rsample_and_log_prob(count, given, generator)
+        parts.append((samples, log_prob, _checked_shape(log_target(samples), count)))
+    samples, log_prob, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    _check_target(target)
     log_weights = target - log_prob
     total = log_weights.logsumexp(dim=0)
     normalized = log_weights - total
@@ -83,15 +94,18 @@ def importance_weights(
     return ImportanceWeights(samples, normalized, size, total - math.log(num_samples), error)
 
 
-def _checked_target(target: Tensor, num_samples: int) -> Tensor:
+def _checked_shape(target: Tensor, num_samples: int) -> Tensor:
     if not isinstance(target, Tensor) or target.shape != (num_samples,):
         what = f"shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
         raise ImportanceError(f"log_target must return one value a sample, ({num_samples},), but returned {what}")
+    return target
+
+
+def _check_target(target: Tensor) -> None:
     if (target.isnan() | target.isposinf()).any():
         raise ImportanceError("log_target returned NaN or +inf; it must be finite, or -inf where the target vanishes")
     if target.isneginf().all():
         raise ImportanceError(
-            f"the target vanishes at all {num_samples} samples of the flow, so it has no weights; give more samples, "
+            f"the target vanishes at all {len(target)} samples of the flow, so it has no weights; give more samples, "
             "or a flow that is nearer to the target"
         )
-    return target

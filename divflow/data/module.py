@@ -61,6 +61,7 @@ class TensorDataModule(L.LightningDataModule):
         num_draws: of that noise, for each row of the test.
         images: whether samples are drawn as a grid of images.
         energy: of particles with a Boltzmann density, that samples can be weighted towards; None for others.
+        num_weighted: samples of the model that are so weighted in the test.
 
     In several processes each trains on its share of every epoch; evaluation divides the rows without
     repeating any, so that averages are those of one process.
@@ -75,6 +76,7 @@ class TensorDataModule(L.LightningDataModule):
     num_draws: int = 1
     images: bool = False
     energy: PairEnergy | None = None
+    num_weighted: int = 10_000
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ class Particles(TensorDataModule):
         num_train: training samples.
         num_val: validation samples.
         num_test: test samples.
+        num_weighted: samples of the model that the test weights towards the density.
         batch_size: samples a training step, in each process.
         eval_batch_size: samples a validation or test step; `batch_size` if None.
         seed: of all samples.
@@ -56,16 +57,23 @@ class Particles(TensorDataModule):
         num_train: int = 100_000,
         num_val: int = 2_000,
         num_test: int = 10_000,
+        num_weighted: int = 10_000,
         batch_size: int = 256,
         eval_batch_size: int | None = 1_000,
         seed: int = 0,
         cache: str | Path | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        for name, count in {"num_train": num_train, "num_val": num_val, "num_test": num_test}.items():
+        for name, count in {
+            "num_train": num_train,
+            "num_val": num_val,
+            "num_test": num_test,
+            "num_weighted": num_weighted,
+        }.items():
             if count < 2:
                 raise DataError(f"{name} must be at least 2, but is {count}")
         self.energy, self.event_shape = energy, energy.event_shape
+        self.num_weighted = num_weighted
         sizes = [num_test, num_val, num_train]
 
         def make() -> dict[str, Tensor | float]:

@@ -70,6 +70,7 @@ class FlowMatchingTask(FlowDensityTask):
     def check(self, batch: Tensor) -> None:
         """Before the first step: the velocity must be a field, treat the samples independently, and take a time for each."""
         self.objective.check(self.density.flow.velocity, self.transformed(batch))
+        self.check_base(batch)
 
     def loss(self, batch: Tensor) -> Tensor:
         """The mean of the objective over a batch `(k, *event)`."""
