@@ -20,12 +20,14 @@ class Quartet(NamedTuple):
         beyond: P(r > split), of the distance r of any pair.
         distances: nodes r, ascending, `(nodes,)`, in float64.
         density: p(r) at the nodes, `(nodes,)`.
+        weights: of the nodes, so that the mean of h(r) is the sum of weights * density * h(distances).
     """
 
     log_normalizer: float
     beyond: float
     distances: Tensor
     density: Tensor
+    weights: Tensor
 
 
 def quartet(energy: PairEnergy, split: float, half_width: float = 12.0, points: int = 192, nodes: int = 64) -> Quartet:
@@ -71,7 +73,7 @@ def quartet(energy: PairEnergy, split: float, half_width: float = 12.0, points: 
     density = 2 * math.pi * r * _boltzmann(energy, r.square()) * torch.stack(inner)
     total = (weights * density).sum()
     beyond = (weights * density)[nodes:].sum() / total
-    return Quartet(float(total.log()) - math.log(4), float(beyond), r, density / total)
+    return Quartet(float(total.log()) - math.log(4), float(beyond), r, density / total, weights)
 
 
 def _boltzmann(energy: PairEnergy, squared: Tensor) -> Tensor:

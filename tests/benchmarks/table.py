@@ -16,7 +16,8 @@ matplotlib.use("agg")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import exact  # noqa: E402 - the folders are no packages
+import boltzmann  # noqa: E402 - the folders are no packages
+import exact  # noqa: E402
 import laplacian  # noqa: E402
 import score_step  # noqa: E402
 import training_step  # noqa: E402
@@ -37,6 +38,7 @@ PARTS = {
     "laplacian": lambda: laplacian.four_hidden(32) + laplacian.four_hidden(256),
     "gradient_field": laplacian.two_hidden,
     "score": lambda: score_step.steps() + score_step.gradient_noise(),
+    "boltzmann": boltzmann.rows,
     "variance": lambda: variance.reduction(FOLDER),
 }
 
