@@ -144,7 +144,10 @@ def plot_energies(data: Tensor, samples: Tensor, log_weights: Tensor | None, ene
         of_data, of_samples = (quantity(x).double().cpu() for x in (data, samples))
         low, high = _range(of_data.flatten().numpy())
         edges = np.linspace(low, high + 0.25 * (high - low), 81)
-        drawn = [("data", of_data, None, "0.8"), ("samples", of_samples, None, "C0")]
+        drawn: list[tuple[str, Tensor, Tensor | None, str]] = [
+            ("data", of_data, None, "0.8"),
+            ("samples", of_samples, None, "C0"),
+        ]
         if weights is not None:
             drawn.append(("samples, weighted", of_samples, weights.cpu(), "C1"))
         for label, values, each, color in drawn:

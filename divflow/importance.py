@@ -66,7 +66,7 @@ def importance_weights(
         batch_size: samples a solve, which bounds the memory; all at once if None.
 
     Raises:
-        ImportanceError: a stochastic estimator; a target of another shape, NaN, infinite, or zero at all samples.
+        ImportanceError: a stochastic estimator; a context of another number of rows; a target of another shape, NaN, infinite, or zero at all samples.
         ValueError: fewer than 2 samples, or a batch size that is no whole number of at least 1.
         FieldError, SolverError: as `ContinuousFlow.log_prob`.
     """
@@ -76,6 +76,8 @@ def importance_weights(
             f"{flow.estimator} is unbiased for log p and not for 1 / p, so the weights would be wrong on average; use "
             "flow.replace(estimator=Exact())"
         )
+    if context is not None and len(context) != num_samples:
+        raise ImportanceError(f"context must have a row for each of {num_samples} samples, but has {len(context)}")
     if batch_size is not None:
         check_count("batch_size, unless it is None,", batch_size)
     size, parts = batch_size or num_samples, []
@@ -89,9 +91,9 @@ def importance_weights(
     log_weights = target - log_prob
     total = log_weights.logsumexp(dim=0)
     normalized = log_weights - total
-    size = (-(2 * normalized).logsumexp(dim=0)).exp()
-    error = ((num_samples / size - 1).clamp_min(0) / (num_samples - 1)).sqrt()
-    return ImportanceWeights(samples, normalized, size, total - math.log(num_samples), error)
+    effective = (-(2 * normalized).logsumexp(dim=0)).exp()
+    error = ((num_samples / effective - 1).clamp_min(0) / (num_samples - 1)).sqrt()
+    return ImportanceWeights(samples, normalized, effective, total - math.log(num_samples), error)
 
 
 def _checked_shape(target: Tensor, num_samples: int) -> Tensor:
