@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from divflow.arguments import checked_event_shape
+from divflow.divergence.check import perturbed_copy
+from divflow.divergence.field import Field, as_time
 from divflow.errors import DivflowError
 
 __all__ = ["BaseError", "MeanFreeNormal"]
@@ -65,6 +67,25 @@ class MeanFreeNormal(Distribution):
         shape = Size(sample_shape) + self.event_shape
         noise = torch.randn(shape, dtype=self.center.dtype, device=self.center.device)
         return noise - noise.mean(dim=-2, keepdim=True)
+
+    @torch.no_grad()
+    def check_velocity(self, velocity: Field, t: float, x: Tensor) -> None:
+        """Refuse a velocity that moves the centre of mass of states x `(k, particles, dimensions)`; call it once before training.
+
+        A module is examined on a copy whose all-zero parameters are perturbed, as by `check_field`.
+
+        Raises:
+            BaseError: the centre moves.
+        """
+        field = perturbed_copy(velocity) if isinstance(velocity, nn.Module) else velocity
+        v = field(as_time(t, x), x.clone())
+        moved = v.mean(dim=-2).abs().amax()
+        if moved > torch.finfo(v.dtype).eps ** 0.5 * v.abs().amax():
+            raise BaseError(
+                f"MeanFreeNormal is a density of particles whose centre of mass stays at zero, but the velocity moves it by {moved.item():.3g} "
+                f"a unit of time, where its largest entry is {v.abs().max().item():.3g}; set mean_free=True of HollowEGNN or EGNN "
+                "(network.mean_free=true), use PairField, or take the mean over particles from the velocity"
+            )
 
     def _require_center(self, value: Tensor) -> None:
         if value.numel() == 0:

@@ -19,6 +19,7 @@ from divflow.score.probability_flow import probability_flow
 from divflow.score.sampling import Sampler
 from divflow.score.scaling import ScaledScore
 from divflow.score.sde import SDE
+from divflow.transforms import MeanFreeScale
 
 __all__ = ["ConfigError", "build_density", "build_network", "build_objective", "build_ways", "check_settings"]
 
@@ -62,6 +63,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
     shape = tuple(config["event_shape"])
     network = build_network(config["network"], shape, config.get("context_features", 0))
     transform = instantiate(config["transform"], _convert_="all")
+    _check_base(config, transform)
     if "sde" not in config:
         times = {name: config[name] for name in ("t_base", "t_data")}
         flow = ContinuousFlow(
@@ -124,6 +126,19 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], conte
             "net(t, x)"
         )
     return network
+
+
+def _check_base(config: Mapping[str, Any], transform: nn.Module) -> None:
+    """Particles without centre of mass have a density on their subspace alone.
+
+    Raises:
+        ConfigError: a base on the whole space, or a score.
+    """
+    if isinstance(transform, MeanFreeScale) and "MeanFree" not in str((config.get("base") or {}).get("_target_")):
+        raise ConfigError(
+            "these data are particles whose centre of mass is zero, where a density on the whole space is none; use task=flow or "
+            "task=flow_matching with base=mean_free, and a network that leaves the centre where it is, such as hollow_egnn_mean_free"
+        )
 
 
 def _build_base(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> Distribution | None:

@@ -1,6 +1,6 @@
 """What tasks train and `divflow.load` returns: densities of data, through the preprocessing of the data."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from divflow.divergence.field import Field, checked_state
 from divflow.flow import ContinuousFlow, FlowEvaluation
+from divflow.importance import ImportanceWeights
 from divflow.score.field import AtTime, Score, as_field, tensor_settings
 from divflow.score.probability_flow import ProbabilityFlow
 from divflow.score.sampling import ProbabilityFlowODE, Sampler
@@ -72,6 +73,30 @@ class FlowDensity(nn.Module):
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples of the data `(num_samples, *event)`, without gradient."""
         return self.transform.inverse(self.flow.sample(num_samples, context, generator))
+
+    def importance_weights(
+        self,
+        log_target: Callable[[Tensor], Tensor],
+        num_samples: int,
+        generator: Generator | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> ImportanceWeights:
+        """Samples of the data weighted towards a target of the data, as `divflow.importance.importance_weights` of the flow.
+
+        Args:
+            log_target: of data `(n, *event)`, `(n,)`, in nats; log Z is of its units.
+            num_samples: n, at least 2.
+            generator: of the samples.
+            batch_size: samples a solve, which bounds the memory.
+        """
+
+        def of_transformed(y: Tensor) -> Tensor:
+            x = self.transform.inverse(y)
+            return log_target(x) - self.transform(x)[1].to(y)
+
+        found = self.flow.importance_weights(of_transformed, num_samples, generator, batch_size=batch_size)
+        return found._replace(samples=self.transform.inverse(found.samples))
 
     def with_flow(self, flow: ContinuousFlow) -> "FlowDensity":
         """The same density, evaluated by another flow, such as one of another estimator."""

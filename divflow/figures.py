@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-__all__ = ["plot_curves", "plot_images", "plot_pairs", "plot_plane"]
+from divflow.energies import PairEnergy
+
+__all__ = ["plot_curves", "plot_energies", "plot_images", "plot_pairs", "plot_plane"]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -122,6 +124,45 @@ def plot_pairs(data: Tensor, samples: Tensor, names: Sequence[str], columns: int
     left_out = f"; not shown: {', '.join(names[count:])}" if len(names) > count else ""
     title = f"Data (grey, below) and samples of the model (blue, above){left_out}"
     figure.suptitle(textwrap.fill(title, int(size * 11)), fontsize="medium")
+    return figure
+
+
+@torch.no_grad()
+def plot_energies(data: Tensor, samples: Tensor, log_weights: Tensor | None, energy: PairEnergy) -> Figure:
+    """Energies and distances of pairs: histograms of the data, of samples and of weighted samples.
+
+    Args:
+        data: particles `(n, particles, dimensions)`.
+        samples: `(m, particles, dimensions)`.
+        log_weights: of the samples, up to a constant, `(m,)`; None where they have none.
+        energy: in kT.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    weights = None if log_weights is None else log_weights.double().softmax(dim=0)
+    quantities = {"energy (kT)": lambda x: energy(x)[:, None], "distance of a pair": energy.distances}
+    for ax, (name, quantity) in zip(figure.subplots(1, 2), quantities.items(), strict=True):
+        of_data, of_samples = (quantity(x).double().cpu() for x in (data, samples))
+        low, high = _range(of_data.flatten().numpy())
+        edges = np.linspace(low, high + 0.25 * (high - low), 81)
+        drawn: list[tuple[str, Tensor, Tensor | None, str]] = [
+            ("data", of_data, None, "0.8"),
+            ("samples", of_samples, None, "C0"),
+        ]
+        if weights is not None:
+            drawn.append(("samples, weighted", of_samples, weights.cpu(), "C1"))
+        for label, values, each, color in drawn:
+            share = torch.full_like(values[:, 0], 1 / len(values)) if each is None else each
+            share = (share[:, None] / values.shape[1]).expand_as(values).flatten()
+            # Divided by all, so that what lies outside of the histogram is missing from it.
+            heights = np.histogram(values.flatten().numpy(), edges, weights=share.numpy())[0] / np.diff(edges)
+            ax.stairs(heights, edges, label=label, color=color, fill=label == "data")
+        ax.set(xlabel=name, ylabel="density")
+    axes = figure.axes
+    axes[0].legend(frameon=False, fontsize="small")
+    if weights is not None:
+        axes[0].set_title(
+            f"effective sample size {100 / len(weights) / float(weights.square().sum()):.1f} %", fontsize="medium"
+        )
     return figure
 
 

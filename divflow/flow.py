@@ -203,9 +203,12 @@ class ContinuousFlow(nn.Module):
         *,
         context: Tensor | None = None,
         correct: bool = False,
+        batch_size: int | None = None,
     ) -> ImportanceWeights:
         """Samples weighted towards a target that is known up to a constant: `divflow.importance.importance_weights`."""
-        return importance_weights(self, log_target, num_samples, generator, context=context, correct=correct)
+        return importance_weights(
+            self, log_target, num_samples, generator, context=context, correct=correct, batch_size=batch_size
+        )
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:

@@ -1,9 +1,10 @@
 """Importance weights: expectations and normalizing constants under a target, from a flow's samples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Generator, Tensor
 
 from divflow.arguments import check_count
@@ -54,6 +55,7 @@ def importance_weights(
     *,
     context: Tensor | None = None,
     correct: bool = False,
+    batch_size: int | None = None,
 ) -> ImportanceWeights:
     """Samples of a flow with their weights; samples and densities come from one solve.
 
@@ -74,10 +76,12 @@ def importance_weights(
         generator: of the samples.
         context: one row a sample, for a conditional flow.
         correct: for half the variance of an estimated log p.
+        batch_size: samples a solve, which bounds the memory; all at once if None.
 
     Raises:
-        ImportanceError: a stochastic estimator that is not corrected, or does not know its error; a target of another shape, NaN, infinite, or zero at all samples.
-        ValueError: fewer than 2 samples.
+        ImportanceError: a stochastic estimator that is not corrected, or does not know its error; a context of another number of rows; a target of
+            another shape, NaN, infinite, or zero at all samples.
+        ValueError: fewer than 2 samples, or a batch size that is no whole number of at least 1.
         FieldError, SolverError: as `ContinuousFlow.log_prob`.
     """
     check_count("num_samples", num_samples, least=2)
@@ -86,13 +90,17 @@ def importance_weights(
             f"{flow.estimator} is unbiased for log p and not for 1 / p, so the weights would be wrong on average; use "
             "flow.replace(estimator=Exact()), or correct=True, which takes the noise for normal"
         )
-    samples, found = flow.rsample_and_evaluate(num_samples, context, generator)
-    if found.standard_error is None:
-        raise ImportanceError(
-            f"{flow.estimator} does not know its error, so its weights can't be corrected; use two probes at least"
-        )
-    target = _checked_target(log_target(samples), num_samples)
-    log_weights, noise = target - found.log_prob, found.standard_error.square()
+    if context is not None and len(context) != num_samples:
+        raise ImportanceError(f"context must have a row for each of {num_samples} samples, but has {len(context)}")
+    if batch_size is not None:
+        check_count("batch_size, unless it is None,", batch_size)
+    parts = [
+        _solved(flow, log_target, count, generator, None if context is None else context[start : start + count])
+        for start, count in _batches(num_samples, batch_size or num_samples)
+    ]
+    samples, log_prob, noise, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    _check_target(target)
+    log_weights = target - log_prob
     share = _share(noise, log_weights.detach())
     log_weights = log_weights - noise / 2
     total = log_weights.logsumexp(dim=0)
@@ -100,6 +108,27 @@ def importance_weights(
     size = (-(2 * normalized).logsumexp(dim=0)).exp()
     error = ((num_samples / size - 1).clamp_min(0) / (num_samples - 1)).sqrt()
     return ImportanceWeights(samples, normalized, size, total - math.log(num_samples), error, share)
+
+
+def _batches(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where each batch starts, and how many it holds."""
+    return ((start, min(size, count - start)) for start in range(0, count, size))
+
+
+def _solved(
+    flow: "ContinuousFlow",
+    log_target: Callable[[Tensor], Tensor],
+    count: int,
+    generator: Generator | None,
+    context: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples of one solve, log p, its variance by the probes, and the target."""
+    samples, found = flow.rsample_and_evaluate(count, context, generator)
+    if found.standard_error is None:
+        raise ImportanceError(
+            f"{flow.estimator} does not know its error, so its weights can't be corrected; use two probes at least"
+        )
+    return samples, found.log_prob, found.standard_error.square(), _checked_shape(log_target(samples), count)
 
 
 def _share(noise: Tensor, log_weights: Tensor) -> Tensor:
@@ -110,15 +139,18 @@ def _share(noise: Tensor, log_weights: Tensor) -> Tensor:
     return (noise[inside].mean() / log_weights[inside].var()).clamp(max=1)
 
 
-def _checked_target(target: Tensor, num_samples: int) -> Tensor:
+def _checked_shape(target: Tensor, num_samples: int) -> Tensor:
     if not isinstance(target, Tensor) or target.shape != (num_samples,):
         what = f"shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
         raise ImportanceError(f"log_target must return one value a sample, ({num_samples},), but returned {what}")
+    return target
+
+
+def _check_target(target: Tensor) -> None:
     if (target.isnan() | target.isposinf()).any():
         raise ImportanceError("log_target returned NaN or +inf; it must be finite, or -inf where the target vanishes")
     if target.isneginf().all():
         raise ImportanceError(
-            f"the target vanishes at all {num_samples} samples of the flow, so it has no weights; give more samples, "
+            f"the target vanishes at all {len(target)} samples of the flow, so it has no weights; give more samples, "
             "or a flow that is nearer to the target"
         )
-    return target

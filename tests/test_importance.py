@@ -60,6 +60,22 @@ def test_the_standard_error_is_the_spread_of_repeated_estimates():
 
 
 @torch.no_grad()
+def test_samples_of_several_solves_are_weighted_together():
+    flow, truth = linear()
+    _, log_target = target(truth)
+    found = flow.importance_weights(log_target, 100, Generator().manual_seed(0), batch_size=30)
+    assert len(found.samples.unique(dim=0)) == 100
+    log_weights = log_target(found.samples) - truth.log_prob(found.samples)
+    expected = log_weights.log_softmax(dim=0)
+    torch.testing.assert_close(found.log_weights, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.log_normalizer, log_weights.logsumexp(dim=0) - math.log(100), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.effective_sample_size, 1 / expected.exp().square().sum(), rtol=1e-4, atol=0)
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match=f"batch_size.*{size}"):
+            flow.importance_weights(log_target, 100, batch_size=size)
+
+
+@torch.no_grad()
 def test_a_flow_that_is_the_target_has_equal_weights():
     flow, truth = linear()
     found = flow.importance_weights(lambda x: truth.log_prob(x) - 7.0, 50)
@@ -94,6 +110,8 @@ def test_a_conditional_flow_takes_a_row_a_sample():
     torch.testing.assert_close(
         found.log_normalizer.detach(), torch.tensor(math.log(2 * math.pi) / 2), rtol=0, atol=1e-4
     )
+    with pytest.raises(ImportanceError, match="each of 5 samples, but has 6"):
+        flow.importance_weights(lambda x: x[:, 0], 5, context=context)
 
 
 @pytest.mark.parametrize(

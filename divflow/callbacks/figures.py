@@ -16,7 +16,7 @@ from divflow.callbacks.averaging import WeightAverage
 from divflow.callbacks.declared import declared
 from divflow.data.module import TensorDataModule, split_context
 from divflow.density import FlowDensity
-from divflow.figures import plot_curves, plot_images, plot_pairs, plot_plane
+from divflow.figures import plot_curves, plot_energies, plot_images, plot_pairs, plot_plane
 from divflow.loggers import log_figure
 from divflow.tasks.task import Task
 
@@ -26,8 +26,9 @@ __all__ = ["Figures"]
 class Figures(L.Callback):
     """Write `figures/step_000100.png`, ... while training, `figures/final.png` after the test, and the learning curve.
 
-    In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for other data
-    histograms and pairs of columns; where data have a context, samples given theirs. Always of the averaged weights, where there are such. The last figure's samples are left in
+    In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for particles
+    of a known energy its histogram and that of distances, weighted, too, for other data histograms and pairs of columns; where data have a
+    context, samples given theirs. Always of the averaged weights, where there are such. The last figure's samples are left in
     `samples.npy`, too, in the units of the data. The learning curve is drawn from `metrics.csv`.
 
     Figures while training are left out where they would take more than their share of the time: the first is drawn when
@@ -115,9 +116,19 @@ class Figures(L.Callback):
             # A score without SDE has no density; where the truth is known, the score is drawn over that.
             truth = cast(Callable[[Tensor], Tensor], data.log_prob) if data.log_prob(rows[:1]) is not None else None
             return plot_plane(rows, samples, truth, score, name="True log-density")
+        if data.energy is not None and isinstance(density, FlowDensity):
+            return plot_energies(rows, samples, _log_weights(density, data, samples), data.energy)
         rows, samples = rows.flatten(1), samples.flatten(1)
         names = getattr(data, "columns", None) or [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])]
         return plot_pairs(rows, samples, names)
+
+
+def _log_weights(density: FlowDensity, data: TensorDataModule, samples: Tensor) -> Tensor | None:
+    """Of samples towards the density of the data's energy, `(n,)`; None where theirs is estimated."""
+    if data.energy is None or density.flow.estimator.stochastic:
+        return None
+    log_prob = torch.cat([density.log_prob(part) for part in samples.split(data.eval_batch_size)])
+    return -data.energy(samples) - log_prob
 
 
 def _paths(density: FlowDensity, count: int = 60) -> Tensor:

@@ -1,4 +1,4 @@
-"""Lightning data modules: toy densities with a known log-density, digits, tables, simulations, and images and tables of one's own."""
+"""Lightning data modules: toy densities and particles of known log-density, digits, tables, simulations, and images and tables of one's own."""
 
 from divflow.data.dequantization import Dequantization, TruncatedNormalDequantization, UniformDequantization
 from divflow.data.digits import Digits, Mnist
@@ -6,11 +6,12 @@ from divflow.data.discrete import DiscreteImages
 from divflow.data.images import Images
 from divflow.data.literature import Literature
 from divflow.data.module import DataError, TensorDataModule
+from divflow.data.particles import Particles
 from divflow.data.simulations import Simulations
 from divflow.data.table import Table
 from divflow.data.toy import Toy
 from divflow.data.uci import Uci
-from divflow.transforms import Affine, Compose, Logit, Transform
+from divflow.transforms import Affine, Compose, Logit, MeanFreeScale, Transform
 
 __all__ = [
     "Affine",
@@ -22,7 +23,9 @@ __all__ = [
     "Images",
     "Literature",
     "Logit",
+    "MeanFreeScale",
     "Mnist",
+    "Particles",
     "Simulations",
     "Table",
     "TensorDataModule",

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from divflow.data.dequantization import Dequantization, UniformDequantization, dequantize, quantize
 from divflow.data.order import ShuffledRows, combined_seed
+from divflow.energies import PairEnergy
 from divflow.errors import DivflowError
 from divflow.transforms import Affine, Transform
 
@@ -97,6 +98,8 @@ class TensorDataModule(L.LightningDataModule):
         num_draws: of that noise, for each row of the test.
         images: whether samples are drawn as a grid of images.
         context_features: features of the context by which a density of the data is conditional; 0 for none.
+        energy: of particles with a Boltzmann density, that samples can be weighted towards; None for others.
+        num_weighted: samples of the model that are so weighted in the test.
 
     In several processes each trains on its share of every epoch; evaluation divides the rows without
     repeating any, so that averages are those of one process.
@@ -111,6 +114,8 @@ class TensorDataModule(L.LightningDataModule):
     num_draws: int = 1
     images: bool = False
     context_features: int = 0
+    energy: PairEnergy | None = None
+    num_weighted: int = 10_000
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()

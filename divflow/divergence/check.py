@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from divflow.divergence.field import Field, FieldError, as_time, checked_state, checked_value
 from divflow.divergence.seeded import seeded
 
-__all__ = ["accepts_sample_times", "check_field"]
+__all__ = ["accepts_sample_times", "check_field", "perturbed_copy"]
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def check_field(g: Field, t: Tensor | float, x: Tensor) -> None:
     if len(x) == 1:
         x = x.expand(2, *x.shape[1:])
         t = t if t.ndim == 0 else t.expand(2)
-    field = _perturbed_copy(g) if isinstance(g, nn.Module) else g
+    field = perturbed_copy(g) if isinstance(g, nn.Module) else g
     noise = torch.Generator().manual_seed(0)
     changed = x.clone()
     changed[1::2] += torch.randn(changed[1::2].shape, generator=noise).to(x) * (1 + x.abs().max())
@@ -58,7 +58,7 @@ def accepts_sample_times(g: Field, start: float, stop: float, x: Tensor) -> bool
     Many a network is written for a scalar t only; given `(k,)` it raises, or broadcasts t against the
     wrong dimension where k happens to fit. Costs three evaluations, on a copy of a module.
     """
-    field = _perturbed_copy(g) if isinstance(g, nn.Module) else g
+    field = perturbed_copy(g) if isinstance(g, nn.Module) else g
     # States that are zero, or equal, would hide what t is broadcast against.
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     x = x + 0.01 * (1 + x.abs().max()) * noise
@@ -82,7 +82,9 @@ def _same_randomness(field: Field, t: Tensor, x: Tensor) -> Tensor:
         return checked_value(field(t, x.clone()), x)
 
 
-def _perturbed_copy(module: nn.Module) -> nn.Module:
+@torch.no_grad()
+def perturbed_copy(module: nn.Module) -> nn.Module:
+    """A copy whose all-zero parameters are not zero, so that a last layer that starts there hides nothing."""
     try:
         module = copy.deepcopy(module)
     except RuntimeError:  # it holds tensors with a history, as weight normalization does, which can't be copied

@@ -35,7 +35,8 @@ class FlowTask(FlowDensityTask):
     and, in the test, `/nll_estimator_error` and `/bits_per_dim_estimator_error`, what that leaves of error in the mean.
     Where the data module draws noise several times for each row of the test (`num_draws`), log-densities are averages over
     the draws, `/dequantization_error` and `/bits_per_dim_dequantization_error` say the same of that noise, and
-    `/bits_per_dim_importance_weighted` is the nearer bound, where the divergence is exact.
+    `/bits_per_dim_importance_weighted` is the nearer bound, where the divergence is exact. Where the data have an energy, the test
+    logs what `reweighted` says of weighted samples.
 
     Args:
         flow: what is trained and saved: a flow, or a `FlowDensity`, which adds the data's transform to it.
@@ -75,6 +76,7 @@ class FlowTask(FlowDensityTask):
         """Before the first step: the velocity must be a field, and treat the samples independently."""
         flow, (x, context) = self.density.flow, self.transformed(batch)
         check_field(flow.field(context), flow.times()[0], x)
+        self.check_base(x, context)
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, in nats: the mean of -log p(x), or of -log p(x | context), and the regularization."""

@@ -1,16 +1,19 @@
 """What tasks share whose density is a flow: validation and test by its exact likelihood, however it is trained."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from divflow.bases import MeanFreeNormal
 from divflow.data.module import Batch, split_context
 from divflow.density import FlowDensity
 from divflow.flow import ContinuousFlow
+from divflow.tasks.reweighting import reweighted
 from divflow.tasks.task import Task
 from divflow.transforms import Affine
 
@@ -53,6 +56,32 @@ class FlowDensityTask(Task):
     def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """The log-density of a batch, and what is known of it."""
         return self.judge_likelihood(self.judged, batch)
+
+    def check_base(self, x: Tensor, context: Tensor | None) -> None:
+        """Before the first step: the velocity must stay on the subspace that the base is a density on, if it is one.
+
+        Raises:
+            BaseError: it moves the centre of mass of particles.
+        """
+        flow = self.density.flow
+        if isinstance(flow.base.distribution, MeanFreeNormal):
+            flow.base.distribution.check_velocity(flow.field(context), flow.times()[0], x)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test averages, and where the data have an energy, what weighted samples say of it."""
+        super().on_test_epoch_end()
+        data, estimator = self.data, self.judged.flow.estimator
+        if data is None or data.energy is None:
+            return
+        if estimator.stochastic:
+            warnings.warn(
+                f"samples are not weighted towards the energy, since {estimator} estimates the divergence; their weights need an exact "
+                "one: estimator@evaluation.estimator=exact",
+                stacklevel=2,
+            )
+            return
+        for name, value in reweighted(self.judged, data, Generator(self.device).manual_seed(0)).items():
+            self.log(f"test/{name}", value)
 
     @torch.no_grad()
     def transformed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -70,7 +70,9 @@ class FlowMatchingTask(FlowDensityTask):
 
     def check(self, batch: Batch) -> None:
         """Before the first step: the velocity must be a field, treat the samples independently, and take a time for each."""
-        self.objective.check(self.density.flow.velocity, *self.transformed(batch))
+        x, context = self.transformed(batch)
+        self.objective.check(self.density.flow.velocity, x, context)
+        self.check_base(x, context)
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean of the objective over a batch."""

@@ -16,7 +16,8 @@ matplotlib.use("agg")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parents[1] / "examples")]
 
-import exact  # noqa: E402 - the folders are no packages
+import boltzmann  # noqa: E402 - the folders are no packages
+import exact  # noqa: E402
 import laplacian  # noqa: E402
 import residual  # noqa: E402
 import score_step  # noqa: E402
@@ -39,6 +40,7 @@ PARTS = {
     "gradient_field": laplacian.two_hidden,
     "residual": residual.steps,
     "score": lambda: score_step.steps() + score_step.gradient_noise(),
+    "boltzmann": boltzmann.rows,
     "variance": lambda: variance.reduction(FOLDER),
 }
 

@@ -1,0 +1,99 @@
+"""Particles of a known energy, sampled from its Boltzmann density."""
+
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.data.cache import cache_folder, cached
+from divflow.data.module import DataError, Rows, TensorDataModule
+from divflow.energies import DoubleWell, PairEnergy, Tempering, quartet
+from divflow.transforms import MeanFreeScale
+
+__all__ = ["Particles"]
+
+# Of the way that samples are made: another one makes cached files anew.
+_VERSION = 1
+
+
+class Particles(TensorDataModule):
+    """Samples of exp(-U(x)) / Z, so that a run reports its gap to the truth, and its samples can be weighted towards it.
+
+    Their centre of mass is zero, and one scale serves all entries, so that flows of them need base=mean_free and a velocity that
+    leaves the centre where it is. The gap, as of `Toy`, estimates the Kullback-Leibler divergence from the model to the truth; it is as
+    near as `log_normalizer`.
+
+    Samples are made by parallel tempering at first use, in some seconds (DW4) or minutes (LJ13) on one core, and kept. The splits are of
+    different chains.
+
+    Args:
+        energy: U, in kT.
+        sampler: of it.
+        num_train: training samples.
+        num_val: validation samples.
+        num_test: test samples.
+        num_weighted: samples of the model that the test weights towards the density.
+        batch_size: samples a training step, in each process.
+        eval_batch_size: samples a validation or test step; `batch_size` if None.
+        seed: of all samples.
+        cache: folder where samples are kept; `~/.cache/divflow` if None.
+
+    Attributes:
+        log_normalizer: log Z, in nats: of four particles in the plane by quadrature, of others by the sampler.
+        log_normalizer_error: standard error of it; zero by quadrature.
+        free_energy_difference: of a `DoubleWell` of four in the plane, by quadrature, in kT; else None.
+
+    Raises:
+        DataError: a split of fewer than two samples.
+        EnergyError: a sampler that does not suit the energy.
+    """
+
+    energy: PairEnergy
+
+    def __init__(
+        self,
+        energy: PairEnergy,
+        sampler: Tempering,
+        num_train: int = 100_000,
+        num_val: int = 2_000,
+        num_test: int = 10_000,
+        num_weighted: int = 10_000,
+        batch_size: int = 256,
+        eval_batch_size: int | None = 1_000,
+        seed: int = 0,
+        cache: str | Path | None = None,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, seed)
+        for name, count in {
+            "num_train": num_train,
+            "num_val": num_val,
+            "num_test": num_test,
+            "num_weighted": num_weighted,
+        }.items():
+            if count < 2:
+                raise DataError(f"{name} must be at least 2, but is {count}")
+        self.energy, self.event_shape = energy, energy.event_shape
+        self.num_weighted = num_weighted
+        sizes = [num_test, num_val, num_train]
+
+        def make() -> dict[str, Tensor | float]:
+            found = sampler(energy, sum(sizes), Generator().manual_seed(seed))
+            names = ("samples", "log_normalizer", "standard_error")
+            return {name: getattr(found, name) for name in names}
+
+        folder = cache_folder() if cache is None else Path(cache).expanduser()
+        name = f"{type(energy).__name__}-{energy.particles}-{energy.dimensions}"
+        made = cached(folder, name, f"{energy}, {sampler}, {sum(sizes)} samples, seed {seed}", _VERSION, make)
+        test, val, train = made["samples"].split(sizes)
+        self.train, self.val, self.test = Rows(train), Rows(val), Rows(test)
+        self.transform = MeanFreeScale(train.std())
+        self.log_normalizer, self.log_normalizer_error = made["log_normalizer"], made["standard_error"]
+        self.free_energy_difference: float | None = None
+        if energy.event_shape == (4, 2) and isinstance(energy, DoubleWell):
+            known = quartet(energy, energy.d0)
+            self.log_normalizer, self.log_normalizer_error = known.log_normalizer, 0.0
+            self.free_energy_difference = energy.free_energy_difference(torch.tensor(known.beyond)).item()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The true log-density of x `(k, n, d)` in nats, `(k,)`."""
+        return -self.energy(x) - self.log_normalizer

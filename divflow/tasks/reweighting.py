@@ -1,0 +1,55 @@
+"""What a flow's samples, weighted towards the Boltzmann density of the data's energy, say of it."""
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.data.module import TensorDataModule
+from divflow.density import FlowDensity
+from divflow.energies import DoubleWell
+from divflow.errors import DivflowError
+
+__all__ = ["reweighted"]
+
+
+@torch.no_grad()
+def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generator | None = None) -> dict[str, float]:
+    """The effective sample size and what weighted samples estimate, with standard errors, by name; beside each what is known of it.
+
+    `effective_sample_fraction` is 1 / (n sum W_i^2), from 1 / n to 1; `log_normalizer` log Z in nats, which is right for any flow, but the nearer
+    the larger the fraction; `free_energy_difference` that of a double well's two wells in kT. `_reference` is what the data module
+    knows of the same.
+
+    Args:
+        density: with an exact divergence.
+        data: that has an energy.
+        generator: of the samples.
+
+    Raises:
+        DivflowError: the data have no energy.
+        ImportanceError: an estimated divergence.
+    """
+    energy = data.energy
+    if energy is None:
+        raise DivflowError(
+            "samples are weighted towards the energy of the data, but these have none; use data=dw4 or data=lj13"
+        )
+    weights = density.importance_weights(
+        lambda x: -energy(x), data.num_weighted, generator, batch_size=data.eval_batch_size
+    )
+    found = {
+        "effective_sample_fraction": float(weights.effective_sample_size) / data.num_weighted,
+        "log_normalizer": float(weights.log_normalizer),
+        "log_normalizer_standard_error": float(weights.standard_error),
+    }
+    if isinstance(energy, DoubleWell):
+        share, error = _expectation(weights.log_weights.exp(), energy.extended(weights.samples))
+        found["free_energy_difference"] = float(energy.free_energy_difference(share))
+        found["free_energy_difference_standard_error"] = float(error / (share * (1 - share)))
+    known = {f"{name}_reference": getattr(data, name, None) for name in ("log_normalizer", "free_energy_difference")}
+    return found | {name: value for name, value in known.items() if value is not None}
+
+
+def _expectation(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum_i W_i h_i and its standard error, sqrt(sum_i W_i^2 (h_i - mean)^2), by the delta method."""
+    mean = weights @ values
+    return mean, (weights.square() @ (values - mean).square()).sqrt()
