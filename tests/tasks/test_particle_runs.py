@@ -24,7 +24,14 @@ from divflow.tasks.reweighting import reweighted
 
 SAMPLES = ["data.num_train=64", "data.num_val=20", "data.num_test=30", "data.num_weighted=40", "data.batch_size=16"]
 SAMPLER = ["data.sampler.chains=20", "data.sampler.warm_up=60", "data.sampler.thin=1"]
-SMALL = [*SAMPLES, *SAMPLER, "data.eval_batch_size=15", *[it for it in FAST if "hidden" not in it], "network.hidden=8", "callbacks.figures.num_samples=30"]
+SMALL = [
+    *SAMPLES,
+    *SAMPLER,
+    "data.eval_batch_size=15",
+    *[it for it in FAST if "hidden" not in it],
+    "network.hidden=8",
+    "callbacks.figures.num_samples=30",
+]
 
 
 @pytest.fixture(scope="module")
