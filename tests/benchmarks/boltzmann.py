@@ -30,13 +30,14 @@ Row = tuple[str, str, str, str]
 SAMPLERS = {4: Tempering(rungs=8, power=2.0, std=2.0, thin=6), 13: Tempering(warm_up=150, thin=4, leapfrog=8)}
 
 
-def trained(energy: PairEnergy, steps: int, hidden: int = 64) -> tuple[ContinuousFlow, Tensor, Tensor]:
+@torch.enable_grad()
+def trained(energy: PairEnergy, steps: int, num_data: int = 20_000) -> tuple[ContinuousFlow, Tensor, Tensor]:
     """A flow matched to samples of an energy, the samples in its units, and their scale."""
     torch.manual_seed(0)
-    x = SAMPLERS[energy.particles](energy, 20_000, Generator().manual_seed(0)).samples
+    x = SAMPLERS[energy.particles](energy, num_data, Generator().manual_seed(0)).samples
     scale = x.std()
     x = x / scale
-    velocity = HollowEGNN(energy.event_shape, hidden=hidden, mean_free=True)
+    velocity = HollowEGNN(energy.event_shape, mean_free=True)
     solver = Solver("dopri5", rtol=1e-5, atol=1e-5)
     flow = ContinuousFlow(velocity, energy.event_shape, base=MeanFreeNormal(energy.event_shape), solver=solver)
     optimizer = torch.optim.Adam(velocity.parameters(), 3e-3)
@@ -76,7 +77,7 @@ def augmented(
 @torch.no_grad()
 def seconds(energy: PairEnergy, name: str, steps: int, batch: int) -> list[Row]:
     """Seconds of 10,000 likelihoods, from those of a batch."""
-    flow, x, _ = trained(energy, steps)
+    flow, x, _ = trained(energy, steps, 2_000)
     x = x[:batch]
 
     def by_products() -> Tensor:
