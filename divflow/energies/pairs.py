@@ -88,7 +88,9 @@ class DoubleWell(PairEnergy):
     Args:
         particles: n.
         dimensions: d, of space.
-        a, b, c: in kT, of the distance from d_0.
+        a: of the distance from d_0, in kT.
+        b: of its square.
+        c: of its fourth power.
         d0: d_0, the distance between the wells.
         tau: temperature that all is divided by.
     """
