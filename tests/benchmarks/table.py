@@ -71,7 +71,7 @@ def figure() -> None:
     axes[1].minorticks_off()
     axes[0].legend(frameon=False, fontsize=8)
     axes[1].legend(frameon=False, fontsize=8, loc="lower left")
-    axes[1].set_ylim(bottom=0.02)
+    axes[1].set_ylim(bottom=0.002)
     axes[0].figure.savefig(HERE / "figure.png", dpi=150)
 
 
