@@ -1,5 +1,6 @@
 """Statistics of normalizations, while a field is evaluated: which depend on x, and others put in their place."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ __all__ = ["Put", "Take", "require_value"]
 _TOO_MANY = 0.4
 
 
-class _ByParts(TorchFunctionMode):
+class _ByParts(TorchFunctionMode, ABC):
     """While it is entered, normalizations are computed by parts, and each statistic is what a method makes of it.
 
     Args:
@@ -34,9 +35,9 @@ class _ByParts(TorchFunctionMode):
         super().__init__()
         self._verify, self.number = verify, 0
 
+    @abstractmethod
     def statistic(self, value: Tensor) -> Tensor:
         """What to take for a statistic."""
-        raise NotImplementedError
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -13,22 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from divflow.divergence.field import graph_of
 from divflow.divergence.layered import NoRule
-from divflow.divergence.layered.operation import Operation, described, name_of, tensors_in
+from divflow.divergence.layered.operation import HOOKS, METADATA, Operation, described, name_of, tensors_in, version
 from divflow.laplacian.jet import Jet
 
 __all__ = ["Push", "Rule", "Tape", "at_places"]
 
 Push = Callable[..., Jet]
 Rule = Callable[["Tape", Operation], Any]
-
-_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
-# What depends on shape, type and place of a tensor alone.
-_METADATA = set(
-    """
-    shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_leaf is_cuda is_floating_point
-    is_complex is_contiguous stride element_size get_device __len__ grad_fn
-    """.split()  # noqa: SIM905 - a list of these would take a screen
-)
 
 
 class _Step(NamedTuple):
@@ -46,11 +37,6 @@ class _Known(NamedTuple):
     step: int | None
     version: int
     reason: str = ""
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _never() -> Jet:
@@ -102,13 +88,13 @@ class Tape(TorchFunctionMode):
         if value.is_complex():
             raise NoRule("complex numbers")
         self._steps.append(_Step(tuple(map(self._step, operands)), push, value.shape))
-        self._known[id(value)] = _Known(value, len(self._steps) - 1, _version(value))
+        self._known[id(value)] = _Known(value, len(self._steps) - 1, version(value))
         self.widest = max(self.widest, value.numel())
         return value
 
     def alias(self, value: Tensor, operand: Tensor) -> Tensor:
         """Remember that a value is another one, or a copy."""
-        self._known[id(value)] = _Known(value, self._step(operand), _version(value))
+        self._known[id(value)] = _Known(value, self._step(operand), version(value))
         return value
 
     def depends(self, tensor: object) -> bool:
@@ -117,7 +103,7 @@ class Tape(TorchFunctionMode):
 
     def _step(self, value: Tensor) -> int:
         known = self._known[id(value)]
-        if known.version != _version(value):
+        if known.version != version(value):
             raise NoRule("a change in place through another view")
         if known.step is None:
             raise NoRule(known.reason)
@@ -167,7 +153,7 @@ class Tape(TorchFunctionMode):
         name = name_of(func)
         kwargs = kwargs or {}
         tensors: list[Tensor] = []
-        if name in _METADATA:
+        if name in METADATA:
             return func(*args, **kwargs)
         rule = self._rules.get(name)
         # Where there is a rule, it finds anew at every call what depends on numbers.
@@ -201,20 +187,16 @@ class Tape(TorchFunctionMode):
 
     def _unknown(self, op: Operation, reason: str) -> Any:
         """Evaluate what has no rule."""
-        versions = [(tensor, _version(tensor)) for tensor in op.tensors]
         with torch.set_grad_enabled(self.differentiable):
-            result = op()
-        made = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() or tensor.is_complex()]
-        if op.name in _HOOKS:  # they may change gradients
-            made += op.tensors
-        for tensor in made + [tensor for tensor, version in versions if _version(tensor) != version]:
-            self._known[id(tensor)] = _Known(tensor, None, _version(tensor), reason)
+            result, touched = op.touching()
+        for tensor in touched:
+            self._known[id(tensor)] = _Known(tensor, None, version(tensor), reason)
         return result
 
     def _shown(self, op: Operation, result: object) -> object:
         """The result as the function sees it, with the operation noted."""
         outputs = tensors_in(result)
-        if outputs or result is None or op.name in _HOOKS:
+        if outputs or result is None or op.name in HOOKS:
             self.signature.append(op.summary)
         if not self.differentiable:
             # What is done to it in ways that can't be followed then leaves a graph, by which it is found out.

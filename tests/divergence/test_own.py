@@ -3,6 +3,7 @@
 import pytest
 import torch
 from catalogue import EVENTS
+from own_laws import derivatives
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, FieldError, Hutchinson, divergence, value_and_divergence
@@ -49,17 +50,6 @@ class Wrong(Cubic):
 def point(*event, k=4):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(k, *event, dtype=torch.float64, generator=generator)
-
-
-def derivatives(g, t, x, estimator):
-    """Value, divergence, and their first and second derivatives in t, x and the parameters."""
-    t, x = t.clone().requires_grad_(), x.clone().requires_grad_()
-    inputs = [t, x, *g.parameters()]
-    found = value_and_divergence(g, t, x, estimator)
-    loss = found.value.sin().sum() + found.divergence.sin().sum()
-    first = torch.autograd.grad(loss, inputs, create_graph=True, materialize_grads=True)
-    second = torch.autograd.grad(sum(d.sin().sum() for d in first), inputs, materialize_grads=True)
-    return [*found, *first, *second]
 
 
 def assert_equal(actual, expected, rtol=1e-10):

@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Operation", "described", "indices", "name_of", "tensors_in"]
+__all__ = ["HOOKS", "METADATA", "Operation", "described", "indices", "name_of", "tensors_in", "version"]
+
+HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
+"""Operations that may change gradients."""
+METADATA = set(
+    """
+    shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_leaf is_cuda is_floating_point
+    is_complex is_contiguous stride element_size get_device __len__ grad_fn
+    """.split()  # noqa: SIM905 - a list of these would take a screen
+)
+"""Operations that depend on shape, type and place of a tensor alone."""
 
 
 @functools.cache
@@ -104,10 +114,23 @@ class Operation(NamedTuple):
         """Its value at other tensors."""
         return self.func(*_map(new, self.args), **_map(new, self.kwargs))
 
+    def touching(self) -> tuple[Any, list[Tensor]]:
+        """Its value, and the tensors that it made or changed, or may have changed the gradients of."""
+        before = [(tensor, version(tensor)) for tensor in self.tensors]
+        result = self()
+        touched = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() or tensor.is_complex()]
+        touched += self.tensors if self.name in HOOKS else []
+        return result, touched + [tensor for tensor, number in before if version(tensor) != number]
+
     def out_of_place(self, new: Callable[[Tensor], Tensor], func: Any, name: str) -> "Operation":
         """The function of that name at other tensors, not told to work in place."""
         kwargs = {key: _map(new, value) for key, value in self.kwargs.items() if key != "inplace"}
         return Operation(func, name, _map(new, self.args), kwargs, [*map(new, self.tensors)], self.summary)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def tensors_in(value: object) -> list[Tensor]:

@@ -25,6 +25,7 @@ from divflow.divergence.layered.jacobian import (
     product,
     take,
 )
+from divflow.divergence.layered.operation import version
 
 __all__ = ["Cycle", "Origin", "bases_of", "chains", "cycles"]
 
@@ -110,7 +111,7 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
         columns = _compose(below.rows, at_input) if i == len(chain) - 2 else below.rows
         assert isinstance(above.base, Linear)  # all but the last of a chain
         matrix = above.base.matrix
-        origins.append(Origin(matrix, 0 if matrix.is_inference() else matrix._version, rows, columns))
+        origins.append(Origin(matrix, version(matrix), rows, columns))
         matrices.append(take(take(matrix, rows, 0), columns, 1))
     numbers = []
     for i, diagonal in enumerate(diagonals):

@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 from divflow.divergence.field import graph_of
 from divflow.divergence.layered.decompositions import DECOMPOSED
 from divflow.divergence.layered.jacobian import NoRule
-from divflow.divergence.layered.operation import Operation, described, indices, name_of, tensors_in
+from divflow.divergence.layered.operation import HOOKS, METADATA, Operation, described, indices, name_of, tensors_in
 from divflow.divergence.layered.rules import CHOOSING, RULES, SAME_EVERYWHERE
-from divflow.divergence.layered.values import Values, version
+from divflow.divergence.layered.values import Values
 from divflow.divergence.layered.verify import verify_operation
 
 __all__ = ["Trace"]
@@ -32,14 +32,6 @@ _HIDING = set(
     where masked_fill fmax fmin nan_to_num pow float_power hypot copysign heaviside sign sgn xlogy alpha_dropout
     feature_alpha_dropout feature_dropout rrelu
     """.split()  # noqa: SIM905
-)
-_HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
-# What depends on shape, type and place of a tensor alone.
-_METADATA = set(
-    """
-    shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_leaf is_cuda is_floating_point
-    is_complex is_contiguous stride element_size get_device __len__ grad_fn
-    """.split()  # noqa: SIM905 - a list of these would take a screen
 )
 
 
@@ -81,7 +73,7 @@ class Trace(Values, TorchFunctionMode):
         name = name_of(func)
         kwargs = kwargs or {}
         tensors: list[Tensor] = []
-        if name in _METADATA:
+        if name in METADATA:
             return func(*args, **kwargs)
         # Where there is a rule, it finds anew at every call what depends on numbers.
         numbers = name not in RULES and name not in DECOMPOSED
@@ -113,14 +105,9 @@ class Trace(Values, TorchFunctionMode):
             except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
                 # A rule that does not apply after all. If the field itself is wrong, the evaluation below says so.
                 reason = f"the rule of {name} does not cover its arguments"
-        versions = [(tensor, version(tensor)) for tensor in tensors]
         with torch.set_grad_enabled(self.differentiable):
-            result = op()
-        made = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() or tensor.is_complex()]
-        if name in _HOOKS:  # they may change gradients
-            made += tensors
-        changed = [tensor for tensor, before in versions if version(tensor) != before]
-        for tensor in made + changed:
+            result, touched = op.touching()
+        for tensor in touched:
             self.refuse(tensor, reason)
         return self._shown(op, result)
 
@@ -139,7 +126,7 @@ class Trace(Values, TorchFunctionMode):
             tensor.is_floating_point() and tensor.layout == torch.strided for tensor in op.tensors + outputs
         ):
             self.choices.append(op.name)
-        if outputs or result is None or op.name in _HOOKS:
+        if outputs or result is None or op.name in HOOKS:
             self.signature.append(op.summary)
         if not self.differentiable:
             # What is done to it in ways that can't be followed then leaves a graph, by which it is found out.

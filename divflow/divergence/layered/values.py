@@ -3,13 +3,9 @@
 from torch import Tensor
 
 from divflow.divergence.layered.jacobian import Base, NoRule, Term
+from divflow.divergence.layered.operation import version
 
-__all__ = ["Values", "version"]
-
-
-def version(tensor: Tensor) -> int:
-    """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
-    return 0 if tensor.is_inference() else tensor._version
+__all__ = ["Values"]
 
 
 class _Known:

@@ -20,7 +20,8 @@ def states(*event, k=3, seed=1):
     return torch.randn(k, *event, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _derivatives(g, t, x, estimator):
+def derivatives(g, t, x, estimator):
+    """Value, divergence, and their first and second derivatives in t, x and the parameters."""
     t, x = t.clone().requires_grad_(), x.clone().requires_grad_()
     inputs = [t, x, *g.parameters()]
     found = value_and_divergence(g, t, x, estimator)
@@ -33,7 +34,7 @@ def _derivatives(g, t, x, estimator):
 def assert_own_divergence_is_exact(network, t, x):
     """Value, divergence, first and second derivatives in t, x and parameters, against one product a dimension."""
     assert Exact().explain(network, t, x).method == "own"
-    ways = (_derivatives(network, t, x, way) for way in (Exact("own"), Autograd()))
+    ways = (derivatives(network, t, x, way) for way in (Exact("own"), Autograd()))
     for own, true in zip(*ways, strict=True):
         scale = true.abs().max().item() if true.numel() else 0.0
         torch.testing.assert_close(own, true, rtol=1e-10, atol=1e-10 * (1 + scale))
