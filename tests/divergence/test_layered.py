@@ -342,9 +342,9 @@ def test_a_verified_call_gives_the_same_bits(name, grad):
 
 
 def test_what_was_chosen_for_one_network_is_not_taken_for_another_that_does_the_same_operations():
-    """The same operations on tensors of the same shapes, applied one after another or side by side."""
-    first, second = (torch.randn(D, D, dtype=torch.float64) for _ in range(2))
-    x = torch.randn(3, D, dtype=torch.float64)
+    """The same operations on tensors of the same shapes, applied side by side, or one after another: one path more than there is a form for."""
+    first, second = (torch.randn(32, 32, dtype=torch.float64) / 6 for _ in range(2))
+    x = torch.randn(512, 32, dtype=torch.float64)
 
     def deep(t, x):
         for _ in range(3):
@@ -356,16 +356,39 @@ def test_what_was_chosen_for_one_network_is_not_taken_for_another_that_does_the_
         b, c = (a @ first).tanh(), (x @ second).tanh()
         return b @ second + c
 
-    for field in (deep, wide):
+    for field, is_cut in ((wide, False), (deep, True)):
+        assert ("carried through" in LAYERED.explain(field, 0.0, x).why) == is_cut
         torch.testing.assert_close(LAYERED(field, 0.0, x).divergence, Autograd()(field, 0.0, x).divergence)
 
 
 def test_numbers_of_each_sample_cost_nothing():
     """They commute with every matrix, so that times of their own leave a score or a denoiser its closed form."""
     field, x = make("preconditioned", torch.float64)
+    t = torch.linspace(0.1, 0.9, len(x), dtype=torch.float64)
+    with torch.no_grad():
+        followed = follow(field, t, x, products=False)
+        terms = followed.trace.terms(followed.output)
+        uncut = contract.contraction(Network(terms, bases_of(terms), frozenset()), D)
+        result = followed.divergence(uncut, None)
+    torch.testing.assert_close(result, divergence(field, t, x, Autograd()).detach(), rtol=1e-10, atol=1e-10)
+    for cycle in uncut.cycles:
+        assert sum(diagonal is not None for diagonal in cycle.diagonals) <= 2
+    assert any(cycle.numbers for cycle in uncut.cycles)
+
+
+def test_numbers_of_each_sample_leave_a_score_its_closed_form():
+    net, x = (
+        Plain(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 64)),
+        torch.randn(64, 64),
+    )
+
+    def field(t, x):
+        t = t.reshape(-1, 1)
+        return net(t, x / (1 + t)) * t.exp() - x * t
+
     shared, own = (Exact().explain(field, t, x) for t in (torch.tensor(0.3), torch.linspace(0.1, 0.9, len(x))))
     assert "carried through" not in own.why
-    assert own.cost_in_forward_passes <= 1.1 * shared.cost_in_forward_passes
+    assert own.cost_in_forward_passes <= 1.1 * shared.cost_in_forward_passes < 3
 
 
 def test_chunks_of_the_longer_products():
