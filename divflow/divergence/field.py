@@ -141,6 +141,21 @@ class Linearization:
                 self._batches[len(vectors), self.create_graph and not constant] = False
         return torch.stack([self._grad(vector, False, constant) for vector in vectors])
 
+    def pushforward(self, vectors: Float[Tensor, "products batch *event"]) -> Float[Tensor, "products batch *out"]:
+        """J u for every vector u, constants: u^T J^T w is linear in w, and differentiated in it (linearized `twice`)."""
+        if not self._output.requires_grad or self._output.numel() == 0:
+            return vectors.new_zeros(vectors.shape[0], *self._output.shape)
+        with torch.inference_mode(False), torch.enable_grad():
+            dual = torch.zeros_like(self._output, requires_grad=True)
+            (product,) = torch.autograd.grad(self._output, self._point, dual, create_graph=True, materialize_grads=True)
+            if not product.requires_grad:  # x is detached within the field
+                return vectors.new_zeros(vectors.shape[0], *self._output.shape)
+            columns = [
+                torch.autograd.grad(product, dual, vector, retain_graph=True, materialize_grads=True)[0]
+                for vector in vectors
+            ]
+        return torch.stack(columns).detach()
+
     def batches(self, count: int, constant: bool = False) -> bool:
         """Whether `count` products are taken in one pass: tried once, then it stays as it is for this evaluation."""
         if count < 2 or not self._output.requires_grad or self._output.numel() == 0:
@@ -212,6 +227,7 @@ def linearize(
     x: Tensor,
     check: Callable[[Tensor, Tensor], Tensor],
     products: bool = True,
+    twice: bool = False,
 ) -> Linearization:
     """Evaluate `function` once at x, ready for products with its Jacobian.
 
@@ -220,6 +236,7 @@ def linearize(
         x: the point, `(k, *event)`; left alone, even by a function that works in place.
         check: applied to the output and x, returns the output or raises `FieldError`.
         products: whether there will be any; without them, no graph from x is built that was not asked for.
+        twice: whether products will be differentiated where grad is not enabled, too (`Linearization.pushforward`).
     """
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
@@ -229,7 +246,7 @@ def linearize(
         attached = differentiable and x.requires_grad
         point = x.view_as(x) if attached else x.detach().requires_grad_(products)
         try:
-            with _differentiable_kernels(twice=differentiable):
+            with _differentiable_kernels(twice=twice or differentiable):
                 output = check(function(point.clone()), x)
         except RuntimeError as error:
             if "Inference tensors cannot be saved for backward" not in str(error):
@@ -255,11 +272,13 @@ def graph_of(*outputs: Tensor) -> Iterator[Node]:
             nodes.extend(function for function, _ in node.next_functions)
 
 
-def linearize_field(g: Field, t: Tensor | float, x: Tensor, products: bool = True) -> Linearization:
+def linearize_field(
+    g: Field, t: Tensor | float, x: Tensor, products: bool = True, twice: bool = False
+) -> Linearization:
     """`linearize` for a field at time t, with t, x and the value checked."""
     x = checked_state(x)
     t = as_time(t, x)
     if t.is_inference():
         with torch.inference_mode(False):
             t = t.clone()
-    return linearize(lambda z: g(t, z), x, checked_value, products)
+    return linearize(lambda z: g(t, z), x, checked_value, products, twice)

@@ -14,6 +14,7 @@ from divflow.divergence import (
     divergence,
     value_and_divergence,
 )
+from divflow.divergence.field import linearize_field
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
 
@@ -50,12 +51,13 @@ def by_rows(jacobians, count):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("references", ["batch", "samples"])
 @pytest.mark.parametrize("wrapped", WRAPPED, ids=str)
-def test_unbiased_with_an_honest_standard_error(wrapped, references):
+def test_unbiased_with_an_honest_standard_error(wrapped, references, rank):
     field, x = repeated_samples()
     given = 3 if references == "batch" else torch.randn(4, *EVENT, dtype=torch.float64)
-    result = ControlVariate(wrapped, given).estimate(field, TIME, x)
+    result = ControlVariate(wrapped, given, rank).estimate(field, TIME, x)
     draws = result.divergence.view(DRAWS, DISTINCT)
     expected = true_divergence(field, TIME, x[:DISTINCT])
     assert ((draws.mean(dim=0) - expected).abs() < 5 * draws.std(dim=0) / DRAWS**0.5).all()
@@ -106,11 +108,83 @@ def test_several_times_of_one_batch_have_a_matrix_each():
     torch.testing.assert_close(found, matrices[0].trace() + t.square() * matrices[1].trace())
 
 
+def of_rank_two(size):
+    """A field whose Jacobian at t is of rank two, not symmetric, with what it has in x on the diagonal: probes see none of it."""
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 2, size, dtype=torch.float64)
+
+    def field(t, x):
+        return torch.tanh(x) + ((1 + t.reshape(-1, 1)) * (x @ right.T)) @ left
+
+    return field, lambda t, x: (1 - x.tanh().square()).sum(dim=1) + (1 + t) * (left * right).sum()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("references", [8, "samples"])
+@pytest.mark.parametrize(("size", "rank"), [(30, 4), (5_000, None)])
+def test_low_rank_leaves_nothing_of_a_jacobian_of_low_rank(size, rank, references, mode):
+    """But the diagonal: C is a diagonal's mean in a few directions, which is small where these are."""
+    field, divergence_of = of_rank_two(size)
+    x = 3 + torch.randn(40, size, dtype=torch.float64).abs()  # tanh's derivative is about zero there
+    given = references if references != "samples" else x[:5].clone()
+    with mode():
+        result = ControlVariate(Hutchinson(2), given, rank).estimate(field, TIME, x)
+        plain = Hutchinson(2).estimate(field, TIME, x)
+    error = (result.divergence - divergence_of(TIME, x)).abs()
+    assert error.max() < 0.01 * plain.standard_error.mean()
+    assert (result.standard_error < 0.01 * plain.standard_error.mean()).all()
+
+
+@torch.no_grad()
+def test_rank_of_a_batch_is_what_one_product_a_sample_gives():
+    """Five directions of a matrix of full rank: what is left of its singular values is little more than those after five."""
+    torch.manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(2, 40, 40, dtype=torch.float64)).Q
+    values = 0.5 ** torch.arange(40, dtype=torch.float64)
+    matrix, x = u @ values.diag() @ v, torch.randn(40, 40, dtype=torch.float64)
+    for references, left in ((8, values[5:]), (4, values[10:]), (40, values[1:]), (100, values[1:])):
+        result = ControlVariate(Hutchinson(500), references, 10).estimate(lambda t, x: x @ matrix.T, TIME, x)
+        variance = result.standard_error.square().mean() * 500
+        assert 0.1 * left.square().sum() < variance < 20 * left.square().sum()
+    # With two passes, given references leave what the best matrix of that rank leaves.
+    best = matrix - (u[:, :10] * values[:10]) @ v[:10]
+    given = ControlVariate(Hutchinson(500), x[:2], 10).estimate(lambda t, x: x @ matrix.T, TIME, x)
+    expected = rademacher_variance(best[None])
+    torch.testing.assert_close(given.standard_error.square().mean()[None] * 500, expected, rtol=0.2, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("references", [3, "samples"])
+def test_low_rank_at_several_times_and_between_those_that_are_known(references):
+    field, divergence_of = of_rank_two(12)
+    x, times = 12 + torch.rand(15, 12, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    estimator = ControlVariate(Hutchinson(), references if references == 3 else x[:4].clone(), 3)
+    known = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    prepared = estimator.prepare(field, x, lambda given: (known, given.expand(3, *given.shape)))
+    (bundle,) = prepared.along(x, [3])
+    t = times.repeat_interleave(15)
+    torch.testing.assert_close(divergence(field, t, x.repeat(3, 1), bundle), divergence_of(t, x.repeat(3, 1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("event", [(4,), (2, 3)])
+def test_products_forward(event):
+    field, x = Network(event), torch.randn(5, *event, dtype=torch.float64)
+    vectors = torch.randn(3, 5, *event, dtype=torch.float64)
+    at = linearize_field(field, TIME, x, twice=True)
+    size = x[0].numel()
+    expected = torch.einsum("kij,nkj->nki", true_jacobian(field, TIME, x), vectors.view(3, 5, size))
+    torch.testing.assert_close(at.pushforward(vectors).view(3, 5, size), expected)
+    for constant in (lambda t, x: torch.ones_like(x), lambda t, x: x.detach() * 2):
+        assert not linearize_field(constant, TIME, x, twice=True).pushforward(vectors).any()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("references", [1, 3, 16])
 @pytest.mark.parametrize("event", [(), (1,), (5,), (3, 2, 2)], ids=str)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_shapes_modes_and_one_evaluation(event, references, dtype, mode):
+def test_shapes_modes_and_one_evaluation(event, references, dtype, mode, rank):
     calls = []
 
     class Counted(Network):
@@ -118,7 +192,7 @@ def test_shapes_modes_and_one_evaluation(event, references, dtype, mode):
             calls.append(1)
             return super().forward(t, x)
 
-    field, estimator = Counted(event, dtype), ControlVariate(Hutchinson(), references)
+    field, estimator = Counted(event, dtype), ControlVariate(Hutchinson(), references, rank)
     for batch in (0, 1, 4):
         for t in (torch.tensor(0.3, dtype=dtype), torch.linspace(0, 1, batch, dtype=dtype)):
             calls.clear()
@@ -200,10 +274,10 @@ def test_given_references_are_carried_along_once_and_again_for_other_parameters(
         flow.field(), x, lambda references: flow._trajectories(None, references)
     ).references
     states = flow.trajectory(x[:5], [flow.t_data, *prepared.times.tolist()])[1:]
-    for t, state, matrix in zip(prepared.times, states, prepared.matrices, strict=True):
+    for t, state, matrix in zip(prepared.times, states, prepared.matrices.rows, strict=True):
         torch.testing.assert_close(matrix, true_jacobian(velocity, t, state).mean(dim=0), rtol=1e-4, atol=1e-4)
     middle = prepared.at((prepared.times[3:4] + prepared.times[4:5]) / 2)
-    torch.testing.assert_close(middle[0], prepared.matrices[3:5].mean(dim=0))
+    torch.testing.assert_close(middle.rows[0], prepared.matrices.rows[3:5].mean(dim=0))
 
 
 @torch.no_grad()
@@ -243,5 +317,6 @@ def test_refuses_what_it_can_not_do():
     ):
         with pytest.raises(FieldError, match=r"\(3,\).*\(2, 4\).*\(r, \*event\)"):
             call()
-    with pytest.raises(FieldError, match=r"4,096.*5,000.*Hutchinson"):
-        divergence(lambda t, x: x, 0.0, torch.zeros(20, 5000), ControlVariate(Hutchinson()))
+    for rank in (0, 2.5, "4", True):
+        with pytest.raises(ValueError, match=r"rank.*whole number"):
+            ControlVariate(Hutchinson(), rank=rank)
