@@ -4,6 +4,7 @@ Noise x_0 at t = 0 and data x_1 at t = 1 are paired by a `Coupling` and joined b
 of the paths at times drawn from a `Times`, and learns their mean, which carries the density of the noise to that of the data.
 """
 
+from divflow.matching.alignment import EquivariantCoupling
 from divflow.matching.coupling import Coupling, IndependentCoupling, OptimalTransportCoupling
 from divflow.matching.objective import ConditionalFlowMatching
 from divflow.matching.path import LinearPath, Path, PathPoint, TrigonometricPath, VariancePreservingPath
@@ -12,6 +13,7 @@ from divflow.matching.times import LogitNormalTimes, MatchingError, Times, Unifo
 __all__ = [
     "ConditionalFlowMatching",
     "Coupling",
+    "EquivariantCoupling",
     "IndependentCoupling",
     "LinearPath",
     "LogitNormalTimes",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from results_particles import particles
 from results_trained import Ours, Trained, parameters
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
@@ -82,7 +83,11 @@ def probes(trained: Trained) -> dict[str, float]:
     return metrics
 
 
-MEASURES: dict[str, Callable[[Trained], dict[str, float]]] = {"posterior": posterior, "probes": probes}
+MEASURES: dict[str, Callable[[Trained], dict[str, float]]] = {
+    "posterior": posterior,
+    "probes": probes,
+    "particles": particles,
+}
 
 
 def main(folder: str, out: str, measure: str = "") -> None:

@@ -3,29 +3,79 @@
 RUN is the folder of a run of divflow; OUT, a file of JSON, takes what the peer reaches.
 """
 
+import copy
 import itertools
 import json
 import math
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import flow_matching
 import torch
 import zuko
+from flow_matching.path import CondOTProbPath
+from flow_matching.solver import ODESolver
+from flow_matching.utils import ModelWrapper
+from omegaconf import DictConfig, OmegaConf
 from results_measures import MEASURES
 from results_trained import Ours, Trained, parameters, run_config, run_data, run_results, tested
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from divflow.build import build_network
 from divflow.data.module import Batch, TensorDataModule, split_context
 
-# Evaluations on the validation rows, equally spaced in time; the best one's weights are tested, as ours are.
-VALIDATIONS = 8
+# Dimensions up to which flow_matching's likelihood is exact, a product for each of them in every evaluation.
+EXACT = 64
 
 
-class Zuko(Trained):
-    """A flow of zuko over the transformed data, with the transform's log-determinant."""
+class Peer(Trained):
+    """A model that is trained like ours.
+
+    Attributes:
+        rate: of learning.
+        validations: on the validation rows, equally spaced in time; the best one's weights are tested, as ours are.
+        evaluations: of the field so far, where there is one.
+    """
+
+    rate: float
+    validations = 8
+    evaluations = 0
+
+    @abstractmethod
+    def loss(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Of a batch, `()`."""
+
+    def judging(self) -> "Peer":
+        """The model ready to be judged."""
+        self.model.eval()
+        return self
+
+
+class Zuko(Peer):
+    """A flow of zuko over the transformed data, with the transform's log-determinant; a CNF is judged exactly."""
+
+    def __init__(self, model: nn.Module, data: TensorDataModule, rate: float) -> None:
+        super().__init__(model, data)
+        self.rate = rate
+
+    def loss(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Maximum likelihood."""
+        return -self.log_prob(x, context).mean()
+
+    def judging(self) -> "Zuko":
+        """With exact divergences, and their evaluations counted."""
+        if isinstance(self.model, zuko.flows.CNF):
+            self.model.transform.exact = True
+            self.model.transform.ode.register_forward_hook(self._count)
+        return super().judging()
+
+    def _count(self, *_: object) -> None:
+        self.evaluations += 1
 
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         """By zuko."""
@@ -40,20 +90,79 @@ class Zuko(Trained):
         return self.data.transform.inverse(y.view(num_samples, *self.data.event_shape))
 
 
+class FlowMatching(Peer):
+    """A network of ours by flow_matching: its path and objective, its likelihood along one adaptive solve.
+
+    The divergence is exact where a product a dimension can be paid for, else of one probe that is fixed for the solve.
+    """
+
+    validations = 1  # after the last step: those of ours are cheaper
+
+    def __init__(self, model: nn.Module, data: TensorDataModule, config: DictConfig) -> None:
+        super().__init__(model, data)
+        self.rate = config.task.optimizer.lr
+        self.rtol, self.atol = config.evaluation.solver.rtol, config.evaluation.solver.atol
+        self.base = Independent(Normal(torch.zeros(self.size), 1.0), 1)
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return math.prod(self.data.event_shape)
+
+    def loss(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The squared distance to the velocity of straight paths from independent noise."""
+        y = self.data.transform(x)[0].float()
+        at = CondOTProbPath().sample(t=torch.rand(len(y)), x_0=torch.randn_like(y), x_1=y)
+        return (self.model(at.t, at.x_t) - at.dx_t).square().mean()
+
+    def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """By its `ODESolver`; vectors, since of images its exact divergence is another number."""
+        y, log_det = self.data.transform(x)
+        options = {"method": "dopri5", "rtol": self.rtol, "atol": self.atol, "exact_divergence": self.size <= EXACT}
+        y = y.float().flatten(1)
+        return ODESolver(_Flat(self)).compute_likelihood(y, self.base.log_prob, None, **options)[1] + log_det.float()
+
+    def sample(self, num_samples: int, context: Tensor | None) -> Tensor:
+        """By its `ODESolver`."""
+        noise = torch.randn(num_samples, self.size, generator=torch.Generator().manual_seed(0))
+        y = ODESolver(_Flat(self)).sample(noise, None, "dopri5", atol=self.atol, rtol=self.rtol)
+        return self.data.transform.inverse(y.view(num_samples, *self.data.event_shape))
+
+
+class _Flat(ModelWrapper):
+    """The velocity as flow_matching calls it, of vectors."""
+
+    def __init__(self, peer: FlowMatching) -> None:
+        super().__init__(peer.model)
+        self.peer = [peer]
+
+    def forward(self, x: Tensor, t: Tensor, **extras: object) -> Tensor:
+        """See `FlowMatching`."""
+        (peer,) = self.peer
+        peer.evaluations += 1
+        return self.model(t, x.view(len(x), *peer.data.event_shape)).flatten(1)
+
+
 def spline_flow(features: int, context: int, width: int) -> nn.Module:
     """A neural spline flow (Durkan et al. 2019) of three autoregressive transforms, zuko's default."""
     return zuko.flows.NSF(features, context, transforms=3, hidden_features=(width, width))
 
 
 def continuous_flow(features: int, context: int, width: int) -> nn.Module:
-    """FFJORD, trained with one probe, which is faster than exact, and judged exactly (see `judging`)."""
+    """FFJORD, trained with one probe, which is faster than exact."""
     return zuko.flows.CNF(features, context, hidden_features=(width,) * 3, activation=nn.SiLU, exact=False)
 
 
-# By name: what makes the flow of a width, and its learning rate.
-PEERS: dict[str, tuple[Callable[[int, int, int], nn.Module], float]] = {
-    "zuko_nsf": (spline_flow, 2e-3),
-    "zuko_cnf": (continuous_flow, 5e-3),
+def _network(config: DictConfig, data: TensorDataModule, size: int) -> FlowMatching:
+    described = OmegaConf.to_container(config.network, resolve=True)
+    return FlowMatching(build_network(described, tuple(data.event_shape), data.context_features), data, config)
+
+
+# What makes a peer of a run's config, its data and the number of ours' parameters.
+PEERS: dict[str, Callable[[DictConfig, TensorDataModule, int], Peer]] = {
+    "zuko_nsf": lambda config, data, size: Zuko(of_size(spline_flow, data, size), data, 2e-3),
+    "zuko_cnf": lambda config, data, size: Zuko(of_size(continuous_flow, data, size), data, 5e-3),
+    "flow_matching": _network,
 }
 
 
@@ -69,36 +178,31 @@ def of_size(make: Callable[[int, int, int], nn.Module], data: TensorDataModule, 
     raise AssertionError
 
 
-def judging(model: nn.Module) -> nn.Module:
-    """The model in eval mode, with exact divergences if it is a CNF."""
-    if isinstance(model, zuko.flows.CNF):
-        model.transform.exact = True
-    return model.eval()
-
-
-def train(peer: Zuko, rate: float, batches: Iterator[Batch], seconds: float, decay: float) -> int:
-    """Maximum likelihood for so many seconds, validations included; the model gets the best averaged weights.
+def train(peer: Peer, batches: Iterator[Batch], seconds: float, decay: float) -> int:
+    """Train for so many seconds, validations included; the model gets the best averaged weights. Returns the steps.
 
     As ours: AdamW, a cosine schedule, gradients clipped to a norm of 1, averaged weights. A batch that makes the gradient
     infinite is left out.
     """
     model = peer.model
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), peer.rate, weight_decay=0.0)
     best, state, steps, judged = math.inf, model.state_dict(), 0, 0
     started = time.perf_counter()
     while (share := (time.perf_counter() - started) / seconds) < 1 or not judged:
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * min(share, 1))) / 2
+            group["lr"] = peer.rate * (1 + math.cos(math.pi * min(share, 1))) / 2
         optimizer.zero_grad()
-        (-peer.log_prob(*split_context(next(batches))).mean()).backward()
+        peer.loss(*split_context(next(batches))).backward()
         if nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
             optimizer.step()
             average.update_parameters(model)
         steps += 1
-        if share * VALIDATIONS >= judged + 1 or share >= 1:
+        if share * peer.validations >= judged + 1 or share >= 1:
             judged += 1
-            nll = validation(Zuko(judging(average.module), peer.data))
+            averaged = copy.copy(peer)
+            averaged.model = copy.deepcopy(average.module)
+            nll = validation(averaged.judging())
             if nll < best:
                 best, state = nll, {name: tensor.clone() for name, tensor in average.module.state_dict().items()}
     model.load_state_dict(state)
@@ -106,7 +210,7 @@ def train(peer: Zuko, rate: float, batches: Iterator[Batch], seconds: float, dec
 
 
 @torch.no_grad()
-def validation(peer: Zuko) -> float:
+def validation(peer: Peer) -> float:
     """The mean of -log p over the validation rows."""
     parts = [-peer.log_prob(*split_context(batch)) for batch in peer.data.val_dataloader()]
     return torch.cat(parts).mean().item()
@@ -120,25 +224,21 @@ def endless(data: TensorDataModule) -> Iterator[Batch]:
 
 def main(name: str, folder: str, out: str, measure: str = "") -> None:
     """Train, test and measure a peer; write what it reaches."""
-    make, rate = PEERS[name]
     config, ours = run_config(Path(folder)), run_results(Path(folder))
     torch.manual_seed(ours["seed"])
     data = run_data(config)
-    peer = Zuko(of_size(make, data, parameters(Ours(Path(folder)).model)), data)
+    peer = PEERS[name](config, data, parameters(Ours(Path(folder)).model))
     started = time.perf_counter()
-    steps = train(peer, rate, endless(data), ours["seconds"], config.callbacks.average.decay)
+    steps = train(peer, endless(data), ours["seconds"], config.callbacks.average.decay)
     seconds = time.perf_counter() - started
-    judging(peer.model)
-    calls: list[int] = []
-    if isinstance(peer.model, zuko.flows.CNF):
-        peer.model.transform.ode.register_forward_hook(lambda *_: calls.append(1))
-    metrics = tested(peer)
-    if calls:
-        metrics["nfe"] = len(calls) / len(data.test_dataloader())
+    metrics = tested(peer.judging())
+    if peer.evaluations:
+        metrics["nfe"] = peer.evaluations / len(data.test_dataloader())
     if measure:
         metrics |= MEASURES[measure](peer)
+    versions = {module.__name__: module.__version__ for module in (zuko, flow_matching, torch)}
     result = {"metrics": metrics, "seconds": seconds, "steps": steps, "parameters": parameters(peer.model)}
-    Path(out).write_text(json.dumps(result | {"versions": {"zuko": zuko.__version__, "torch": torch.__version__}}))
+    Path(out).write_text(json.dumps(result | {"versions": versions}))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,17 @@ HEAD = (
 # Measures of `results_measures.py`, by what they are called in the table.
 MEASURED = {
     "bits_per_dim_estimator_error": "of the error over rows, by probes, bits/dim",
-    "c2st": "C2ST",
+    "c2st": "C2ST, ± over observations",
     "log_prob_per_second": "log-probabilities a second",
+    "likelihoods_seconds": "10,000 exact likelihoods, s",
+    "brute_force_seconds": "the same by a trace of products in the ODE, s",
+    "effective_sample_fraction": "effective sample size, of one",
+    "log_normalizer": "log Z by exact weights, ± by the weights' spread",
+    "log_normalizer_reference": "log Z as it is known",
+    "exact_log_normalizer": "log Z by exact weights of 2,000 samples, less the known",
+    "one_probe_log_normalizer": "the same by one probe that is fixed for the solve",
+    "free_energy_difference": "free energy, outer less inner well, kT",
+    "free_energy_difference_reference": "the same by quadrature of the energy, kT",
     "exact_seconds": "exact likelihood of 64 test rows, s",
     "orthogonal_seconds": "estimated by a product at each of 15 nodes, s",
     "orthogonal_error": "error of one log p, orthogonal probes, nats",
@@ -50,7 +59,7 @@ def likelihood(seeds: Sequence[Result]) -> tuple[str, float, float, float]:
 
 
 def markdown(found: Sequence[Result]) -> str:
-    """The table of likelihoods, and below it the notes of its rows and what else was measured, means over seeds."""
+    """The table of likelihoods, and below it the notes of its rows and what else was measured, means over seeds of one's errors."""
     lines, more = [HEAD], ["| data | model | measure | value |", "|---|---|---|---|"]
     for seeds in grouped(found):
         row, who, count = ROWS[seeds[0]["row"]].what, seeds[0]["who"], len(seeds)
@@ -64,8 +73,11 @@ def markdown(found: Sequence[Result]) -> str:
         for name, what in MEASURED.items():
             values = [result["metrics"][name] for result in seeds if name in result["metrics"]]
             if any(values):
-                error = seeds[0]["metrics"].get(f"{name}_standard_error")
-                shown = f"{np.mean(values):.3g}" + ("" if error is None else f" ± {error:.2g} over observations")
+                errors = [
+                    found for seed in seeds if (found := seed["metrics"].get(f"{name}_standard_error")) is not None
+                ]
+                error = np.sqrt(np.mean(np.square(errors))) if errors else None
+                shown = f"{np.mean(values):.4g}" + ("" if error is None else f" ± {error:.2g}")
                 more.append(f"| {row} | {who} | {what} | {shown} |")
     notes = [
         f"- {row.what}: {row.note}" for name, row in ROWS.items() if row.note and name in {it["row"] for it in found}

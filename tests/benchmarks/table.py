@@ -16,8 +16,7 @@ matplotlib.use("agg")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parents[1] / "examples")]
 
-import boltzmann  # noqa: E402 - the folders are no packages
-import exact  # noqa: E402
+import exact  # noqa: E402 - the folders are no packages
 import laplacian  # noqa: E402
 import residual  # noqa: E402
 import score_step  # noqa: E402
@@ -40,7 +39,6 @@ PARTS = {
     "gradient_field": laplacian.two_hidden,
     "residual": residual.steps,
     "score": lambda: score_step.steps() + score_step.gradient_noise(),
-    "boltzmann": boltzmann.rows,
     "variance": lambda: variance.reduction(FOLDER),
 }
 
