@@ -135,3 +135,36 @@ def test_flow_matching_learns_the_velocity_of_its_paths(monkeypatch):
     best = peer.loss(rows[:400], None)
     peer.model.forward = lambda t, x: known(t, x) + 0.5
     assert peer.loss(rows[:400], None) > best + 0.1
+
+
+def test_particles_are_judged_as_a_trace_by_products_would(monkeypatch, tmp_path):
+    from divflow.bases import MeanFreeNormal
+    from divflow.data import Particles
+    from divflow.density import FlowDensity
+    from divflow.energies import DoubleWell, Tempering
+    from divflow.flow import ContinuousFlow
+    from divflow.likelihood import Quadrature
+    from divflow.networks import PairField
+
+    module = load(monkeypatch, "results_particles")
+    monkeypatch.setattr(module, "SAMPLES", 50)
+    torch.manual_seed(0)
+    sampler = Tempering(rungs=2, std=2.0, chains=20, warm_up=5, thin=1)
+    data = Particles(DoubleWell(), sampler, 40, 20, 20, 20, cache=tmp_path)
+    flow = ContinuousFlow(PairField((4, 2)), (4, 2), base=MeanFreeNormal((4, 2)), likelihood=Quadrature(15))
+    trained = object.__new__(module.Ours)
+    trained.model, trained.data = FlowDensity(flow, data.transform), data
+    found = module.particles(trained)
+    assert found["likelihoods_difference"] < 1e-3
+    assert found["brute_force_seconds"] > 0
+    # Weights by exact densities are those that the flow's own report has, of other samples.
+    own = trained.model.importance_weights(lambda x: -data.energy(x), 50, torch.Generator().manual_seed(1))
+    error = own.standard_error + found["exact_log_normalizer_standard_error"]
+    assert abs(found["exact_log_normalizer"] + data.log_normalizer - own.log_normalizer) < 5 * error
+    x = data.transform(data.test.rows)[0].float()
+    z, log_det = module.augmented(flow, x, 1.0, 0.0, None)
+    torch.testing.assert_close(flow.base.log_prob(z) + log_det, flow.log_prob(x), rtol=1e-3, atol=1e-3)
+    probes = torch.randint(0, 2, (20_000, 1, 4, 2)) * 2.0 - 1
+    draws = module.augmented(flow, x[:1].expand(20_000, 4, 2), 1.0, 0.0, probes[:, 0])[1]
+    assert (draws.mean() - log_det[0]).abs() < 5 * draws.std() / 20_000**0.5 + 1e-5
+    assert draws.std() > 0

@@ -8,7 +8,7 @@ from divflow.matching.alignment import EquivariantCoupling
 from divflow.matching.coupling import Coupling, IndependentCoupling, OptimalTransportCoupling
 from divflow.matching.objective import ConditionalFlowMatching
 from divflow.matching.path import LinearPath, Path, PathPoint, TrigonometricPath, VariancePreservingPath
-from divflow.matching.times import LogitNormalTimes, MatchingError, Times, UniformTimes
+from divflow.matching.times import LogitNormalTimes, MatchingError, PowerTimes, Times, UniformTimes
 
 __all__ = [
     "ConditionalFlowMatching",
@@ -21,6 +21,7 @@ __all__ = [
     "OptimalTransportCoupling",
     "Path",
     "PathPoint",
+    "PowerTimes",
     "Times",
     "TrigonometricPath",
     "UniformTimes",

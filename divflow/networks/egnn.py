@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from divflow.arguments import check_count
 from divflow.networks.particles import (
     ParticleFeatures,
+    RadialLinear,
     centered,
     check_particles,
     distances,
@@ -39,6 +40,7 @@ class EGNN(nn.Module):
         event_shape: `(particles, dimensions)`.
         hidden: width of features, messages and their networks.
         layers: rounds of messages.
+        gaussians: features of a distance beside itself, for positions of unit variance (`RadialLinear`).
         types: the kind of each particle, such as an atom's, counted from 0; None if all are alike.
         mean_free: leave the centre of mass where it is, for flows whose base is `MeanFreeNormal`.
         activation: class or function that makes an activation module; a smooth one (see `MLP`).
@@ -63,6 +65,7 @@ class EGNN(nn.Module):
         event_shape: Sequence[int],
         hidden: int = 64,
         layers: int = 3,
+        gaussians: int = 24,
         types: Sequence[int] | None = None,
         mean_free: bool = False,
         activation: Callable[[], nn.Module] = nn.SiLU,
@@ -74,7 +77,7 @@ class EGNN(nn.Module):
         check_count("layers", layers)
         self.event_shape, self.mean_free = particle_shape(event_shape, "EGNN"), mean_free
         self.features = ParticleFeatures(self.event_shape[0], hidden, types, time_embedding)
-        self.layers = nn.ModuleList(_Layer(hidden, activation, zero_init) for _ in range(layers))
+        self.layers = nn.ModuleList(_Layer(hidden, gaussians, activation, zero_init) for _ in range(layers))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The displacement at (t, x); see the class for the shapes."""
@@ -88,10 +91,10 @@ class EGNN(nn.Module):
 class _Layer(nn.Module):
     """One round of messages, by which particles move and learn of each other."""
 
-    def __init__(self, hidden: int, activation: Callable[[], nn.Module], zero_init: bool) -> None:
+    def __init__(self, hidden: int, gaussians: int, activation: Callable[[], nn.Module], zero_init: bool) -> None:
         super().__init__()
         self.receive, self.send = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden, bias=False)
-        self.distance = nn.Linear(1, hidden, bias=False)
+        self.distance = RadialLinear(hidden, gaussians, bias=False)
         self.message = nn.Sequential(activation(), nn.Linear(hidden, hidden), activation())
         self.move = perceptron([hidden, hidden, 1], activation, zero_init)
         self.learn = perceptron([2 * hidden, hidden, hidden], activation)

@@ -10,6 +10,7 @@ from divflow.arguments import check_count
 from divflow.networks.hollow import Hollow
 from divflow.networks.particles import (
     ParticleFeatures,
+    RadialLinear,
     centered,
     check_particles,
     distances,
@@ -44,6 +45,7 @@ class HollowEGNN(Hollow):
         event_shape: `(particles, dimensions)`.
         hidden: width of messages, filters and their networks.
         layers: rounds of messages, from 0, at which a particle sees pairs only.
+        gaussians: features of a distance beside itself, for positions of unit variance (`RadialLinear`).
         types: the kind of each particle, such as an atom's, counted from 0; None if all are alike.
         mean_free: leave the centre of mass where it is, for flows whose base is `MeanFreeNormal`.
         activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
@@ -68,6 +70,7 @@ class HollowEGNN(Hollow):
         event_shape: Sequence[int],
         hidden: int = 64,
         layers: int = 2,
+        gaussians: int = 24,
         types: Sequence[int] | None = None,
         mean_free: bool = False,
         activation: Callable[[], nn.Module] = nn.SiLU,
@@ -81,21 +84,22 @@ class HollowEGNN(Hollow):
         particles = self.event_shape[0]
         self.sender = ParticleFeatures(particles, hidden, types, time_embedding)
         self.receiver = ParticleFeatures(particles, hidden, types, time_embedding)
-        self.layers = nn.ModuleList(_Layer(hidden, activation) for _ in range(layers))
+        self.layers = nn.ModuleList(_Layer(hidden, gaussians, activation) for _ in range(layers))
         self.told = nn.Linear(hidden, hidden, bias=False)
-        self.distance = nn.Linear(1, hidden, bias=False)
+        self.distance = RadialLinear(hidden, gaussians, bias=False)
         self.joint = nn.Sequential(activation(), *perceptron([hidden, hidden, 1], activation, zero_init))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The network's value at (t, x); see the class for the shapes."""
         difference, _, u = _pairs(self.parts(x))
-        return self._sum(difference / u, self.joint(self._hidden(t, x, u)))
+        return self._sum(difference / u, self.joint(self._known(t, x) + self.distance(u)))
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and its divergence, the mean over pairs of d f + r f'(r), f = phi / u, at fixed messages."""
         difference, squared, u = _pairs(self.parts(x))
         self.require_hollow(t, x)
-        phi, slope = push_forward(self.joint, self._hidden(t, x, u), self.distance.weight[:, 0])
+        of_distance, its_slope = self.distance.with_slope(u)
+        phi, slope = push_forward(self.joint, self._known(t, x) + of_distance, its_slope)
         particles, dimensions = self.event_shape
         # f'(r) = (phi'(u) - phi / u) / u du/dr, du/dr = r / u
         terms = (dimensions * phi + squared / u * (slope - phi / u)) / u * off_diagonal(x)
@@ -118,9 +122,9 @@ class HollowEGNN(Hollow):
         check_particles(x, self.event_shape)
         return x
 
-    def _hidden(self, t: Tensor, x: Tensor, u: Tensor) -> Float[Tensor, "batch particles particles hidden"]:
-        """What the first layer of phi makes of messages, the particle's kind, the time and the distance."""
-        return self.told(self.conditioner(t, x)) + self.receiver(t, x)[:, :, None] + self.distance(u)
+    def _known(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch particles particles hidden"]:
+        """What the first layer of phi makes of messages, the particle's kind and the time."""
+        return self.told(self.conditioner(t, x)) + self.receiver(t, x)[:, :, None]
 
     def _sum(self, directions: Tensor, phi: Tensor) -> Float[Tensor, "batch particles dimensions"]:
         value = (directions * phi).sum(dim=2) / (self.event_shape[0] - 1)
@@ -136,9 +140,9 @@ def _pairs(x: Tensor) -> tuple[Float[Tensor, "batch particles particles dimensio
 class _Layer(nn.Module):
     """One round of messages s_ij, `(batch, i, j, hidden)`, in the graph without i, for every i at once."""
 
-    def __init__(self, hidden: int, activation: Callable[[], nn.Module]) -> None:
+    def __init__(self, hidden: int, gaussians: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.filters = perceptron([1, hidden, hidden], activation)
+        self.filters = nn.Sequential(RadialLinear(hidden, gaussians), activation(), nn.Linear(hidden, hidden))
         self.own, self.heard = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden, bias=False)
         self.learn = nn.Sequential(activation(), nn.Linear(hidden, hidden))
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from divflow.networks.conditioning import NetworkError, condition, time_features
-from divflow.networks.particles import check_particles, distances, particle_shape
+from divflow.networks.particles import RadialLinear, check_particles, distances, particle_shape
 from divflow.networks.tangents import perceptron, push_forward
 
 __all__ = ["PairField"]
@@ -29,6 +29,7 @@ class PairField(nn.Module):
     Args:
         event_shape: `(particles, dimensions)`.
         hidden: width of each hidden layer of phi, one at least.
+        gaussians: features of a distance beside itself, for positions of unit variance (`RadialLinear`).
         activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
         zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
         time_embedding: as for `MLP`.
@@ -52,6 +53,7 @@ class PairField(nn.Module):
         self,
         event_shape: Sequence[int],
         hidden: Sequence[int] = (64, 64),
+        gaussians: int = 24,
         activation: Callable[[], nn.Module] = nn.SiLU,
         zero_init: bool = False,
         time_embedding: nn.Module | None = None,
@@ -60,7 +62,7 @@ class PairField(nn.Module):
         self.event_shape, self.time_embedding = particle_shape(event_shape, "PairField"), time_embedding
         if not hidden:
             raise NetworkError("PairField needs a hidden layer at least, but hidden is empty")
-        self.distance = nn.Linear(1, hidden[0])
+        self.distance = RadialLinear(hidden[0], gaussians)
         self.time = nn.Linear(time_features(time_embedding), hidden[0], bias=False)
         self.layers = nn.Sequential(activation(), *perceptron([*hidden, 1], activation, zero_init))
         first, second = torch.triu_indices(self.event_shape[0], self.event_shape[0], offset=1)
@@ -73,12 +75,13 @@ class PairField(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The field's value at (t, x); see the class for the shapes."""
         difference, _, u = self._pairs(x)
-        return self.incidence @ (difference / u * self.layers(self._hidden(t, x, u)))
+        return self.incidence @ (difference / u * self.layers(self.distance(u) + self._of_time(t, x)))
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and its divergence, twice the sum over pairs of d phi + r phi'(r)."""
         difference, squared, u = self._pairs(x)
-        force, slope = push_forward(self.layers, self._hidden(t, x, u), self.distance.weight[:, 0])
+        of_distance, its_slope = self.distance.with_slope(u)
+        force, slope = push_forward(self.layers, of_distance + self._of_time(t, x), its_slope)
         # r phi'(r) of phi = force / u, with du/dr = r / u
         terms = (self.event_shape[1] * force + squared / u * (slope - force / u)) / u
         return self.incidence @ (difference / u * force), 2 * terms.sum(dim=(1, 2))
@@ -88,6 +91,6 @@ class PairField(nn.Module):
         difference = x[:, self.first] - x[:, self.second]
         return difference, *distances(difference)
 
-    def _hidden(self, t: Tensor, x: Tensor, u: Tensor) -> Float[Tensor, "batch pairs hidden"]:
-        """What the first layer makes of distance and time."""
-        return self.distance(u) + self.time(condition(t, x, None, 0, self.time_embedding))[:, None]
+    def _of_time(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch one hidden"]:
+        """What the first layer makes of time."""
+        return self.time(condition(t, x, None, 0, self.time_embedding))[:, None]

@@ -35,4 +35,6 @@ ROWS = {
     "mnist_flow_matching": Row("MNIST, 28 x 28, flow matching, UNet", ("flow_matching",)),
     "mnist_likelihood": Row("MNIST, 28 x 28, maximum likelihood, MLP", ("zuko_nsf",), "probes"),
     "mnist_score": Row("MNIST, 28 x 28, score matching, UNet", ("flow_matching",)),
+    "dw4_flow_matching": Row("DW4, 4 particles in the plane, flow matching", (), "particles"),
+    "lj13_flow_matching": Row("LJ13, 13 particles in space, flow matching", (), "particles"),
 }

@@ -4,11 +4,12 @@ import pytest
 import torch
 from scipy import stats
 
-from divflow.matching import LogitNormalTimes, UniformTimes
+from divflow.matching import LogitNormalTimes, PowerTimes, UniformTimes
 
 TIMES = {
     "uniform": (UniformTimes, stats.uniform.cdf),
     "logit-normal": (LogitNormalTimes, lambda t: stats.norm.cdf(torch.logit(torch.as_tensor(t)))),
+    "power": (lambda **options: PowerTimes(2.0, **options), stats.powerlaw(3).cdf),
 }
 
 
@@ -48,3 +49,13 @@ def test_dtype_and_empty_batches(dtype):
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LogitNormalTimes(**settings)
+
+
+def test_powers():
+    t = PowerTimes(4.0).draw(torch.zeros(20_000, 1, dtype=torch.float64))
+    assert t.mean() == pytest.approx(5 / 6, abs=0.01)
+    u = torch.linspace(0, 1, 5)
+    assert torch.equal(PowerTimes(0.0).quantile(u), u)
+    for power in (-1, -3.0, "1", torch.nan):
+        with pytest.raises(ValueError, match="power must be"):
+            PowerTimes(power)

@@ -12,7 +12,7 @@ HOLLOW = {
     "plane": lambda: HollowEGNN((4, 2), hidden=5, time_embedding=None),
     "space": lambda: HollowEGNN((5, 3), hidden=4, layers=3, types=[0, 1, 0, 2, 1], mean_free=True, activation=nn.Tanh),
     "pairs only": lambda: HollowEGNN((3, 2), hidden=4, layers=0),
-    "two": lambda: HollowEGNN((2, 1), hidden=4, layers=1),
+    "two": lambda: HollowEGNN((2, 1), hidden=4, layers=1, gaussians=0),
 }
 
 

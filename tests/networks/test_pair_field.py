@@ -31,11 +31,13 @@ def test_symmetries(name, t):
 
 
 def test_it_is_the_formula():
-    field, x, t = perturbed(PairField((3, 2), hidden=(4,))), states(3, 2), 0.7
+    field, x, t = perturbed(PairField((3, 2), hidden=(4,), gaussians=7)), states(3, 2), 0.7
+    first = field.distance.linear
 
     def phi(r):
         u = (1 + r**2).sqrt()
-        hidden = u * field.distance.weight[:, 0] + field.distance.bias + t * field.time.weight[:, 0]
+        gaussians = (-((u - torch.arange(1.0, 8.0)).square() / 2)).exp()  # from 1 to 7, as wide as they are apart
+        hidden = first.weight @ torch.cat([u[None], gaussians]) + first.bias + t * field.time.weight[:, 0]
         return field.layers[1](nn.functional.silu(hidden))[0] / u
 
     forces = [sum((z[i] - z[j]) * phi((z[i] - z[j]).norm()) for j in range(3) if j != i) for z in x for i in range(3)]
