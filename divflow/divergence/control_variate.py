@@ -71,7 +71,7 @@ class ControlVariate(Estimator):
 
     Raises:
         ValueError: an estimator that is not stochastic, or less than one reference or rank.
-        FieldError: references of another event shape.
+        FieldError: references of another event shape; for a low rank, a field whose operations have no second derivatives.
 
     Example:
         >>> from divflow.divergence import Hutchinson, divergence
@@ -164,13 +164,13 @@ class _Controlled(Estimator):
         x = checked_state(x)
         t = as_time(t, x)
         drawn = self.estimator if self.estimator.frozen else self.estimator.freeze(x, generator)
-        of_batch = isinstance(self.references, int)
-        if of_batch and len(x) <= (self.references * self.times if self.rank is None else 0):
+        references = self.references
+        if isinstance(references, int) and len(x) <= (references * self.times if self.rank is None else 0):
             return Exact().estimate(g, t, x)
         if not isinstance(drawn, FrozenProbes):
             return drawn.estimate(g, t, x)  # exact, since it has more products than there are dimensions
         drawn.check(x)
-        field = linearize_field(g, t, x, twice=of_batch and self.rank is not None)
+        field = linearize_field(g, t, x, twice=isinstance(references, int) and self.rank is not None)
         with torch.autocast(x.device.type, enabled=False):
             matrices = self._matrices(field, g, t, x)
             rest = drawn.from_products(_Rest(field, matrices), x)

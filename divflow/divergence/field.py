@@ -142,19 +142,35 @@ class Linearization:
         return torch.stack([self._grad(vector, False, constant) for vector in vectors])
 
     def pushforward(self, vectors: Float[Tensor, "products batch *event"]) -> Float[Tensor, "products batch *out"]:
-        """J u for every vector u, constants: u^T J^T w is linear in w, and differentiated in it (linearized `twice`)."""
+        """J u for every vector u, constants: u^T J^T w is linear in w, and differentiated in it (linearized `twice`).
+
+        Raises:
+            FieldError: an operation without second derivatives.
+        """
         if not self._output.requires_grad or self._output.numel() == 0:
             return vectors.new_zeros(vectors.shape[0], *self._output.shape)
-        with torch.inference_mode(False), torch.enable_grad():
-            dual = torch.zeros_like(self._output, requires_grad=True)
-            (product,) = torch.autograd.grad(self._output, self._point, dual, create_graph=True, materialize_grads=True)
-            if not product.requires_grad:  # x is detached within the field
-                return vectors.new_zeros(vectors.shape[0], *self._output.shape)
-            columns = [
-                torch.autograd.grad(product, dual, vector, retain_graph=True, materialize_grads=True)[0]
-                for vector in vectors
-            ]
-        return torch.stack(columns).detach()
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return self._columns(vectors).detach()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise FieldError(
+                f"products with the field's Jacobian can't be differentiated ({str(error).splitlines()[0]}), which takes the "
+                "second derivatives of its operations; use an estimator of products in reverse alone, such as Hutchinson()"
+            ) from error
+
+    def _columns(self, vectors: Tensor) -> Tensor:
+        dual = torch.zeros_like(self._output, requires_grad=True)
+        (product,) = torch.autograd.grad(self._output, self._point, dual, create_graph=True, materialize_grads=True)
+        if not product.requires_grad:  # x is detached within the field
+            return vectors.new_zeros(vectors.shape[0], *self._output.shape)
+        columns = [
+            torch.autograd.grad(product, dual, vector, retain_graph=True, allow_unused=True)[0] for vector in vectors
+        ]
+        if any(column is None for column in columns):
+            raise RuntimeError("an operation's backward pass is hidden from autograd")
+        return torch.stack(columns)
 
     def batches(self, count: int, constant: bool = False) -> bool:
         """Whether `count` products are taken in one pass: tried once, then it stays as it is for this evaluation."""

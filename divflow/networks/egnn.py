@@ -51,7 +51,7 @@ class EGNN(nn.Module):
         t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
 
     Raises:
-        ValueError: layers or hidden that are no whole number of at least 1.
+        ValueError: layers or hidden that are no whole number of at least 1, or gaussians of at least 0.
         NetworkError: an event shape that is none of particles, or types that are no whole number for each; by a call,
             particles of another number.
 

@@ -56,7 +56,7 @@ class HollowEGNN(Hollow):
         t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
 
     Raises:
-        ValueError: layers or hidden that are no such whole number.
+        ValueError: layers, hidden or gaussians that are no such whole number.
         NetworkError: an event shape that is none of particles, or types that are no whole number for each; by a call,
             particles of another number; by `value_and_divergence`, a subclass whose messages are not hollow.
 

@@ -16,7 +16,7 @@ __all__ = ["PairField"]
 class PairField(nn.Module):
     """The sum of what each other particle does to one, along the line that joins them and by their distance.
 
-        net(t, x)_i = sum_j (x_i - x_j) phi(|x_i - x_j|, t),        phi = mlp([u, embedding(t)]) / u,   u = sqrt(1 + r^2)
+        net(t, x)_i = sum_j (x_i - x_j) phi(|x_i - x_j|, t),        phi = mlp([features(u), embedding(t)]) / u,   u = sqrt(1 + r^2)
 
     Divided by u, forces grow with the distance no faster than the distance, so that no trajectory ends in finite time.
     It goes with rotations, reflections and permutations of the particles, ignores translations, and leaves their centre of
@@ -38,6 +38,7 @@ class PairField(nn.Module):
         t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
 
     Raises:
+        ValueError: gaussians that are no whole number of at least 0.
         NetworkError: an event shape that is none of particles or no hidden layer; by a call, particles of another number.
 
     Example:

@@ -297,6 +297,24 @@ def test_conditional_flows_take_references_from_the_batch():
         flow.replace(estimator=ControlVariate(Hutchinson(), x[:3])).log_prob(x, context)
 
 
+def test_low_rank_of_what_has_no_second_derivatives():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    x = torch.randn(10, 6)
+    with torch.no_grad():
+        assert divergence(lambda t, x: Doubled.apply(x), 0.0, x, ControlVariate(Hutchinson(), 2)).tolist() == [12] * 10
+        with pytest.raises(FieldError, match=r"second derivatives.*Hutchinson"):
+            divergence(lambda t, x: Doubled.apply(x), 0.0, x, ControlVariate(Hutchinson(), 2, rank=2))
+
+
 @pytest.mark.parametrize("references", [0, -1, 2.5, "16", None])
 def test_refuses_what_is_no_number_of_references(references):
     with pytest.raises(ValueError, match=r"references.*samples"):
