@@ -59,18 +59,29 @@ def test_errors_over_rows_and_seeds_are_told_apart(monkeypatch):
 
 def test_a_table_is_published_between_its_marks(monkeypatch, tmp_path):
     table = load(monkeypatch, "results_table")
-    found = [result("uci_casp", "divflow", 0, 1.0, 0.03)]
-    (tmp_path / "results.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    found = [result("uci_casp", "divflow", 0, 1.0, 0.03), result("dw4_flow_matching", "divflow", 1, 2.0, 0.03)]
+    found.append(result("uci_casp", "zuko_nsf", 0, 0.9, 0.02))
+    figures = tmp_path / "dw4_flow_matching" / "1" / "figures"
+    figures.mkdir(parents=True)
+    (figures / "final.png").write_bytes(b"image")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for page in (docs / "results.md", tmp_path / "README.md"):
+        page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     for _ in range(2):
-        table.draw(found, tmp_path / "figure.png")
-        table.publish(found, tmp_path / "figure.png", tmp_path)
-    page = (tmp_path / "results.md").read_text()
-    assert page.startswith("before\n")
-    assert page.endswith("after\n")
-    assert "old" not in page
+        table.draw(found, tmp_path / "results.png")
+        table.publish(found, tmp_path, tmp_path)
+    page, readme = (docs / "results.md").read_text(), (tmp_path / "README.md").read_text()
+    for text in (page, readme):
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
     assert page.count("1.000 nats") == 1
-    assert (tmp_path / "results.png").is_file()
-    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert "| 1.00 ± 0.03 nats | zuko_nsf **0.90 ± 0.02** | `experiment=uci_casp` |" in readme
+    assert (docs / "results.png").is_file()
+    assert (docs / "dw4_flow_matching.png").read_bytes() == b"image"
+    assert page.count("(dw4_flow_matching.png)") == 1
+    assert json.loads((docs / "results.json").read_text()) == found
 
 
 def test_c2st_is_a_half_of_equal_samples_and_near_one_of_others(monkeypatch):

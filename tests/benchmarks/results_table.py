@@ -121,14 +121,47 @@ def draw(found: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def publish(found: Sequence[Result], figure: Path, docs: Path) -> None:
-    """Write table, figure and numbers to the documentation, between the two marks of results.md."""
-    page = docs / "results.md"
+def short(found: Sequence[Result]) -> str:
+    """A line for each row: what every model reaches, with its error over test rows, the best in bold, and the command of ours."""
+    lines = ["| data | divflow | peers | `python train.py` |", "|---|---|---|---|"]
+    for name, models in itertools.groupby(grouped(found), key=lambda seeds: seeds[0]["row"]):
+        reached = {seeds[0]["who"]: likelihood(seeds) for seeds in models}
+        best = min(reached, key=lambda who: reached[who][1])
+        shown = {
+            who: f"{'**' * (who == best)}{mean:.2f} ± {over_rows:.2f}{'**' * (who == best)}"
+            for who, (_, mean, over_rows, _) in reached.items()
+        }
+        unit, ours = reached["divflow"][0], shown.pop("divflow")
+        peers = ", ".join(f"{who} {numbers}" for who, numbers in shown.items())
+        lines.append(f"| {ROWS[name].what} | {ours} {unit} | {peers} | `experiment={name}` |")
+    return "\n".join(lines)
+
+
+def publish(found: Sequence[Result], out: Path, root: Path) -> None:
+    """Write tables, figures and numbers to docs/ and README.md, between the two marks of each page.
+
+    Args:
+        found: what was run.
+        out: the folder of the runs, with the figure of all rows.
+        root: that of the project.
+    """
+    docs = root / "docs"
+    images = ["![Negative log-likelihood of every model on every row](results.png)"]
+    shutil.copy(out / "results.png", docs)
+    for name, row in ROWS.items():
+        seeds = [result["seed"] for result in found if result["row"] == name]
+        if row.figure and seeds:
+            shutil.copy(out / name / str(seeds[0]) / "figures" / row.figure, docs / f"{name}.png")
+            images.append(f"{row.what}, seed {seeds[0]}:\n\n![{row.what}]({name}.png)")
+    (docs / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    _put(docs / "results.md", [markdown(found), *images])
+    _put(root / "README.md", [short(found)])
+
+
+def _put(page: Path, parts: Sequence[str]) -> None:
+    """Put parts between the marks of a page."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
         raise SystemExit(f"{page} must have the marks {BEGIN} and {END}, between which the table goes")
-    shutil.copy(figure, docs / "results.png")
-    (docs / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-    image = "![Negative log-likelihood of every model on every row](results.png)"
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(found)}\n\n{image}\n\n{END}{after}")
+    page.write_text("\n\n".join([before + BEGIN, *parts, END + after]))
