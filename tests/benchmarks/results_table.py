@@ -74,7 +74,7 @@ def markdown(found: Sequence[Result]) -> str:
             values = [result["metrics"][name] for result in seeds if name in result["metrics"]]
             if any(values):
                 errors = [
-                    found for seed in seeds if (found := seed["metrics"].get(f"{name}_standard_error")) is not None
+                    given for seed in seeds if (given := seed["metrics"].get(f"{name}_standard_error")) is not None
                 ]
                 error = np.sqrt(np.mean(np.square(errors))) if errors else None
                 shown = f"{np.mean(values):.4g}" + ("" if error is None else f" ± {error:.2g}")
@@ -126,7 +126,7 @@ def short(found: Sequence[Result]) -> str:
     lines = ["| data | divflow | peers | `python train.py` |", "|---|---|---|---|"]
     for name, models in itertools.groupby(grouped(found), key=lambda seeds: seeds[0]["row"]):
         reached = {seeds[0]["who"]: likelihood(seeds) for seeds in models}
-        best = min(reached, key=lambda who: reached[who][1])
+        best = min(reached, key=lambda who: reached[who][1]) if len(reached) > 1 else None
         shown = {
             who: f"{'**' * (who == best)}{mean:.2f} ± {over_rows:.2f}{'**' * (who == best)}"
             for who, (_, mean, over_rows, _) in reached.items()
