@@ -115,7 +115,7 @@ def draw(found: Sequence[Result], path: Path) -> None:
             color = "tab:red" if seeds[0]["who"] == "divflow" else "0.4"
             axes.errorbar(place, mean, error, marker="o", capsize=3, color=color)
             axes.set_ylabel(f"NLL, {unit}")
-        axes.set_xticks(range(len(models)), [seeds[0]["who"] for seeds in models])
+        axes.set_xticks(range(len(models)), [seeds[0]["who"] for seeds in models], fontsize=8 if len(models) < 3 else 7)
         axes.set(title=row, xlim=(-0.5, max(1, len(models)) - 0.5))
     figure.savefig(path, dpi=120)
     plt.close(figure)
