@@ -24,6 +24,7 @@ from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
 from divflow.matching import (
     ConditionalFlowMatching,
+    EquivariantCoupling,
     LogitNormalTimes,
     OptimalTransportCoupling,
     TrigonometricPath,
@@ -169,15 +170,23 @@ def test_normalized_and_deep_networks(device, layers):
 
 
 @each_device
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("references", [1, torch.randn(3, 6)], ids=["of the batch", "given"])
-def test_a_control_variate_along_a_flow(device, references):
+def test_a_control_variate_along_a_flow(device, references, rank):
     net, x = Network((6,), torch.float32), torch.randn(8, 6)
-    estimator = ControlVariate(Hutchinson(2), references)
+    estimator = ControlVariate(Hutchinson(2), references, rank)
     flow = ContinuousFlow(net, 6, estimator=estimator, solver=Solver("rk4"), likelihood=Quadrature(7))
     there = copy.deepcopy(flow).to(device)
     results = [f.evaluate(p, generator=Generator().manual_seed(0)) for f, p in ((there, x.to(device)), (flow, x))]
     close(results[0].log_prob, results[1].log_prob, rtol=1e-3, atol=1e-3)
     close(results[0].standard_error, results[1].standard_error, rtol=1e-2, atol=1e-4)
+
+
+@each_device
+@pytest.mark.parametrize("types", [None, [0, 0, 1, 1]], ids=str)
+def test_particles_are_aligned(device, types):
+    noise, data = torch.randn(2, 10, 4, 2, dtype=torch.float64)
+    close(EquivariantCoupling(types)(noise.to(device), data.to(device)), EquivariantCoupling(types)(noise, data))
 
 
 @each_device
