@@ -30,7 +30,7 @@ class EquivariantCoupling(Coupling):
 
     The minimum over both is sought in turns, from the order: the best order by an exact assignment, then the best orientation by a
     singular value decomposition (Kabsch 1976); neither makes it farther. Orders are found on the CPU, for which a GPU waits, in about
-    3 microseconds a datum and turn for 4 particles, 16 for 13. It is a fourth of the squared distance that remains of either, on normal data.
+    3 microseconds a datum and turn for 4 particles, 16 for 13. Of normal data a fourth of the squared distance remains.
 
     Args:
         types: the kind of each particle, as of the network; only particles of one kind change places. None if all are alike.
