@@ -101,8 +101,9 @@ def evaluations(seeds: Sequence[Result]) -> str:
 
 
 def draw(found: Sequence[Result], path: Path) -> None:
-    """A panel for each row: the likelihood of each model, with bars of two standard errors over rows and seeds together."""
+    """A panel for each row that has peers: the likelihood of each model, with bars of two standard errors over rows and seeds together."""
     groups = {row: list(models) for row, models in itertools.groupby(grouped(found), key=lambda seeds: seeds[0]["row"])}
+    groups = {row: models for row, models in groups.items() if len(models) > 1}
     count = max(1, len(groups))
     columns = min(4, count)
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
