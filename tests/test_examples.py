@@ -84,6 +84,39 @@ def test_the_fokker_planck_equation_is_learned(example):
     assert after < before
 
 
+@pytest.mark.parametrize("example", ["helium"], indirect=True)
+def test_the_local_energy_of_helium(example):
+    """Of two hydrogen-like orbitals it is -Z^2 and the repulsion, wherever they are; torch.func finds the same of a network."""
+    x = torch.randn(16, 2, 3, dtype=torch.float64)
+    apart = 1 / (x[:, 0] - x[:, 1]).norm(dim=1)
+    of = example.local_energy(lambda x: -2 * x.square().sum(dim=2).sqrt().sum(dim=1), x)
+    torch.testing.assert_close(of, -4 + apart)
+    psi = example.WaveFunction(8).double()
+    torch.nn.init.normal_(psi.layers[-1].weight)
+    ours, theirs = example.local_energy(psi, x), example.local_energy_by_torch_func(psi, x)
+    torch.testing.assert_close(ours, theirs)
+    assert (ours - of).abs().min() > 1e-3
+    torch.testing.assert_close(psi(x), psi(x.flip(1)))
+
+
+@pytest.mark.parametrize("example", ["helium"], indirect=True)
+def test_the_local_energy_is_finite_where_particles_meet(example):
+    psi = example.WaveFunction(8).double()
+    near = torch.tensor([1e-5, 0.0, 0.0], dtype=torch.float64)
+    far = torch.tensor([0.3, 0.5, -0.4], dtype=torch.float64)
+    at_nucleus, together = torch.stack([near, far])[None], torch.stack([far + near, far])[None]
+    for x in (at_nucleus, together):
+        assert example.potential(x).abs() > 9e4
+        assert example.local_energy(psi, x).abs() < 10
+
+
+@pytest.mark.parametrize("example", ["helium"], indirect=True)
+def test_helium_is_bound_by_more_than_hartree_and_fock_know(example):
+    energy, error = example.main(60, 400, 30)
+    assert example.EXACT - 5 * error < energy < example.HARTREE_FOCK
+    assert error < 0.005
+
+
 def test_a_boltzmann_generator(monkeypatch, capsys):
     """A flow that is hardly trained is right all the same, within the errors that it states."""
     monkeypatch.syspath_prepend(EXAMPLES)

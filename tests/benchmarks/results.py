@@ -52,7 +52,7 @@ def main() -> None:
     file = out / "results.json"
     found: list[Result] = json.loads(file.read_text()) if file.is_file() else []
     failed = []
-    for name in [] if arguments.publish else names:
+    for name in [] if arguments.publish else with_starts(names):
         for seed in arguments.seeds or ROWS[name].seeds:
             others = [result for result in found if (result["row"], result["seed"]) != (name, seed)]
             if len(others) < len(found) and not arguments.again:
@@ -75,11 +75,20 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def with_starts(names: Sequence[str]) -> list[str]:
+    """Every row after the one that it starts from."""
+    starts = [start for name in names if (start := ROWS[name].start) and start not in names]
+    return sorted({*names, *starts}, key=list(ROWS).index)
+
+
 def run_row(name: str, row: Row, seed: int, settings: Sequence[str], out: Path) -> list[Result]:
     """Ours and every peer, for one seed."""
     folder = out / name / str(seed)
     shutil.rmtree(folder, ignore_errors=True)
     shown = ["python", "train.py", f"experiment={name}", f"seed={seed}", *settings]
+    if row.start:
+        weights = out / row.start / str(seed) / "checkpoints" / "best.ckpt"
+        shown.append(f"init_from={os.path.relpath(weights, ROOT)}")
     peak = run([*shown, f"output_dir={folder}", "callbacks.progress=null", "+trainer.enable_progress_bar=false"])
     trained = json.loads((folder / "results.json").read_text())
     measure = [row.measure] if row.measure else []

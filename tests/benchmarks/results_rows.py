@@ -14,6 +14,7 @@ class Row:
         seeds: of training; the split is the same for all.
         note: such as why it loses, for below the table.
         figure: of the first seed's run, for below the table; None for none.
+        start: a row whose weights, of the same seed, ours start from, so that it is run before; None for fresh ones.
     """
 
     what: str
@@ -22,6 +23,7 @@ class Row:
     seeds: tuple[int, ...] = (0, 1, 2)
     note: str = ""
     figure: str | None = None
+    start: str | None = None
 
 
 BOTH = ("zuko_nsf", "zuko_cnf")
@@ -52,5 +54,6 @@ ROWS = {
     ),
     "mnist_score": Row("MNIST, 28 x 28, score matching, UNet", ("flow_matching",)),
     "dw4_flow_matching": Row("DW4, 4 particles in the plane, flow matching", (), "particles", figure="final.png"),
+    "dw4_likelihood": Row("DW4, from these weights by maximum likelihood", (), "particles", start="dw4_flow_matching"),
     "lj13_flow_matching": Row("LJ13, 13 particles in space, flow matching", (), "particles", figure="final.png"),
 }

@@ -1,9 +1,12 @@
 """Parallel tempering against densities that are known: a normal one, and four particles in the plane by quadrature."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from run import config
 from scipy.stats import chi2, kstest
 from springs import Springs
 from torch import Generator
@@ -62,6 +65,29 @@ def test_a_run_twice_as_long_finds_the_same():
         # Every eighth, which depend on each other little.
         a, b = (quantity(run.samples)[::8].double() for run in (short, long))
         assert kstest(a, b).pvalue > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dw4", "lj13"])
+def test_histograms_of_the_configured_data_are_those_of_a_run_twice_as_long(name):
+    """Energies and distances of pairs: shares of a chain in each of ten bins, which are independent between chains."""
+    data = config(f"data={name}", "task=flow_matching").data
+    energy, sampler = instantiate(data.energy), instantiate(data.sampler)
+    longer = dataclasses.replace(sampler, warm_up=2 * sampler.warm_up)
+    short, long = sampler(energy, 10_000, seed()).samples, longer(energy, 20_000, seed(1)).samples
+    for quantity in (energy, energy.distances):
+        found, expected = (quantity(x).double().view(sampler.chains, -1) for x in (short, long))
+        edges = expected.flatten()[:: max(1, expected.numel() // 100_000)].quantile(
+            torch.linspace(0.1, 0.9, 9).double()
+        )
+        shares = [
+            torch.nn.functional.one_hot(torch.bucketize(values, edges), 10).double().mean(dim=1)
+            for values in (found, expected)
+        ]
+        difference = shares[0].mean(dim=0) - shares[1].mean(dim=0)
+        error = ((shares[0].var(dim=0) + shares[1].var(dim=0)) / sampler.chains).sqrt()
+        print(name, (difference / error).tolist())
+        assert (difference / error).abs().max() < 4
 
 
 def test_seeds():

@@ -53,6 +53,13 @@ def test_more_than_pairs_matter():
     assert (told_by_second[1:] > 0).all()
 
 
+def test_forces_on_a_particle_depend_on_each_other():
+    """What moves a particle is no sum over the others, whose mixed derivative in two of their places would be zero."""
+    network, t, x = perturbed(HollowEGNN((3, 1), hidden=6, layers=0)), TIMES[0], states(3, 1, k=1)
+    hessian = torch.autograd.functional.hessian(lambda z: network(t, z)[0, 0, 0], x)[0, :, 0, 0, :, 0]
+    assert hessian[1, 2].abs() > 1e-6
+
+
 def other(i, *more):
     return [j for j in range(4) if j not in (i, *more)]
 
@@ -82,7 +89,9 @@ def test_hollow_egnn_is_the_formula():
         heard = {(i, j): sum(layer.filters(distance(place, j, k)) * s[i, k] for k in other(i, j)) / 2 for i, j in s}
         s = {pair: s[pair] + layer.learn(layer.own(s[pair]) + layer.heard(heard[pair])) for pair in s}
     u = {(i, j): distance(place, i, j) for i, j in s}
-    phi = {(i, j): network.joint(network.told(s[i, j]) + receivers[i] + network.distance(u[i, j])) for i, j in s}
+    m = {(i, j): network.pair(network.told(s[i, j]) + receivers[i] + network.distance(u[i, j])) for i, j in s}
+    around = [network.around(sum(m[i, k] for k in other(i)) / 3) for i in range(4)]
+    phi = {(i, j): network.joint(m[i, j] + around[i]) for i, j in s}
     expected = [sum((place[i] - place[j]) / u[i, j] * phi[i, j] for j in other(i)) / 3 for i in range(4)]
     torch.testing.assert_close(network(t, x)[0], torch.stack(expected))
 
