@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -34,13 +35,29 @@ def result(row, who, seed, nll, error, **more):
 def test_every_row_is_an_experiment_with_peers_and_measures(monkeypatch):
     pytest.importorskip("zuko")
     rows = load(monkeypatch, "results_rows").ROWS
+    page = (ROOT / "docs" / "results.md").read_text()
     peers, measures = load(monkeypatch, "results_peers").PEERS, load(monkeypatch, "results_measures").MEASURES
     for name, row in rows.items():
         assert config(f"experiment={name}", "output_dir=x").trainer.max_steps > 0
         assert set(row.peers) <= set(peers)
         assert row.measure is None or row.measure in measures
         assert len(row.seeds) >= 3
-        assert f"experiment={name}\n" in (ROOT / "docs" / "results.md").read_text()
+        (command,) = re.findall(rf"^python train.py experiment={name}(?: .*)?$", page, re.MULTILINE)
+        assert f"init_from=outputs/{row.start}/checkpoints/best.ckpt" in command or row.start is None
+
+
+def test_a_row_is_run_after_the_one_that_it_starts_from(monkeypatch, tmp_path):
+    results = load(monkeypatch, "results")
+    assert results.with_starts(["lj13_flow_matching", "dw4_likelihood"])[:2] == ["dw4_flow_matching", "dw4_likelihood"]
+    assert results.with_starts(["uci_casp"]) == ["uci_casp"]
+    ran = []
+    monkeypatch.setattr(results, "run", lambda command: ran.append(command) or 1.0)
+    row = results.ROWS["dw4_likelihood"]
+    with pytest.raises(FileNotFoundError):  # no run, no results
+        results.run_row("dw4_likelihood", row, 2, ["trainer.max_steps=3"], tmp_path)
+    (weights,) = [word.removeprefix("init_from=") for word in ran[0] if word.startswith("init_from=")]
+    assert (ROOT / weights).resolve() == (tmp_path / "dw4_flow_matching/2/checkpoints/best.ckpt").resolve()
+    assert {"experiment=dw4_likelihood", "seed=2", "trainer.max_steps=3"} < set(ran[0])
 
 
 def test_errors_over_rows_and_seeds_are_told_apart(monkeypatch):

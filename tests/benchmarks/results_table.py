@@ -134,7 +134,8 @@ def short(found: Sequence[Result]) -> str:
         }
         unit, ours = reached["divflow"][0], shown.pop("divflow")
         peers = ", ".join(f"{who} {numbers}" for who, numbers in shown.items())
-        lines.append(f"| {ROWS[name].what} | {ours} {unit} | {peers} | `experiment={name}` |")
+        command = f"`experiment={name}`" + (" with `init_from`" if ROWS[name].start else "")
+        lines.append(f"| {ROWS[name].what} | {ours} {unit} | {peers} | {command} |")
     return "\n".join(lines)
 
 
