@@ -86,7 +86,6 @@ def test_histograms_of_the_configured_data_are_those_of_a_run_twice_as_long(name
         ]
         difference = shares[0].mean(dim=0) - shares[1].mean(dim=0)
         error = ((shares[0].var(dim=0) + shares[1].var(dim=0)) / sampler.chains).sqrt()
-        print(name, (difference / error).tolist())
         assert (difference / error).abs().max() < 4
 
 
