@@ -37,7 +37,7 @@ class HollowEGNN(Hollow):
     the strongest sense: no walk that they took has been at i, so that the graph may be complete and the layers any number
     (HollowFlow, arXiv:2510.21542, sends them along the edges' own graph for it). Filters that depend on distances alone (Schütt et al.
     2017, arXiv:1706.08566) serve all i, so a layer takes two to three times what one of `EGNN` does. The mean over k lets forces of
-    many particles on i depend on each other; without it DW4 and LJ13 took several times the steps to the same loss. It goes with
+    many particles on i depend on each other: on DW4, 1,500 steps leave a gap of 0.37 nats with it, of 0.66 without. It goes with
     rotations, reflections and permutations of particles of one kind, and ignores translations.
 
     Divergence: its own (Chen & Duvenaud 2019, arXiv:1912.03579), at fixed messages. With e_ij = (x_i - x_j) / u_ij, the gradient of u_ij
@@ -105,7 +105,7 @@ class HollowEGNN(Hollow):
         return self._sum(difference / u, self.joint(pairs + around[:, :, None]))
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and its divergence at fixed messages: of each pair, d f + r f'(r) as in `PairField`, and what j's place does to m_ik."""
+        """The value and its divergence at fixed messages: a pair's own part, and what the place of i does to all m_ik."""
         difference, squared, u = _pairs(self.parts(x))
         self.require_hollow(t, x)
         others, directions = off_diagonal(x), difference / u  # which are the gradients of u, too
@@ -137,7 +137,7 @@ class HollowEGNN(Hollow):
         return x
 
     def _known(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch particles particles hidden"]:
-        """What the first layer of phi makes of messages, the particle's kind and the time."""
+        """What the first layer of m makes of messages, the particle's kind and the time."""
         return self.told(self.conditioner(t, x)) + self.receiver(t, x)[:, :, None]
 
     def _mean(self, pairs: Tensor) -> Tensor:
