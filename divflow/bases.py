@@ -58,7 +58,7 @@ class MeanFreeNormal(Distribution):
         """The log-density of states `(*sample, particles, dimensions)` in nats, `(*sample,)`."""
         if self._validate_args:
             self._validate_sample(value)
-            self._require_center(value.detach())
+        self.check_states(value)
         particles, dimensions = self.event_shape
         return -value.square().sum(dim=(-2, -1)) / 2 - (particles - 1) * dimensions / 2 * math.log(2 * math.pi)
 
@@ -87,9 +87,15 @@ class MeanFreeNormal(Distribution):
                 "(network.mean_free=true), use PairField, or take the mean over particles from the velocity"
             )
 
-    def _require_center(self, value: Tensor) -> None:
-        if value.numel() == 0:
+    def check_states(self, value: Tensor) -> None:
+        """Refuse states `(*sample, particles, dimensions)` off the subspace, of the base or of a flow's data, if `validate_args`.
+
+        Raises:
+            BaseError: a centre of mass that is not zero.
+        """
+        if not self._validate_args or value.numel() == 0:
             return
+        value = value.detach()
         centers = value.mean(dim=-2).abs().amax(dim=-1)
         if (centers > torch.finfo(value.dtype).eps ** 0.5 * (1 + value.abs().amax())).any():
             raise BaseError(

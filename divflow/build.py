@@ -57,7 +57,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
 
     Args:
         config: plain values. `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
-            `event_shape` is that of the data, and so is `context_features` where they have a context. A flow has `t_base`, `t_data` and `base` (None for the standard normal); a score has `sde`
+            `event_shape` is that of the data, and so are `context_features` and `context_transform` where they have a context. A flow has `t_base`, `t_data` and `base` (None for the standard normal); a score has `sde`
             (None for none), `data_std`, `noise_levels` and `sampler` (None for the SDE's probability flow).
     """
     shape = tuple(config["event_shape"])
@@ -69,7 +69,8 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         flow = ContinuousFlow(
             network, shape, **build_ways(config), **times, base=_build_base(config.get("base"), shape)
         )
-        return FlowDensity(flow, transform)
+        of_context = config.get("context_transform")
+        return FlowDensity(flow, transform, None if of_context is None else instantiate(of_context, _convert_="all"))
     sde = _build_sde(config["sde"], shape)
     sampler = _build_sampler(config["sampler"], sde, shape)
     levels = config["noise_levels"]

@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+# Of weights to start from.
+_OF_OTHER_DATA = ", the standardization of its data included, which is not that of these data"
+
+
 class CheckpointError(DivflowError, RuntimeError):
     """A checkpoint can't be read, asks for classes that are not allowed, or is of another architecture."""
 
@@ -93,19 +97,22 @@ def which_weights(checkpoint: Mapping[str, Any], path: str | Path) -> str:
 def init_weights(density: nn.Module, path: str | Path) -> str:
     """Start a density, of whatever task, from the weights in another run's checkpoint: the averaged ones, if it averaged them.
 
-    The data's transform is among them, so that it starts as the very density of that run.
+    The data's transform is among them, so that it starts as the very density of that run: its standardization stays, whatever
+    the data are now.
 
     Returns:
-        What was taken, in words.
+        What was taken, in words, and whether it is the standardization of other data.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or names or shapes that differ, with the first of them.
     """
     checkpoint = read_checkpoint(path)
     state = _density_state(checkpoint)
+    own = {name: value.clone() for name, value in density.state_dict().items() if name.startswith("transform.")}
     load_state(density, state, path)
+    other = "" if all(torch.allclose(value, state[name]) for name, value in own.items()) else _OF_OTHER_DATA
     numbers = sum(value.numel() for value in state.values())
-    return f"{which_weights(checkpoint, path)} ({numbers:,} numbers in {len(state)} tensors)"
+    return f"{which_weights(checkpoint, path)} ({numbers:,} numbers in {len(state)} tensors){other}"
 
 
 def _density_state(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -6,14 +6,14 @@ from typing import cast
 import torch
 from torch import Generator, Tensor, nn
 
-from divflow.divergence.field import Field, checked_state
+from divflow.divergence.field import Field, FieldError, checked_state
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.importance import ImportanceWeights
 from divflow.score.field import AtTime, Score, as_field, tensor_settings
 from divflow.score.probability_flow import ProbabilityFlow
 from divflow.score.sampling import ProbabilityFlowODE, Sampler
 from divflow.score.sde import SDE
-from divflow.transforms import Transform
+from divflow.transforms import Affine, Transform
 
 __all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
 
@@ -21,11 +21,12 @@ __all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
 class FlowDensity(nn.Module):
     """The density of data x whose transform y = T(x) a flow models; what `divflow.load` returns.
 
-        log p(x) = log p_flow(T(x)) + log |det dT/dx|      x = T^-1(y), y from the flow
+        log p(x | c) = log p_flow(T(x) | S(c)) + log |det dT/dx|      x = T^-1(y), y from the flow
 
     Args:
         flow: of the transformed data.
-        transform: from the data, with its log-determinant.
+        transform: T, from the data, with its log-determinant.
+        context_transform: S, the standardization of contexts, entry by entry; None if the flow takes them as they are, or none.
 
     Attributes:
         columns: the names of the data's columns, where it was loaded back and these have names; else None.
@@ -33,9 +34,9 @@ class FlowDensity(nn.Module):
 
     columns: list[str] | None = None
 
-    def __init__(self, flow: ContinuousFlow, transform: Transform) -> None:
+    def __init__(self, flow: ContinuousFlow, transform: Transform, context_transform: Affine | None = None) -> None:
         super().__init__()
-        self.flow, self.transform = flow, transform
+        self.flow, self.transform, self.context_transform = flow, transform, context_transform
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,20 +60,38 @@ class FlowDensity(nn.Module):
 
         Args:
             x: data `(k, *event)`.
-            context: one row a sample.
+            context: one row a sample, in its own units.
             generator: of a stochastic estimator's probes.
             diagnostics: estimate the errors even where that takes further evaluations.
             penalties: integrals to take along the trajectory, as `ContinuousFlow.evaluate`.
         """
         y, log_det = self.transform(x)
         y, log_det = y.to(self.dtype), log_det.to(self.dtype)
-        result = self.flow.evaluate(y, context, generator, diagnostics=diagnostics, penalties=penalties)
+        result = self.flow.evaluate(
+            y, self.flow_context(context), generator, diagnostics=diagnostics, penalties=penalties
+        )
         return result._replace(log_prob=result.log_prob + log_det, log_det=result.log_det + log_det)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples of the data `(num_samples, *event)`, without gradient."""
-        return self.transform.inverse(self.flow.sample(num_samples, context, generator))
+        """Samples of the data `(num_samples, *event)`, without gradient; `context` has one row a sample, in its own units."""
+        return self.transform.inverse(self.flow.sample(num_samples, self.flow_context(context), generator))
+
+    def flow_context(self, context: Tensor | None) -> Tensor | None:
+        """A context as the flow takes it, S(c) in its dtype.
+
+        Raises:
+            FieldError: it has another number of features.
+        """
+        if context is None or self.context_transform is None:
+            return context
+        features, found = tuple(self.context_transform.shift.shape), getattr(context, "shape", None)
+        if found is None or tuple(found[1:]) != features:
+            what = f"a {type(context).__name__}" if found is None else f"of shape {tuple(found)}"
+            raise FieldError(
+                f"the context must be a tensor (k, {', '.join(map(str, features))}), a row a sample, but is {what}"
+            )
+        return self.context_transform(context)[0].to(self.dtype)
 
     def importance_weights(
         self,
@@ -80,6 +99,8 @@ class FlowDensity(nn.Module):
         num_samples: int,
         generator: Generator | None = None,
         *,
+        context: Tensor | None = None,
+        correct: bool = False,
         batch_size: int | None = None,
     ) -> ImportanceWeights:
         """Samples of the data weighted towards a target of the data, as `divflow.importance.importance_weights` of the flow.
@@ -88,6 +109,8 @@ class FlowDensity(nn.Module):
             log_target: of data `(n, *event)`, `(n,)`, in nats; log Z is of its units.
             num_samples: n, at least 2.
             generator: of the samples.
+            context: one row a sample, in its own units.
+            correct: for half the variance of an estimated log p.
             batch_size: samples a solve, which bounds the memory.
         """
 
@@ -95,12 +118,19 @@ class FlowDensity(nn.Module):
             x = self.transform.inverse(y)
             return log_target(x) - self.transform(x)[1].to(y)
 
-        found = self.flow.importance_weights(of_transformed, num_samples, generator, batch_size=batch_size)
+        found = self.flow.importance_weights(
+            of_transformed,
+            num_samples,
+            generator,
+            context=self.flow_context(context),
+            correct=correct,
+            batch_size=batch_size,
+        )
         return found._replace(samples=self.transform.inverse(found.samples))
 
     def with_flow(self, flow: ContinuousFlow) -> "FlowDensity":
         """The same density, evaluated by another flow, such as one of another estimator."""
-        return FlowDensity(flow, self.transform)
+        return FlowDensity(flow, self.transform, self.context_transform)
 
 
 class ScoreDensity(FlowDensity):

@@ -122,6 +122,8 @@ def _build_task(config: DictConfig, data: TensorDataModule) -> Task:
     density_config |= {"event_shape": list(data.event_shape), "transform": data.transform.config()}
     if data.context_features:
         density_config["context_features"] = data.context_features
+    if data.context_transform is not None:
+        density_config["context_transform"] = data.context_transform.config()
     if hasattr(data, "columns"):
         density_config["columns"] = list(data.columns)
     density = build_density(density_config)

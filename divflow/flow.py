@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform
 
 from divflow.arguments import check_count, check_generator, checked_event_shape
+from divflow.bases import MeanFreeNormal
 from divflow.distribution import FlowDistribution
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
@@ -155,6 +156,7 @@ class ContinuousFlow(nn.Module):
             diagnostics=diagnostics,
             penalties=penalties,
         )
+        self.base.check_states(x)
         log_prob = self.base.log_prob(carried.state) + carried.log_det
         return FlowEvaluation(
             log_prob,
@@ -187,6 +189,7 @@ class ContinuousFlow(nn.Module):
         carried = self._transport(
             z, context, self.t_base, self.t_data, generator, evaluations=evaluations, diagnostics=False
         )
+        self.base.check_states(carried.state)
         log_prob = self.base.log_prob(z) - carried.log_det
         known = carried.quadrature_error, carried.standard_error
         return carried.state, FlowEvaluation(log_prob, z, -carried.log_det, *known, evaluations)
@@ -213,7 +216,9 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples `(num_samples, *event)`, without gradient; `context` has one row a sample."""
-        return self.decode(self.base.sample(num_samples, generator), context)
+        samples = self.decode(self.base.sample(num_samples, generator), context)
+        self.base.check_states(samples)
+        return samples
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent z `(k, *event)` at t_base of data x at t_data."""
@@ -381,6 +386,11 @@ class _Base(nn.Module):
             return z.new_zeros(0)
         with torch.autocast(z.device.type, enabled=False):
             return self.distribution.log_prob(z)
+
+    def check_states(self, x: Tensor) -> None:
+        """Refuse states that the base, or a flow of it, has no density of: particles whose centre of mass is not zero."""
+        if isinstance(self.distribution, MeanFreeNormal):
+            self.distribution.check_states(x)
 
     def sample(self, num_samples: int, generator: Generator | None) -> Tensor:
         """Draws `(num_samples, *event)`.

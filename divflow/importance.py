@@ -103,11 +103,12 @@ def importance_weights(
     log_weights = target - log_prob
     share = _share(noise, log_weights.detach())
     log_weights = log_weights - noise / 2
-    total = log_weights.logsumexp(dim=0)
-    normalized = log_weights - total
+    largest = log_weights.detach().amax()  # taken away first, for a large constant in the target leaves few digits
+    total = (log_weights - largest).logsumexp(dim=0)
+    normalized = log_weights - largest - total
     size = (-(2 * normalized).logsumexp(dim=0)).exp()
     error = ((num_samples / size - 1).clamp_min(0) / (num_samples - 1)).sqrt()
-    return ImportanceWeights(samples, normalized, size, total - math.log(num_samples), error, share)
+    return ImportanceWeights(samples, normalized, size, total + largest - math.log(num_samples), error, share)
 
 
 def _batches(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -101,9 +101,26 @@ def test_what_is_off_the_subspace_is_refused(default, monkeypatch):
     drifting = ContinuousFlow(lambda t, x: torch.ones_like(x), base.event_shape, base=base).double()
     with pytest.raises(BaseError, match="lies 1 off"):
         drifting.log_prob(mean_free(2))
+    for ways in (
+        lambda: drifting.sample(2),
+        lambda: drifting.rsample_and_log_prob(2),
+        lambda: drifting.importance_weights(lambda x: -x.square().sum(dim=(1, 2)), 2),
+    ):
+        with pytest.raises(BaseError, match="lies 1 off"):
+            ways()
     for shape in ((3,), (1, 3), 4):
         with pytest.raises(BaseError, match=r"\(particles, dimensions\)"):
             MeanFreeNormal(shape)
+
+
+def test_a_velocity_that_moves_the_centre_there_and_back_by_log_prob():
+    """Its latents are on the subspace, and the data are not."""
+    particle = torch.zeros(PARTICLES, DIMENSIONS)
+    particle[0] = 1
+    base = MeanFreeNormal((PARTICLES, DIMENSIONS))
+    flow = ContinuousFlow(lambda t, x: x * particle.to(x), base.event_shape, base=base).double()
+    with pytest.raises(BaseError, match="centre of mass is zero"):
+        flow.log_prob(flow.decode(mean_free(2)))
 
 
 def test_its_config():

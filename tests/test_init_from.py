@@ -37,7 +37,17 @@ def test_starts_from_the_averaged_weights(pretrained, tmp_path, task, capsys):
     numbers = sum(value.numel() for value in source["state_dict"].values())
     tensors = len(source["state_dict"])
     assert "starting from best.ckpt, averaged weights of step 2" in printed
-    assert f"({numbers} numbers in {tensors} tensors)" in printed
+    assert f"({numbers} numbers in {tensors} tensors);" in printed
+
+
+def test_a_standardization_of_other_data_is_said(tmp_path, capsys):
+    weights = f"init_from={tmp_path}/0/checkpoints/best.ckpt"
+    for i, (factor, more) in enumerate([(1, []), (1, [weights]), (100, [weights])]):
+        rows = "".join(f"{j},{factor * j * j}\n" for j in range(40))
+        (tmp_path / f"{i}.csv").write_text(f"a,b\n{rows}")
+        train(config(*FAST, "data=table", f"data.path={tmp_path}/{i}.csv", f"output_dir={tmp_path}/{i}", *more))
+        said = "tensors), the standardization of its data included, which is not that of these data;"
+        assert (said in capsys.readouterr().out) == (factor == 100)
 
 
 def test_the_optimizer_starts_anew(pretrained, tmp_path):

@@ -98,6 +98,7 @@ class TensorDataModule(L.LightningDataModule):
         num_draws: of that noise, for each row of the test.
         images: whether samples are drawn as a grid of images.
         context_features: features of the context by which a density of the data is conditional; 0 for none.
+        context_transform: the standardization of contexts, fitted on the training split; None for as they are.
         energy: of particles with a Boltzmann density, that samples can be weighted towards; None for others.
         num_weighted: samples of the model that are so weighted in the test.
 
@@ -114,6 +115,7 @@ class TensorDataModule(L.LightningDataModule):
     num_draws: int = 1
     images: bool = False
     context_features: int = 0
+    context_transform: Affine | None = None
     energy: PairEnergy | None = None
     num_weighted: int = 10_000
 

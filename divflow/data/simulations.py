@@ -33,7 +33,8 @@ class Simulations(TensorDataModule):
     A conditional flow that maximizes the likelihood of parameters given simulations, or matches them, estimates the posterior for
     every observation at once (neural posterior estimation, Papamakarios and Murray 2016). Simulators and priors are those
     of Lueckmann et al. 2021 (arXiv:2101.04653, tasks T.3 and T.8), whose package sbibm ships ten observations of each with samples of
-    their posteriors (`observation`, `reference`). Parameters and simulations are standardized by the training rows.
+    their posteriors (`observation`, `reference`). Parameters and simulations are in their own units, and standardized by `transform`
+    and `context_transform`, which are fitted on the training rows and saved with the density.
 
     Args:
         name: "two_moons" or "slcp".
@@ -80,21 +81,19 @@ class Simulations(TensorDataModule):
         sizes = [num_simulations - num_simulations // 10, num_simulations // 10, num_test]
         train, seen = parameters[: sizes[0]], simulations[: sizes[0]]
         self.transform = Affine(train.mean(dim=0), train.std(dim=0))
-        self._observed = Affine(seen.mean(dim=0), seen.std(dim=0))
-        context, _ = self._observed(simulations)
-        splits = zip(parameters.split(sizes), context.split(sizes), strict=True)
+        self.context_transform = Affine(seen.mean(dim=0), seen.std(dim=0))
+        splits = zip(parameters.split(sizes), simulations.split(sizes), strict=True)
         self.train, self.val, self.test = (ConditionalRows(*split) for split in splits)
         self.event_shape, self.context_features = (size,), simulations.shape[1]
         self.columns = [f"parameter_{i + 1}" for i in range(size)]
 
     def observation(self, number: int) -> Tensor:
-        """The context of one of sbibm's observations, 1 to 10: `(context_features,)`.
+        """One of sbibm's observations, 1 to 10, a context: `(context_features,)`.
 
         Raises:
             DataError: another number, or sbibm is not installed.
         """
-        context, _ = self._observed(self._read(number, "observation.csv"))
-        return context[0]
+        return self._read(number, "observation.csv")[0]
 
     def reference(self, number: int) -> Tensor:
         """10,000 samples of the posterior of one of sbibm's observations, `(10000, D)`.

@@ -89,4 +89,5 @@ class FlowDensityTask(Task):
         x, context = split_context(batch)
         y, _ = self.density.transform(x)
         dtype = self.density.dtype
+        context = self.density.flow_context(context)
         return y.to(dtype), None if context is None else context.to(dtype)

@@ -80,14 +80,18 @@ class Zuko(Peer):
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         """By zuko."""
         y, log_det = self.data.transform(x)
-        y = y.float().flatten(1)
-        return (self.model(context) if context is not None else self.model()).log_prob(y) + log_det.float()
+        return self._given(context).log_prob(y.float().flatten(1)) + log_det.float()
 
     def sample(self, num_samples: int, context: Tensor | None) -> Tensor:
         """By zuko."""
         torch.manual_seed(0)
-        y = self.model().sample((num_samples,)) if context is None else self.model(context).sample()
+        y = self._given(context).sample((num_samples,) if context is None else ())
         return self.data.transform.inverse(y.view(num_samples, *self.data.event_shape))
+
+    def _given(self, context: Tensor | None) -> torch.distributions.Distribution:
+        if context is None:
+            return self.model()
+        return self.model(self.data.context_transform(context)[0])
 
 
 class FlowMatching(Peer):

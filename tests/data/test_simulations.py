@@ -14,6 +14,7 @@ from divflow.build import ConfigError
 from divflow.cli import main
 from divflow.data import DataError, Simulations
 from divflow.data.simulations import slcp, two_moons
+from divflow.divergence import FieldError
 from divflow.experiment import train
 from divflow.tasks import TrainingError
 
@@ -71,14 +72,13 @@ def test_published_posterior_of_slcp_explains_its_observation():
     log_det = deviations.log().sum(dim=2) + (1 - rho.square()).log() / 2
     log_likelihood = -(quadratic / 2 + log_det).sum(dim=1)
     assert log_likelihood.max() - log_likelihood.mean() < 5
-    context, _ = data._observed(x.flatten(1))
-    assert torch.equal(context[0], data.observation(2))
+    assert torch.equal(x.flatten(), data.observation(2))
 
 
 def test_contexts_are_those_of_their_parameters():
     data = Simulations("slcp", num_simulations=2_000)
     for split in (data.train, data.val, data.test):
-        simulations = data._observed.inverse(split.context).view(-1, 4, 2)
+        simulations = split.context.view(-1, 4, 2)
         pulls = (simulations.mean(dim=1) - split.rows[:, :2]) / (split.rows[:, 2:4].square() / 2)
         assert kstest(pulls[:, 0].numpy(), "norm").pvalue > 1e-3
     assert len(data.train) + len(data.val) == 2_000
@@ -93,12 +93,29 @@ def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch,
     assert -density.log_prob(x, context).mean().item() == pytest.approx(results["test/nll"], abs=1e-4)
     assert not torch.equal(density.log_prob(x, context), density.log_prob(x, context.flip(0)))
     assert density.sample(20, context).shape == (20, 2)
+    with pytest.raises(FieldError, match=r"tensor \(k, 2\).*of shape \(20, 1\)"):  # which would broadcast
+        density.log_prob(x, context[:, :1])
     assert (tmp_path / "figures" / "final.png").is_file()
     monkeypatch.chdir(tmp_path)
     main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=judged.npy", "batch_size=7"])
     np.testing.assert_allclose(np.load("judged.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
     with pytest.raises(SystemExit, match="built for 2 context features, but got 0"):
         main(["sample", "ckpt_path=checkpoints/best.ckpt"])
+
+
+def test_contexts_are_in_their_own_units(tmp_path):
+    """A density that is loaded back standardizes them as its training did, whatever simulations there are then."""
+    train(config("task=flow_matching", *SMALL, *FAST, f"output_dir={tmp_path}"))
+    density, data = divflow.load(tmp_path / "checkpoints" / "best.ckpt"), Simulations("two_moons", 60, 20)
+    context = two_moons(torch.tensor([[0.3, 0.5], [-0.4, 0.1]]), torch.Generator().manual_seed(0))
+    x = torch.zeros(2, 2)
+    seen = data.train.context
+    standardized = (context - seen.mean(dim=0)) / seen.std(dim=0)
+    expected = density.flow.log_prob(density.transform(x)[0], standardized) + density.transform(x)[1]
+    torch.testing.assert_close(density.log_prob(x, context), expected)
+    raw = two_moons(torch.zeros(1, 2)).expand(5, -1)
+    found = density.importance_weights(lambda x: -x.square().sum(dim=1), 5, context=raw)
+    assert found.samples.shape == (5, 2)
 
 
 def test_what_takes_no_context_is_refused(tmp_path):
