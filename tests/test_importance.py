@@ -87,10 +87,10 @@ def test_a_flow_that_is_the_target_has_equal_weights():
 
 @torch.no_grad()
 def test_a_large_constant_in_the_target_changes_only_log_z():
-    flow, truth = linear()
-    found = flow.importance_weights(lambda x: truth.log_prob(x).float() - 1e6, 10_000, Generator().manual_seed(0))
+    flow = ContinuousFlow(lambda t, x: 0 * x, 2)
+    found = flow.importance_weights(lambda x: -x.square().sum(dim=1) - 1e6, 10_000, Generator().manual_seed(0))
     assert found.log_weights.exp().sum() == pytest.approx(1.0, abs=1e-5)
-    assert found.log_normalizer == pytest.approx(-1e6, abs=0.1)
+    assert found.log_normalizer == pytest.approx(-1e6 + math.log(math.pi), abs=0.1)
 
 
 @torch.no_grad()
