@@ -21,7 +21,15 @@ from divflow.score.scaling import ScaledScore
 from divflow.score.sde import SDE
 from divflow.transforms import MeanFreeScale
 
-__all__ = ["ConfigError", "build_density", "build_network", "build_objective", "build_ways", "check_settings"]
+__all__ = [
+    "ConfigError",
+    "build_density",
+    "build_network",
+    "build_objective",
+    "build_ways",
+    "check_paths",
+    "check_settings",
+]
 
 _WAYS = ("estimator", "likelihood", "solver")
 
@@ -37,7 +45,7 @@ def check_settings(config: DictConfig) -> None:
         config: of a whole run.
 
     Raises:
-        ConfigError: a value is missing, or a file that is named is not there.
+        ConfigError: a value is missing, or a file or folder that is named is not there.
         DivflowError: an estimator, a likelihood or a solver is given an option that it does not take.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
@@ -45,11 +53,22 @@ def check_settings(config: DictConfig) -> None:
     paths = {"data.path": config.data.get("path"), "ckpt_path": config.ckpt_path}
     if config.ckpt_path is None:
         paths["init_from"] = config.init_from
-    for name, path in paths.items():
-        if path is not None and not Path(path).expanduser().exists():
-            raise ConfigError(f"there is no file {path} (looked in {Path.cwd()}); {name} must be that of one")
+    check_paths(paths)
     for ways in (config, config.evaluation):
         build_ways({name: OmegaConf.to_container(ways[name], resolve=True) for name in _WAYS})
+
+
+def check_paths(paths: Mapping[str, str | None]) -> None:
+    """Refuse settings, by name, that are the path of nothing: data may be a file or a folder, anything else is a file.
+
+    Raises:
+        ConfigError: naming the setting and where it was looked for.
+    """
+    for name, path in paths.items():
+        there = path is None or Path(path).expanduser()
+        if there is not True and not (there.exists() if name == "data.path" else there.is_file()):
+            what = "file or folder" if name == "data.path" else "file"
+            raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}); {name} must be that of one")
 
 
 def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensity:

@@ -235,9 +235,10 @@ def _draw_histograms(ax: Axes, data: np.ndarray, samples: np.ndarray, limits: tu
     bins = np.histogram_bin_edges(inside, "fd", limits)
     if not 5 <= len(bins) <= 61:
         bins = np.linspace(*limits, min(max(len(bins), 5), 61))
-    edges = bins.tolist()
-    ax.hist(data, edges, density=True, color=_COLORS[0])
-    ax.hist(samples, edges, density=True, histtype="step", color=_COLORS[1])
+    for values, style in ((data, {}), (samples, {"histtype": "step"})):
+        # Divided by all, so that what lies outside of the histogram is missing from it.
+        share = np.full(len(values), 1 / (len(values) * (bins[1] - bins[0])))
+        ax.hist(values, bins.tolist(), weights=share, color=_COLORS[bool(style)], **style)
 
 
 def _extent(data: Tensor) -> tuple[list[float], list[float]]:

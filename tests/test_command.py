@@ -82,7 +82,7 @@ def test_compiled_network_trains_to_the_same_result(tmp_path):
 
 
 MISTAKES = {
-    "missing file": (["data=table", "data.path=nowhere.csv"], "there is no file nowhere.csv"),
+    "missing file": (["data=table", "data.path=nowhere.csv"], "nowhere.csv (looked in"),
     "no path": (["data=table"], "data.path"),
     "unknown method": (["solver.method=dopri9"], "unknown solver method 'dopri9'"),
     "unknown option": (["+solver.options.stepsize=1"], "dopri5 has no option stepsize"),
@@ -93,6 +93,9 @@ MISTAKES = {
         "BatchNorm1d that normalizes over the batch",
     ),
     "blow-up": (["network.zero_init=false", "t_data=1e6", "solver.max_evaluations=100"], "more than 100 evaluations"),
+    "seed": (["seed=-1"], "seed must be null or lie in [0, 2^32), but is -1"),
+    "batch size": (["data.eval_batch_size=-3"], "eval_batch_size must be at least 1, but is -3"),
+    "data seed": (["data.seed=-1"], "data.seed must be at least 0, but is -1"),
     "missing checkpoint": (["ckpt_path=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
 }
 

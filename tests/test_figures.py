@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Polygon
 from run import FAST, SMALL_TOY, config
 
 from divflow.callbacks import Figures
@@ -74,3 +75,14 @@ def test_figures_take_no_more_than_their_share(tmp_path, monkeypatch, share):
     assert drawn[-1] == "final"
     assert taken <= share * now
     assert (taken > 0) == (share > 0)
+
+
+def test_samples_outside_of_the_data_are_missing_from_the_histogram():
+    data = torch.linspace(0, 1, 101)[:, None]
+    samples = torch.cat([data[1:-1], torch.full((99, 1), 50.0)])
+    for given, inside in ((samples, 0.5), (torch.full((3, 1), 50.0), 0.0)):
+        axis = plot_pairs(data, given, "a").axes[0]
+        (outline,) = [patch for patch in axis.patches if isinstance(patch, Polygon)]
+        x, y = outline.get_xy().T
+        area = abs((np.roll(x, -1) - x) @ (np.roll(y, -1) + y)) / 2
+        assert area == pytest.approx(inside, abs=0.02)

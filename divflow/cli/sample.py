@@ -9,9 +9,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Generator, Tensor
 
+from divflow.build import ConfigError
 from divflow.cli.output import batches, check_output, write_figure, write_table
 from divflow.cli.trained import check_least, check_model, data_config, load_trained, named_device
-from divflow.density import FlowDensity, UnnormalizedDensity
+from divflow.density import FlowDensity, ScoreDensity, UnnormalizedDensity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,8 @@ def run(config: DictConfig) -> None:
     trained.density.to(device)
     data = data_config(config, trained.columns) if out.suffix == ".png" else None  # refused before the work is done
     seed = torch.seed() if config.seed is None else config.seed
-    samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed)
+    context = _context(config.context, trained.density)
+    samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed, context)
     names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
     if data is None:
         write_table(out, names, samples.numpy())
@@ -38,9 +40,32 @@ def run(config: DictConfig) -> None:
     Console().print(f"{len(samples)} samples of {trained.name}: {out}", soft_wrap=True, highlight=False)
 
 
+def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Tensor | None:
+    """The context of all samples, `(features,)`; None where none is given.
+
+    Raises:
+        ConfigError: it is no list of numbers; a density that needs one, or takes none.
+    """
+    standardized = getattr(density, "context_transform", None)
+    if numbers is None:
+        if standardized is not None:
+            raise ConfigError(
+                f"the density is conditional: give the context of its samples, {standardized.shift.numel()} numbers, context=[0.1,...]"
+            )
+        return None
+    if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
+        raise ConfigError(f"scores take no context, but context={numbers}")
+    try:
+        return torch.tensor([float(number) for number in numbers], dtype=density.dtype)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers}") from error
+
+
 @torch.no_grad()
-def _drawn(density: FlowDensity | UnnormalizedDensity, number: int, size: int, seed: int) -> Tensor:
-    """Samples `(n, *event)`.
+def _drawn(
+    density: FlowDensity | UnnormalizedDensity, number: int, size: int, seed: int, context: Tensor | None
+) -> Tensor:
+    """Samples `(n, *event)`, all of one context if there is one.
 
     What follows a flow starts from noise that is drawn for all rows at once, so that a row is the same, as exactly as
     the solver has it, in batches of any size. A sampler with noise of its own has its own seed for every batch.
@@ -52,7 +77,9 @@ def _drawn(density: FlowDensity | UnnormalizedDensity, number: int, size: int, s
         noise = density.flow.base.sample(number, Generator(device).manual_seed(seed))
 
         def draw(part: slice, index: int) -> Tensor:
-            return density.transform.inverse(density.flow.decode(noise[part]))
+            z = noise[part]
+            given = None if context is None else density.flow_context(context.to(z.device).expand(len(z), -1))
+            return density.transform.inverse(density.flow.decode(z, given))
     else:
 
         def draw(part: slice, index: int) -> Tensor:
@@ -66,7 +93,12 @@ def _figure(
     settings: dict[str, Any], density: FlowDensity | UnnormalizedDensity, samples: Tensor, names: Sequence[str]
 ) -> "Figure":
     """The samples beside data that were held out."""
-    from divflow.figures import plot_images, plot_pairs, plot_plane  # here, since it takes a while to import
+    from divflow.figures import (  # here, since it takes a while to import
+        plot_energies,
+        plot_images,
+        plot_pairs,
+        plot_plane,
+    )
 
     data = instantiate(settings, _convert_="all")
     data.prepare_data()
@@ -77,4 +109,6 @@ def _figure(
     if tuple(data.event_shape) == (2,):
         device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
         return plot_plane(rows.to(device), samples, getattr(density, "log_prob", None))
+    if data.energy is not None:
+        return plot_energies(rows, samples, None, data.energy)
     return plot_pairs(rows.flatten(1), samples.flatten(1), names)

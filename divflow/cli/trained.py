@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from divflow.arguments import check_count
-from divflow.build import ConfigError, build_ways
+from divflow.build import ConfigError, build_ways, check_paths
 from divflow.checkpoint import CheckpointError, read_checkpoint, rebuild, which_weights
 from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.flow import ContinuousFlow
@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # it imports Lightning, and mistakes are told before
     from lightning.fabric import Fabric
 
 __all__ = ["Trained", "check_least", "check_model", "data_config", "launched", "load_trained", "named_device"]
+
+
+_OF_DATA = ("divflow.data.", "divflow.energies.")
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,7 @@ def check_model(config: DictConfig) -> None:
             "give either ckpt_path=..., a checkpoint such as outputs/latest/checkpoints/best.ckpt, or "
             "model._target_=..., a function that makes a density"
         )
-    for name, path in {"ckpt_path": config.ckpt_path, "data.path": config.data.get("path")}.items():
-        if path is not None and not Path(path).expanduser().is_file():
-            raise ConfigError(f"there is no file {path} (looked in {Path.cwd()}); {name} must be that of one")
+    check_paths({"ckpt_path": config.ckpt_path, "data.path": config.data.get("path")})
     if config.batch_size is not None:
         check_least("batch_size", config.batch_size, 1)
     if config.seed is not None:
@@ -151,18 +152,17 @@ def _saved_data(config: DictConfig) -> dict[str, Any]:
 
 
 def _check_data_targets(data: Any, allowed: set[str], file: Path) -> None:
-    """A folder from elsewhere runs no code of its own: its data are divflow's, or named in `allow`."""
+    """A folder from elsewhere runs no code of its own: its data, and their energies, are divflow's, or named in `allow`."""
     if isinstance(data, list):
         data = dict(enumerate(data))
     if not isinstance(data, Mapping):
         return
     target = data.get("_target_")
-    if target is not None and target not in allowed:
-        ours = target.startswith("divflow.data.") and get_object(target).__module__.startswith("divflow.data")
-        if not ours:
-            raise CheckpointError(
-                f"{file} asks for {target!r}, which is none of divflow's data; if you trust it, allow=[{target}]"
-            )
+    ours = target is None or (target.startswith(_OF_DATA) and get_object(target).__module__.startswith(_OF_DATA))
+    if not ours and target not in allowed:
+        raise CheckpointError(
+            f"{file} asks for {target!r}, which is none of divflow's data; if you trust it, allow=[{target}]"
+        )
     for value in data.values():
         _check_data_targets(value, allowed, file)
 

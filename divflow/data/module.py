@@ -121,8 +121,11 @@ class TensorDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise DataError(f"batch_size must be at least 1, but is {batch_size}")
+        for name, number in {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size}.items():
+            if number < 1:
+                raise DataError(f"{name} must be at least 1, but is {number}")
+        if seed < 0:
+            raise DataError(f"data.seed must be at least 0, but is {seed}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.seed = seed

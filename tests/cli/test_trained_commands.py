@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
 from processes import process_group
-from run import FAST, SMALL_TOY, config
+from run import FAST, ROOT, SMALL_TOY, config
 
 import divflow
 from divflow.cli import main
@@ -123,6 +125,31 @@ def test_discrete_data_are_judged_as_such(tmp_path, monkeypatch, capsys):
     assert "of that ±, by the dequantization" in table
 
 
+def test_images_of_a_folder_are_judged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "others"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            pixels = np.random.default_rng(i + len(name)).integers(0, 256, (4, 4), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    train(config(*FAST, "data=images", "data.path=photos", "network.hidden=[8]", "output_dir=run"))
+    best = "ckpt_path=run/checkpoints/best.ckpt"
+    for i, other in enumerate([["+data.path=others"], ["data=images", "data.path=others"]]):
+        main(["evaluate", best, "split=all", f"out={i}.npy", *other])
+    assert len(np.load("0.npy")) == 20
+    np.testing.assert_allclose(np.load("0.npy"), np.load("1.npy"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+@pytest.mark.parametrize("data", sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")))
+def test_any_data_can_be_named(command, data):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        named = compose(command, [f"data={data}", "device=cpu"])
+    assert named.data._target_.startswith("divflow.data.")
+    assert named.get("network") is None
+    assert named.get("evaluation") is None
+
+
 def test_a_function_of_ones_own_makes_the_density(best, tmp_path):
     (tmp_path / "own_density.py").write_text(
         "from divflow.flow import ContinuousFlow\ndef shrink(rate):\n    return ContinuousFlow(lambda t, x: -rate * x, 2)\n"
@@ -170,6 +197,9 @@ def test_scores_sample_by_their_sampler_and_have_a_density_over_an_sde_only(tmp_
 MISTAKES = {
     "no density": (["evaluate"], "give either ckpt_path=.*or.*model"),
     "no file": (["evaluate", "ckpt_path=none.ckpt"], "there is no file none.ckpt"),
+    "no checkpoint": (["evaluate", "ckpt_path=there.csv"], r"there\.csv is not a checkpoint of plain tensors"),
+    "no data": (["evaluate", "{best}", "+data.path=none"], "there is no file or folder none"),
+    "context": (["sample", "{best}", "context=[1,2]"], "0 context features, but got 2"),
     "split": (["evaluate", "{best}", "split=tset"], "no split 'tset'; it must be one of train, val, test, all"),
     "suffix": (["evaluate", "{best}", "out=a.txt"], r"'\.txt'; it must end in \.csv or \.npy"),
     "figure suffix": (["sample", "{best}", "out=a"], r"\(none\).*\.csv or \.npy or \.png"),

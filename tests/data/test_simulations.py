@@ -99,8 +99,28 @@ def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=judged.npy", "batch_size=7"])
     np.testing.assert_allclose(np.load("judged.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
-    with pytest.raises(SystemExit, match="built for 2 context features, but got 0"):
-        main(["sample", "ckpt_path=checkpoints/best.ckpt"])
+    for given, message in {
+        "null": r"conditional: give the context of its samples, 2 numbers",
+        "[0.1]": r"tensor \(k, 2\).*of shape \(1000, 1\)",
+        "[0.1,a]": r"list of numbers.*'a'",
+        "0.1": "list of numbers",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main(["sample", "ckpt_path=checkpoints/best.ckpt", f"context={given}"])
+    main(
+        [
+            "sample",
+            "ckpt_path=checkpoints/best.ckpt",
+            "context=[0.1,-0.3]",
+            "num_samples=7",
+            "batch_size=4",
+            "out=drawn.npy",
+        ]
+    )
+    z = density.flow.base.sample(7, torch.Generator().manual_seed(0))
+    given = density.flow_context(torch.tensor([[0.1, -0.3]]).expand(7, -1))
+    expected = density.transform.inverse(density.flow.decode(z, given)).detach()
+    np.testing.assert_allclose(np.load("drawn.npy"), expected, atol=1e-4)
 
 
 def test_contexts_are_in_their_own_units(tmp_path):

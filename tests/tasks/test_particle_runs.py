@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ import divflow
 from divflow.bases import BaseError, MeanFreeNormal
 from divflow.build import ConfigError
 from divflow.callbacks import figures
+from divflow.cli import main
 from divflow.data import MeanFreeScale, Particles
 from divflow.density import FlowDensity
 from divflow.divergence import Hutchinson
@@ -58,6 +60,19 @@ def test_either_way_trains_and_is_judged(tmp_path, kept, data, task):
     x = density.sample(5)
     assert x.mean(dim=1).abs().max() < 1e-4
     assert density.log_prob(x).isfinite().all()
+
+
+def test_commands_take_its_data(tmp_path, kept, monkeypatch):
+    results = run(tmp_path, kept, "data=dw4", "task=flow_matching")
+    monkeypatch.chdir(tmp_path)
+    best = "ckpt_path=run/checkpoints/best.ckpt"
+    named = [f"{'+' * ('data' in it)}{it}" for it in [*SAMPLES, *SAMPLER, f"data.cache={kept}"]]
+    for i, more in enumerate([[], ["data=dw4", *(it.removeprefix("+") for it in named)]]):
+        main(["evaluate", best, f"out={i}.npy", *more])
+        assert np.load(f"{i}.npy")[:, 0].mean() == pytest.approx(-results["test/nll"], abs=1e-4)
+    for out in ("samples.csv", "samples.png"):
+        main(["sample", best, "num_samples=5", f"out={out}"])
+        assert (tmp_path / out).is_file()
 
 
 def test_the_command_of_the_guide_is_the_same_run():
