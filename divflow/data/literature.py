@@ -86,8 +86,12 @@ def _read(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} could not be read as .npy: {error}; {expected}") from error
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path} holds several arrays, as an .npz file does, but {expected}")
     if array.shape != shape or array.dtype.kind != "f":
         raise DataError(f"{path} has {array.dtype} of shape {array.shape}, but {expected}")
-    rows = torch.from_numpy(array.astype(np.float32))
-    check_finite(rows)
+    check_finite(torch.from_numpy(array))
+    rows = torch.from_numpy(array).float()
+    if rows.isinf().any():
+        raise DataError(f"{path} has {np.abs(array).max():.3g}, which is beyond float32; rescale that column")
     return rows

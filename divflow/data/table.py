@@ -26,7 +26,7 @@ class Table(Columns):
     takes few values, such as booleans: its likelihood grows for as long as training goes on, and says little.
 
     Args:
-        path: a `.csv` (with or without a header), `.parquet`, or `.npy` of shape (rows, columns).
+        path: a `.csv` (with a header, or without one: a first row that is all numbers is data), `.parquet`, or `.npy` of shape (rows, columns).
         columns: names of the columns to use (numbers for an `.npy`); all if None.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
@@ -61,7 +61,7 @@ def read_table(
     """The chosen columns of a file as float64, `(rows, columns)` in the file's order, and their names.
 
     Args:
-        path: a `.csv` (with or without a header), `.parquet`, or `.npy` of shape (rows, columns).
+        path: a `.csv` (with a header, or without one: a first row that is all numbers is data), `.parquet`, or `.npy` of shape (rows, columns).
         columns: their names, in the order to take them; all if None.
         separator: of a `.csv`, one character.
 
@@ -90,6 +90,8 @@ def read_table(
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} could not be read as {path.suffix}: {error}") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise DataError(f"{path.name} has columns of the same name: {', '.join(table.column_names)}; rename them")
     if columns is not None:
         missing = [str(name) for name in columns if str(name) not in table.column_names]
         if missing:
@@ -115,6 +117,8 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _from_array(array: np.ndarray, path: Path) -> pa.Table:
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path.name} holds several arrays, as an .npz file does; save the table alone by numpy.save")
     if array.ndim != 2:
         raise DataError(f"{path.name} has shape {array.shape}; a table has two dimensions, rows and columns")
     return pa.table({str(i): column for i, column in enumerate(array.T)})

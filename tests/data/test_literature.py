@@ -46,12 +46,20 @@ def test_the_sizes_are_shares_of_a_tenth():
         (np.zeros((100, 43)), r"of shape \(100, 43\), but .*\(29556, 43\), as the preprocessing of Papamakarios"),
         (np.zeros((29_556, 43), np.int64), "int64 of shape"),
         (np.full((29_556, 43), np.nan), "29556 of 29556 rows are not finite"),
+        (np.full((29_556, 43), 1e300), r"has 1e\+300, which is beyond float32"),
         (np.array([{}], dtype=object), r"could not be read as \.npy"),
     ],
 )
 def test_another_layout_is_refused(tmp_path, array, message):
     np.save(tmp_path / "train.npy", array, allow_pickle=True)
     with pytest.raises(DataError, match=message):
+        Literature("miniboone", tmp_path)
+
+
+def test_several_arrays_are_refused(tmp_path):
+    with open(tmp_path / "train.npy", "wb") as file:
+        np.savez(file, a=np.zeros(3))
+    with pytest.raises(DataError, match=r"holds several arrays.*expects floats"):
         Literature("miniboone", tmp_path)
 
 

@@ -93,6 +93,14 @@ def test_bad_files(tmp_path):
     np.save(tmp_path / "cube.npy", np.zeros((3, 3, 3)))
     with pytest.raises(DataError, match=r"\(3, 3, 3\)"):
         Table(tmp_path / "cube.npy")
+    with open(tmp_path / "several.npy", "wb") as file:
+        np.savez(file, a=VALUES)
+    with pytest.raises(DataError, match=r"several\.npy holds several arrays"):
+        Table(tmp_path / "several.npy")
+    (tmp_path / "twice.csv").write_text("a,b,a\n" + "1,2,3\n" * 30)
+    for columns in (None, ["a"]):
+        with pytest.raises(DataError, match=r"columns of the same name: a, b, a; rename"):
+            Table(tmp_path / "twice.csv", columns=columns)
     np.save(tmp_path / "objects.npy", np.array([[object()]]), allow_pickle=True)
     with pytest.raises(DataError, match="could not be read"):
         Table(tmp_path / "objects.npy")

