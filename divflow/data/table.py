@@ -116,7 +116,7 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
-def _from_array(array: np.ndarray, path: Path) -> pa.Table:
+def _from_array(array: object, path: Path) -> pa.Table:
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path.name} holds several arrays, as an .npz file does; save the table alone by numpy.save")
     if array.ndim != 2:
