@@ -66,7 +66,7 @@ def quartet(energy: PairEnergy, split: float, points: int = 432) -> Quartet:
         )
     coarse: Quartet | None = None
     for share, depth in zip(_SHARES, _DEPTHS, strict=True):
-        fine = _on_grid(energy, split, int(share * points), depth)
+        fine = _on_grid(energy, split, round(share * points), depth)
         if coarse is not None:
             changes = abs(fine.log_normalizer - coarse.log_normalizer), abs(fine.beyond - coarse.beyond)
             if all(change < _TOLERANCE for change in changes):  # NaN is not
