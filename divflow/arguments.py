@@ -20,14 +20,14 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 
 
 def check_numbers(**values: float) -> None:
-    """Refuse what is no number.
+    """Refuse what is no finite number.
 
     Raises:
         ValueError: naming the option and the value.
     """
     for name, value in values.items():
-        if not isinstance(value, Real):
-            raise ValueError(f"{name} must be a number, but is {value!r}")
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a number, and finite, but is {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:

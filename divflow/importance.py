@@ -13,11 +13,15 @@ from divflow.errors import DivflowError
 if TYPE_CHECKING:
     from divflow.flow import ContinuousFlow
 
-__all__ = ["ImportanceError", "ImportanceWeights", "importance_weights"]
+__all__ = ["ImportanceError", "ImportanceWarning", "ImportanceWeights", "importance_weights"]
 
 
 class ImportanceError(DivflowError, ValueError):
     """The weights would not be what they claim; the message says why, and what to do."""
+
+
+class ImportanceWarning(UserWarning):
+    """So few weights count that what they estimate, and its standard error, can't be believed."""
 
 
 class ImportanceWeights(NamedTuple):
@@ -33,7 +37,7 @@ class ImportanceWeights(NamedTuple):
         log_normalizer: log Z-hat, Z-hat = (1 / n) sum_i w_i, in nats; Z-hat is unbiased, its logarithm low by about
             half of the squared standard error.
         standard_error: of log_normalizer, in nats, sqrt((n / effective_sample_size - 1) / (n - 1)), by the delta
-            method; to be believed where the effective sample size is large.
+            method; not to be believed below an effective sample size of some 20, see `importance_weights`.
         probe_share: of the variance of log w_i, what the noise of an estimated divergence makes: the mean of its squared
             standard errors over that variance. Zero where the divergence is exact; near one, more probes would raise the
             effective sample size, and a better flow would not.
@@ -65,6 +69,10 @@ def importance_weights(
     exp(-s_i^2 / 2), s_i the standard error of log p(x_i). The assumption is that e is normal, as the sum over many nodes
     and dimensions nearly is, and that s_i^2 is known: from m probes it has m - 1 degrees of freedom, and log Z stays
     too large by about s^4 / (4 (m - 1)).
+
+    **Few effective samples**: standard errors know only what the flow has reached. Where one weight outweighs all, that of log Z is
+    at most 1 however far off log Z is, and that of an expectation by the delta method, sqrt(sum_i W_i^2 (h_i - mean)^2), tends to zero.
+    Below an effective sample size of some 20 neither is to be believed.
 
     Differentiable in the flow's parameters; use `torch.no_grad()` where that is not wanted, to keep no graph.
 

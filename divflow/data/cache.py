@@ -1,16 +1,20 @@
-"""Files of what takes long to make and is the same each time: kept under a key, made anew where the key is another."""
+"""Files of what takes long to make and is the same each time: kept under a key, made anew where they can't be used."""
 
 import hashlib
 import os
-import pickle
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["cache_folder", "cached"]
+from divflow.data.module import DataError
+
+__all__ = ["StaleError", "cache_folder", "cached"]
+
+
+class StaleError(DataError):
+    """A kept file can't be used; the message, which follows its name, says why."""
 
 
 def cache_folder() -> Path:
@@ -18,11 +22,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "divflow"
 
 
-def cached(folder: Path, name: str, settings: str, version: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def cached(
+    folder: Path,
+    name: str,
+    settings: str,
+    version: int,
+    make: Callable[[], dict[str, Any]],
+    check: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     """What `make` returns, read from a file of the folder where it was made before by the same settings and version.
 
-    A file of another version, or one that can't be read, is made anew, and says so. It is written under another name and
-    then moved, so that no process reads half of it.
+    A file of another version, one that can't be read, or one that the check refuses is made anew, and says so. It is written under
+    another name and then moved, so that no process reads half of it.
 
     Args:
         folder: made if it is not there.
@@ -30,25 +41,50 @@ def cached(folder: Path, name: str, settings: str, version: int, make: Callable[
         settings: everything that the result depends on.
         version: of the way it is made.
         make: tensors and numbers by name.
+        check: of what was read; raises `StaleError` where it is not what `make` returns.
+
+    Raises:
+        DataError: before anything is made: the folder can't be written to, or has a folder in place of the file.
     """
     path = folder / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.pt"
     key = f"version {version}: {settings}"
     if path.is_file():
-        found = _read(path)
-        if found is not None and found.pop("key", None) == key:
+        try:
+            found = _read(path, key)
+            check(found)
+        except StaleError as why:
+            print(f"{path} {why}; it is made anew")
+        else:
             return found
-        print(f"{path} is of another version, or damaged; it is made anew")
+    _check_writable(folder, path)
     print(f"making samples of {name}, once: they are kept in {path}")
     made = make()
-    folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     torch.save({"key": key, **made}, partial)
     partial.replace(path)
     return made
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, key: str) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError):
-        return None
+        found = torch.load(path, weights_only=True)
+    except Exception as error:  # bytes that are no pickle raise anything
+        raise StaleError(f"can't be read ({type(error).__name__})") from error
+    if not isinstance(found, dict) or found.pop("key", None) != key:
+        raise StaleError("is of another version, or damaged")
+    return found
+
+
+def _check_writable(folder: Path, path: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder} can't be made a folder to keep samples in ({error}); give another one by cache=..."
+        ) from error
+    if path.is_dir():
+        raise DataError(
+            f"{path} is a folder in place of the file that samples are kept in; remove it, or give another one by cache=..."
+        )
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{folder}, to keep samples in, can't be written to; give another one by cache=...")

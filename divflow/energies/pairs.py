@@ -11,7 +11,7 @@ from torch import Tensor
 from divflow.arguments import check_count, check_numbers, check_positive
 from divflow.errors import DivflowError
 
-__all__ = ["DoubleWell", "EnergyError", "LennardJones", "PairEnergy"]
+__all__ = ["DoubleWell", "EnergyError", "LennardJones", "PairEnergy", "check_energy"]
 
 
 class EnergyError(DivflowError, ValueError):
@@ -35,7 +35,8 @@ class PairEnergy(ABC):
 
     Raises:
         ValueError: an option that is no such number.
-        EnergyError: by a call, particles of another number or in other dimensions.
+        EnergyError: by a call, particles of another number or in other dimensions, x that is not floating, or a `pair` that returns anything
+            but an energy for each squared distance.
     """
 
     particles: int
@@ -56,7 +57,15 @@ class PairEnergy(ABC):
 
     def __call__(self, x: Float[Tensor, "batch particles dimensions"]) -> Float[Tensor, " batch"]:
         """The energy of each sample, in kT."""
-        return self.pair(self._squared(x)).sum(dim=1)
+        squared = self._squared(x)
+        u = self.pair(squared)
+        if not isinstance(u, Tensor) or u.shape != squared.shape:
+            what = f"shape {tuple(u.shape)}" if isinstance(u, Tensor) else repr(u)
+            raise EnergyError(
+                f"pair of {type(self).__name__} must return an energy for each squared distance, {tuple(squared.shape)}, but returned {what}; "
+                "compute it elementwise"
+            )
+        return u.sum(dim=1)
 
     def distances(self, x: Float[Tensor, "batch particles dimensions"]) -> Float[Tensor, "batch pairs"]:
         """Of all pairs i < j, in the order of `torch.triu_indices`."""
@@ -69,6 +78,8 @@ class PairEnergy(ABC):
                 f"{self.dimensions}), but x has shape {tuple(x.shape)}; make one of other particles by "
                 f"{type(self).__name__}(particles=..., dimensions=...)"
             )
+        if not x.is_floating_point():
+            raise EnergyError(f"x must be of a floating dtype, but is of {x.dtype}; use x.float()")
         first, second = torch.triu_indices(self.particles, self.particles, offset=1, device=x.device)
         eye = torch.eye(self.particles, dtype=x.dtype, device=x.device)
         # As one product with a matrix: indexing's backward pass adds row after row.
@@ -140,7 +151,7 @@ class LennardJones(PairEnergy):
         dimensions: d, of space.
         epsilon: depth of a pair's well, in kT.
         r_m: the distance where that is.
-        oscillator: c, of the springs, in kT; 0 for none, where particles fly off and no density exists.
+        oscillator: c, of the springs, in kT; positive, since without them particles fly off and no density exists.
     """
 
     particles: int = 13
@@ -159,6 +170,18 @@ class LennardJones(PairEnergy):
         ratio = self.r_m**2 / squared
         sixth = ratio * ratio * ratio
         return self.epsilon * sixth * (sixth - 2) + self.oscillator / (2 * self.particles) * squared
+
+
+def check_energy(energy: PairEnergy) -> None:
+    """Refuse what is no `PairEnergy`, such as a function.
+
+    Raises:
+        EnergyError: naming the value.
+    """
+    if not isinstance(energy, PairEnergy):
+        raise EnergyError(
+            f"energy must be a PairEnergy, but is {energy!r}; write a class that derives from it and gives u of the squared distance as `pair`"
+        )
 
 
 def _root(squared: Tensor) -> Tensor:

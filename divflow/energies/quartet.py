@@ -7,9 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divflow.energies.pairs import EnergyError, PairEnergy
+from divflow.arguments import check_count, check_positive
+from divflow.energies.pairs import EnergyError, PairEnergy, check_energy
 
 __all__ = ["Quartet", "quartet"]
+
+# In nats and in probability, between two grids.
+_TOLERANCE = 1e-4
+# Each grid is finer than the one before by a half, and pairs may be farther apart: where exp(-u) is above exp(-depth) of its maximum.
+_SHARES = (8 / 27, 4 / 9, 2 / 3, 1)
+_DEPTHS = (30.0, 36.0, 43.0, 52.0)
 
 
 class Quartet(NamedTuple):
@@ -30,51 +37,90 @@ class Quartet(NamedTuple):
     weights: Tensor
 
 
-def quartet(energy: PairEnergy, split: float, half_width: float = 12.0, points: int = 192, nodes: int = 64) -> Quartet:
-    """Log Z and p(r), to all digits where the grid is fine and wide enough: see that another gives the same.
+def quartet(energy: PairEnergy, split: float, points: int = 432) -> Quartet:
+    """Log Z and p(r), on a grid that is made finer and wider until neither log Z nor P(r > split) changes by 1e-4.
 
     At a fixed distance r of particles 1 and 2 the others see these and each other: with w(y) = exp(-u(|y - x_1|) - u(|y - x_2|)),
 
         4 Z p(r) = 2 pi r exp(-u(r)) integral of w(y) w(z) exp(-u(|y - z|)) dy dz
 
     where 4 = n^(d/2) is the volume of the coordinates relative to particle 1, in that of the subspace. The convolution is taken by FFT on a
-    periodic grid, and the trapezoidal rule is as good as the functions are smooth and vanish at its ends; over r it is Gauss and
-    Legendre's rule, below and beyond a split.
+    periodic grid, and the trapezoidal rule is as good as the functions are smooth; over r it is Gauss and Legendre's rule, below and beyond a
+    split. Pairs that may meet, or wells that four particles in the plane can't all be in, make it hard.
 
     Args:
         energy: of 4 particles in 2 dimensions.
         split: a distance, such as that between two wells.
-        half_width: of the grid, and the largest distance; exp(-u) must be negligible there.
-        points: of the grid, in each direction.
-        nodes: distances on each side of the split.
+        points: of the finest grid that is tried, in each direction; some seconds, growing with their cube.
 
     Raises:
-        EnergyError: an energy of other particles.
+        EnergyError: an energy of other particles, or one that does not hold them together; a split that no pair reaches; a density that the
+            finest grid does not resolve.
     """
+    check_energy(energy)
+    check_positive("split", split)
+    check_count("points", points, least=100)
     if energy.event_shape != (4, 2):
         raise EnergyError(
             f"this quadrature is for 4 particles in 2 dimensions, but the energy is one of {energy.event_shape}"
         )
-    axis = torch.arange(points, dtype=torch.float64) * (2 * half_width / points) - half_width
+    coarse: Quartet | None = None
+    for share, depth in zip(_SHARES, _DEPTHS, strict=True):
+        fine = _on_grid(energy, split, round(share * points), depth)
+        if coarse is not None:
+            changes = abs(fine.log_normalizer - coarse.log_normalizer), abs(fine.beyond - coarse.beyond)
+            if all(change < _TOLERANCE for change in changes):  # NaN is not
+                return fine
+        coarse = fine
+    raise EnergyError(
+        f"quadrature does not resolve {energy}: between the last two of its grids, the finer of {points} points in each direction, log Z "
+        f"changes by {changes[0]:.1g} and P(r > {split}) by {changes[1]:.1g}; take more points, or Tempering's log Z"
+    )
+
+
+def _on_grid(energy: PairEnergy, split: float, points: int, depth: float) -> Quartet:
+    least, reach = _range(energy, depth)
+    if split >= reach:
+        raise EnergyError(f"split must be a distance that pairs of {energy} reach, below {reach:.3g}, but is {split}")
+
+    def boltzmann(squared: Tensor) -> Tensor:
+        return (least - energy.pair(squared)).exp()
+
+    # Particles 3 and 4 are within a reach of the middle of 1 and 2, and so at most two from each other: of a period of three, no image
+    # of them is within a reach.
+    spacing = 3 * reach / points
+    axis = (torch.arange(points, dtype=torch.float64) - points // 2) * spacing
     along, across = torch.meshgrid(axis, axis, indexing="ij")
-    cell = (2 * half_width / points) ** 2
-    between = torch.fft.rfft2(torch.fft.ifftshift(_boltzmann(energy, along.square() + across.square())))
+    between = torch.fft.rfft2(torch.fft.ifftshift(boltzmann(along.square() + across.square())))
+    nodes = points // 3
     x, weights = map(torch.as_tensor, np.polynomial.legendre.leggauss(nodes))
-    ends = ((0.0, split), (split, half_width))
+    ends = ((0.0, split), (split, reach))
     r = torch.cat([low + (high - low) * (x + 1) / 2 for low, high in ends])
     weights = torch.cat([(high - low) / 2 * weights for low, high in ends])
     inner = []
     for distance in r:
-        first, second = (
-            _boltzmann(energy, (along + side * distance / 2).square() + across.square()) for side in (1, -1)
-        )
+        first, second = (boltzmann((along + side * distance / 2).square() + across.square()) for side in (1, -1))
         w = first * second
-        inner.append((w * torch.fft.irfft2(torch.fft.rfft2(w) * between, s=w.shape)).sum() * cell**2)
-    density = 2 * math.pi * r * _boltzmann(energy, r.square()) * torch.stack(inner)
+        inner.append((w * torch.fft.irfft2(torch.fft.rfft2(w) * between, s=w.shape)).sum() * spacing**4)
+    density = 2 * math.pi * r * boltzmann(r.square()) * torch.stack(inner)
     total = (weights * density).sum()
     beyond = (weights * density)[nodes:].sum() / total
-    return Quartet(float(total.log()) - math.log(4), float(beyond), r, density / total, weights)
+    log_normalizer = float(total.log()) - math.log(4) - 6 * least
+    return Quartet(log_normalizer, float(beyond), r, density / total, weights)
 
 
-def _boltzmann(energy: PairEnergy, squared: Tensor) -> Tensor:
-    return (-energy.pair(squared)).exp()
+def _range(energy: PairEnergy, depth: float) -> tuple[float, float]:
+    """The least u, and the largest distance at which u is less than `depth` above it."""
+    r = torch.logspace(-9, 9, 100_001, dtype=torch.float64)
+    u = energy.pair(r.square())
+    least = float(u.min())
+    if not math.isfinite(least):
+        raise EnergyError(
+            f"the pair energy of {energy} must be finite or +inf at all distances, but {least} is among its values"
+        )
+    near = r[u - least < depth].max()
+    if near == r[-1]:
+        raise EnergyError(
+            f"{energy} does not hold its particles together, so that it has no density; let u grow with the distance"
+        )
+    return least, float(near)

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from divflow.arguments import check_count, check_generator, check_positive
 from divflow.energies.bennett import log_ratios
-from divflow.energies.pairs import EnergyError, PairEnergy
+from divflow.energies.pairs import EnergyError, PairEnergy, check_energy
 from divflow.score.noise import normal_like
 
 __all__ = ["Tempered", "Tempering"]
@@ -62,7 +62,8 @@ class Tempering:
 
     Raises:
         ValueError: an option that is no such number.
-        EnergyError: by a call, states that are not finite, or neighbours that hardly ever exchange states.
+        EnergyError: by a call, an energy that is no `PairEnergy`, has no gradient, or is NaN where the normal density is; samples that are not
+            finite, or whose energy is not; neighbours that hardly ever exchange states.
     """
 
     rungs: int = 16
@@ -85,10 +86,11 @@ class Tempering:
         """Samples and log Z of an energy's Boltzmann density, in float32, the same for the same seed.
 
         Args:
-            energy: in kT.
+            energy: in kT; +inf where the density vanishes.
             num_samples: how many.
             generator: of everything that is drawn; torch's default one if None.
         """
+        check_energy(energy)
         check_count("num_samples", num_samples)
         check_generator(generator)
         ladder = _Ladder(energy, self, generator)
@@ -104,19 +106,25 @@ class Tempering:
                 works.append(ladder.tilts())
         samples = torch.stack(collected, dim=1).flatten(0, 1)[:num_samples]
         exchanged = ladder.exchanged / ladder.tried
-        self._check(samples, exchanged)
-        log_normalizer, error = self._log_normalizer(torch.stack(works, dim=-1), energy)
+        tilts = torch.stack(works, dim=-1)
+        self._check(samples, tilts[-1], exchanged)
+        log_normalizer, error = self._log_normalizer(tilts, energy)
         acceptance = float(ladder.accepted[-1] / (rounds * self.thin))
         return Tempered(samples - samples.mean(dim=1, keepdim=True), log_normalizer, error, acceptance, exchanged)
 
     def betas(self) -> Tensor:
         """Beta of each rung, from 0 to 1, `(rungs + 1,)`."""
-        return (torch.arange(self.rungs + 1) / self.rungs) ** self.power
+        return (torch.arange(self.rungs + 1, dtype=torch.float32) / self.rungs) ** self.power
 
-    def _check(self, samples: Tensor, exchanged: Tensor) -> None:
+    def _check(self, samples: Tensor, tilts: Tensor, exchanged: Tensor) -> None:
         if not samples.isfinite().all():
             raise EnergyError(
                 f"samples of {self} are not finite; take a normal density that the target fits in, by std"
+            )
+        if not tilts.isfinite().all():
+            raise EnergyError(
+                f"the energy of {(~tilts.isfinite()).double().mean():.1%} of the samples of {self} is not finite; let it be finite where the "
+                "density does not vanish, or warm up longer"
             )
         if exchanged.nan_to_num(1.0).min() < _EXCHANGED:
             raise EnergyError(
@@ -141,9 +149,10 @@ class _Ladder:
         self.energy, self.settings, self.generator = energy, settings, generator
         beta = settings.betas()[1:]
         self.beta, self.stride = beta[:, None], (settings.betas()[1:] - settings.betas()[:-1])[:, None]
-        self.step = torch.full((settings.rungs, 1), 0.05 * settings.std)
-        self.x = settings.std * self._centered(torch.empty(settings.rungs + 1, settings.chains, *energy.event_shape))
+        self.step = torch.full_like(self.beta, 0.05 * settings.std)
+        self.x = settings.std * self._centered(beta.new_empty(settings.rungs + 1, settings.chains, *energy.event_shape))
         self.u, self.gradient = self._evaluate(self.x)
+        self._check_nan(self.u)
         self.forget()
 
     def forget(self) -> None:
@@ -163,6 +172,7 @@ class _Ladder:
     def _redraw(self) -> None:
         fresh = self.settings.std * self._centered(self.x[:1])
         u, gradient = self._evaluate(fresh)
+        self._check_nan(u)
         self.x, self.u = torch.cat([fresh, self.x[1:]]), torch.cat([u, self.u[1:]])
         self.gradient = torch.cat([gradient, self.gradient[1:]])
 
@@ -171,7 +181,7 @@ class _Ladder:
         momentum = self._centered(x)
         before = self._action(x, u) + momentum.square().sum(dim=(2, 3)) / 2
         # Of random length, since one that fits a period goes in circles.
-        step = self.step * (0.7 + 0.6 * torch.rand(u.shape, generator=self.generator))
+        step = self.step * (0.7 + 0.6 * self._uniform(u.shape))
         step = step[..., None, None]
         y, energies, slope = x, u, gradient
         momentum = momentum + step / 2 * self._force(y, slope)
@@ -182,7 +192,7 @@ class _Ladder:
             momentum = momentum + (step / 2 if last else step) * self._force(y, slope)
         after = self._action(y, energies) + momentum.square().sum(dim=(2, 3)) / 2
         # What is NaN is refused.
-        taken = torch.rand(u.shape, generator=self.generator) < (before - after).exp()
+        taken = self._uniform(u.shape) < (before - after).exp()
         rate = taken.float().mean(dim=1)
         self.accepted = self.accepted + rate
         if adapt:
@@ -198,7 +208,7 @@ class _Ladder:
             return
         tilt = self.u - self._reference(self.x)
         log_ratio = self.stride[lower] * (tilt[lower + 1] - tilt[lower])
-        taken = torch.rand(log_ratio.shape, generator=self.generator) < log_ratio.exp()
+        taken = self._uniform(log_ratio.shape) < log_ratio.exp()
         self.exchanged[lower] += taken.float().mean(dim=1)
         self.tried[lower] += 1
         for states in (self.x, self.u, self.gradient):
@@ -210,8 +220,21 @@ class _Ladder:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             u = self.energy(x.flatten(0, 1))
+            if not u.requires_grad:
+                raise EnergyError(
+                    f"{self.energy} has no gradient, which Hamiltonian moves need; let `pair` compute it from the squared distances by torch, "
+                    "without detach() or no_grad()"
+                )
             (gradient,) = torch.autograd.grad(u.sum(), x)
         return u.detach().view(x.shape[:2]), gradient
+
+    def _check_nan(self, u: Tensor) -> None:
+        """Of the normal density's own draws: moves into what is NaN are refused, but here chains would begin in it."""
+        if u.isnan().any():
+            raise EnergyError(
+                f"{self.energy} is NaN, thus not finite, at {u.isnan().double().mean():.1%} of the states of a normal density of std "
+                f"{self.settings.std}; let it be +inf where the density vanishes, or take a smaller std if it overflows"
+            )
 
     def _reference(self, x: Tensor) -> Tensor:
         return x.square().sum(dim=(2, 3)) / (2 * self.settings.std**2)
@@ -222,6 +245,9 @@ class _Ladder:
     def _force(self, x: Tensor, gradient: Tensor) -> Tensor:
         beta = self.beta[..., None, None]
         return -beta * gradient - (1 - beta) / self.settings.std**2 * x
+
+    def _uniform(self, shape: torch.Size) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=self.x.dtype)
 
     def _centered(self, like: Tensor) -> Tensor:
         noise = normal_like(like, self.generator)

@@ -1,5 +1,7 @@
 """What a flow's samples, weighted towards the Boltzmann density of the data's energy, say of it."""
 
+import warnings
+
 import torch
 from torch import Generator, Tensor
 
@@ -7,8 +9,12 @@ from divflow.data.module import TensorDataModule
 from divflow.density import FlowDensity
 from divflow.energies import DoubleWell
 from divflow.errors import DivflowError
+from divflow.importance import ImportanceWarning
 
 __all__ = ["reweighted"]
+
+# Effective samples, below which standard errors say less than the truth.
+_FEWEST = 20
 
 
 @torch.no_grad()
@@ -18,6 +24,9 @@ def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generato
     `effective_sample_fraction` is 1 / (n sum W_i^2), from 1 / n to 1; `log_normalizer` log Z in nats, which is right for any flow, but the nearer
     the larger the fraction; `free_energy_difference` that of a double well's two wells in kT. `_reference` is what the data module
     knows of the same.
+
+    Standard errors are those of the delta method: where few weights count they are far too small, and tend to zero, that of the free energy
+    at least, where one outweighs all. They are not to be believed below 20 effective samples, of which an `ImportanceWarning` tells.
 
     Args:
         density: with an exact divergence.
@@ -36,8 +45,16 @@ def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generato
     weights = density.importance_weights(
         lambda x: -energy(x), data.num_weighted, generator, batch_size=data.eval_batch_size
     )
+    size = float(weights.effective_sample_size)
+    if size < _FEWEST:
+        warnings.warn(
+            f"what weighted samples estimate rests on {size:.1f} effective samples of {data.num_weighted}: below {_FEWEST} its standard errors "
+            "are too small, and not to be believed; take more samples by data.num_weighted, or a flow that is nearer to the energy",
+            ImportanceWarning,
+            stacklevel=2,
+        )
     found = {
-        "effective_sample_fraction": float(weights.effective_sample_size) / data.num_weighted,
+        "effective_sample_fraction": size / data.num_weighted,
         "log_normalizer": float(weights.log_normalizer),
         "log_normalizer_standard_error": float(weights.standard_error),
     }

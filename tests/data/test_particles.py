@@ -1,7 +1,10 @@
 """Particles of a known energy as data: their splits, their density, and samples that are kept."""
 
 import copy
+import inspect
 import math
+import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from divflow.bases import BaseError, MeanFreeNormal
 from divflow.data import DataError, MeanFreeScale, Particles
 from divflow.data import particles as module
 from divflow.density import FlowDensity
-from divflow.energies import DoubleWell, LennardJones, Tempering
+from divflow.energies import DoubleWell, EnergyError, LennardJones, PairEnergy, Tempering
 from divflow.flow import ContinuousFlow
 
 SAMPLER = Tempering(rungs=8, power=2.0, std=2.0, chains=40, warm_up=40, thin=2)
@@ -86,23 +89,120 @@ def test_samples_are_made_once(tmp_path, made, capsys):
         assert not torch.equal(other.train.rows[:300], first.train.rows)
 
 
-@pytest.mark.parametrize("harm", ["version", "damage", "foreign"])
-def test_what_is_of_another_version_or_damaged_is_made_anew(tmp_path, made, capsys, monkeypatch, harm):
-    first = particles(tmp_path)
+def save(path, **changes):
+    """The file with other values under some names, or without those that are None."""
+    kept = torch.load(path) | changes
+    torch.save({name: value for name, value in kept.items() if value is not None}, path)
+
+
+def flip(path):
+    """One bit of the first sample's exponent, as a bad disk would."""
+    content = bytearray(path.read_bytes())
+    content[content.find(torch.load(path)["samples"][0].numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(content)
+
+
+HARMS = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:200]), "can't be read"),
+    "text": (lambda path: path.write_text("hello, world"), "can't be read"),
+    "garbage": (lambda path: path.write_bytes(b"h\x0a."), "can't be read"),
+    "empty": (lambda path: path.write_bytes(b""), "can't be read"),
+    "list": (lambda path: torch.save([1, 2], path), "another version"),
+    "tensor": (lambda path: torch.save(torch.ones(3), path), "another version"),
+    "foreign": (lambda path: torch.save({"samples": torch.zeros(3)}, path), "another version"),
+    "no samples": (lambda path: save(path, samples=None), "no samples"),
+    "no tensor": (lambda path: save(path, samples=3), "no samples"),
+    "fewer": (lambda path: save(path, samples=torch.load(path)["samples"][:-1]), r"no samples of shape \(440, 3, 2\)"),
+    "no energies": (lambda path: save(path, energies=None), "no energies"),
+    "no log Z": (lambda path: save(path, log_normalizer=None), "no number log_normalizer"),
+    "NaN": (lambda path: save(path, samples=torch.full((440, 3, 2), math.nan)), "other energies"),
+    "bit": (flip, "other energies"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_damaged_is_made_anew(tmp_path, made, capsys, harm):
+    first = particles(tmp_path, LennardJones(3, 2))
     (path,) = tmp_path.glob("*.pt")
-    if harm == "version":
-        monkeypatch.setattr(module, "_VERSION", 2)
-    elif harm == "damage":
-        path.write_bytes(path.read_bytes()[:200])
-    else:
-        torch.save({"samples": torch.zeros(3)}, path)
-    again = particles(tmp_path)
+    damage, why = HARMS[harm]
+    damage(path)
+    again = particles(tmp_path, LennardJones(3, 2))
     assert len(made) == 2
-    assert "made anew" in capsys.readouterr().out
+    assert re.search(f"{why}.*made anew", capsys.readouterr().out)
     assert torch.equal(first.train.rows, again.train.rows)
-    particles(tmp_path)
+    particles(tmp_path, LennardJones(3, 2))
     assert len(made) == 2
     assert [it.name for it in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_is_of_another_version_is_made_anew(tmp_path, made, capsys, monkeypatch):
+    particles(tmp_path)
+    monkeypatch.setattr(module, "_VERSION", 2)
+    particles(tmp_path)
+    assert len(made) == 2
+    assert "another version" in capsys.readouterr().out
+
+
+def springs(formula):
+    """A class of one name, whose formula a user edits."""
+
+    @dataclass(frozen=True)
+    class Springs(PairEnergy):
+        particles: int = 4
+        dimensions: int = 2
+
+        def pair(self, squared):
+            return formula(squared)
+
+    Springs.__qualname__ = "Springs"
+    return Springs()
+
+
+def test_an_energy_of_another_formula_is_sampled_anew(tmp_path, made, capsys):
+    """Its parameters, and so the key, are the same."""
+    first, kept = particles(tmp_path, springs(lambda squared: squared / 2)), list(tmp_path.iterdir())
+    edited = particles(tmp_path, springs(lambda squared: squared))
+    assert list(tmp_path.iterdir()) == kept
+    assert len(made) == 2
+    assert "formula is another" in capsys.readouterr().out
+    assert edited.train.rows.std() < 0.9 * first.train.rows.std()
+    again = particles(tmp_path, springs(lambda squared: 1 * squared))
+    assert len(made) == 2
+    assert again.log_normalizer == edited.log_normalizer != first.log_normalizer
+
+
+@pytest.mark.parametrize("place", ["file", "below", "folder"])
+def test_a_cache_that_cant_be_written_to_is_refused_before_sampling(tmp_path, made, place):
+    cache = tmp_path / "file"
+    if place == "folder":
+        particles(cache)
+        made.clear()
+        (path,) = cache.iterdir()
+        path.unlink()
+        path.mkdir()
+    else:
+        cache.write_text("")
+    with pytest.raises(DataError, match=r"file.*folder.*cache="):
+        particles(cache / "more" if place == "below" else cache)
+    assert not made
+
+
+def test_an_energy_that_is_none(made):
+    unchecked = inspect.unwrap(Particles.__init__)  # while tests run, annotations are checked, too
+    with pytest.raises(EnergyError, match="must be a PairEnergy.*function"):
+        unchecked(Particles.__new__(Particles), lambda x: x, SAMPLER)
+    assert not made
+
+
+def test_where_quadrature_fails_log_z_is_the_samplers(tmp_path, monkeypatch, capsys):
+    def fails(energy, split):
+        raise EnergyError("quadrature does not resolve it")
+
+    monkeypatch.setattr(module, "quartet", fails)
+    data = particles(tmp_path)
+    assert abs(data.log_normalizer - 29.66723) < 5 * data.log_normalizer_error
+    assert data.free_energy_difference is None
+    assert "sampler's: quadrature does not resolve it" in capsys.readouterr().out
 
 
 def test_the_default_folder_is_the_users_cache(tmp_path, monkeypatch):

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from divflow.energies import DoubleWell, EnergyError, LennardJones
+from divflow.energies import DoubleWell, EnergyError, LennardJones, PairEnergy
 
 ENERGIES = {
     "dw4": DoubleWell(),
@@ -115,3 +116,36 @@ def test_what_is_refused():
         LennardJones(oscillator=0.0)
     with pytest.raises(ValueError, match=r"c must be.*-1"):
         DoubleWell(c=-1.0)
+    with pytest.raises(EnergyError, match=r"floating.*int64.*x\.float\(\)"):
+        DoubleWell()(torch.ones(3, 4, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "option", [{"a": math.nan}, {"b": math.inf}, {"a": True}, {"b": "4"}, {"c": math.nan}], ids=str
+)
+def test_parameters_are_finite_numbers(option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} must be a number.*finite.*{value!r}"):
+        DoubleWell(**option)
+
+
+@dataclass(frozen=True)
+class Of(PairEnergy):
+    """What `pair` returns, whatever the distance."""
+
+    particles: int = 3
+    dimensions: int = 2
+    returned: object = None
+
+    def pair(self, squared):
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(torch.tensor(1.0), r"shape \(\)"), (torch.ones(5), r"shape \(5,\)"), (1.5, "1.5")],
+    ids=str,
+)
+def test_a_pair_energy_is_one_of_each_pair(returned, message):
+    with pytest.raises(EnergyError, match=rf"pair of Of.*each squared distance, \(5, 3\), but returned {message}"):
+        Of(returned=returned)(torch.randn(5, 3, 2))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -39,15 +40,19 @@ def test_a_normal_density(energy):
 
 
 @pytest.mark.parametrize(
-    ("energy", "tempering", "split", "points"),
+    ("energy", "tempering", "split"),
     [
-        (DoubleWell(), DW4, 4.0, 192),
-        (LennardJones(4, 2), Tempering(rungs=8, power=6.0, chains=200, warm_up=150, thin=8), 1.5, 512),
+        (DoubleWell(), DW4, 4.0),
+        (
+            LennardJones(4, 2, r_m=2.0, oscillator=4.0),
+            Tempering(rungs=8, power=6.0, std=2.0, chains=200, warm_up=150, thin=8),
+            3.0,
+        ),
     ],
     ids=["dw4", "lj4"],
 )
-def test_four_in_the_plane(energy, tempering, split, points):
-    found, known = tempering(energy, 8_000, seed()), quartet(energy, split, points=points)
+def test_four_in_the_plane(energy, tempering, split):
+    found, known = tempering(energy, 8_000, seed()), quartet(energy, split)
     assert abs(found.log_normalizer - known.log_normalizer) < 5 * found.standard_error
     assert found.standard_error < 0.06
     chains = (energy.distances(found.samples) > split).double().mean(dim=1).view(tempering.chains, -1).mean(dim=1)
@@ -96,6 +101,67 @@ def test_seeds():
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_samples_are_the_same_whatever_the_default_dtype():
+    sampler = Tempering(rungs=2, **SHORT)
+    single = sampler(Springs(), 150, seed())
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        found = sampler(Springs(), 150, seed())
+    finally:
+        torch.set_default_dtype(before)
+    assert found.samples.dtype == torch.float32
+    assert torch.equal(found.samples, single.samples)
+
+
+@dataclass(frozen=True)
+class Near(Springs):
+    """Springs of two on a line, and another energy where they are nearer than 1/2."""
+
+    particles: int = 2
+    dimensions: int = 1
+    near: float = math.inf
+
+    def pair(self, squared):
+        return torch.where(squared < 0.25, self.near, super().pair(squared))
+
+
+def test_where_the_energy_is_infinite_the_density_vanishes():
+    """The difference is normal, of variance 2 / stiffness = 1/2: |d| > 1/2 has probability erfc(1/2)."""
+    found = Tempering(rungs=4, power=2.0, std=1.5, **SHORT)(Near(), 4_000, seed())
+    assert Near().distances(found.samples).min() >= 0.5
+    expected = Near().log_normalizer + math.log(math.erfc(0.5))
+    assert abs(found.log_normalizer - expected) < 5 * found.standard_error
+
+
+@dataclass(frozen=True)
+class Of(Springs):
+    """Springs times what makes them no energy that can be sampled."""
+
+    factor: float = 1.0
+    detached: bool = False
+
+    def pair(self, squared):
+        u = self.factor * super().pair(squared)
+        return u.detach() if self.detached else u
+
+
+@pytest.mark.parametrize(
+    ("energy", "message"),
+    [
+        (Near(near=math.nan), r"Near.*is NaN, thus not finite, at \d+\.\d%.*\+inf where"),
+        (Of(factor=math.nan), "is NaN, thus not finite, at 100.0%"),
+        (Of(factor=math.inf), "the energy of 100.0% of the samples.*not finite"),
+        (Of(detached=True), "has no gradient.*detach"),
+        (lambda x: x, "must be a PairEnergy.*function.*pair"),
+    ],
+    ids=["nan near", "nan", "inf", "detached", "function"],
+)
+def test_energies_that_are_refused(energy, message):
+    with pytest.raises(EnergyError, match=message):
+        Tempering(rungs=2, **SHORT)(energy, 100, seed())
 
 
 def test_a_target_out_of_reach_is_refused():

@@ -1,6 +1,7 @@
 """Whole runs on particles: trained either way, judged by weighted samples, loaded back; and what is refused."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from divflow.energies import DoubleWell, Tempering
 from divflow.experiment import train
 from divflow.figures import plot_energies
 from divflow.flow import ContinuousFlow
-from divflow.importance import ImportanceError
+from divflow.importance import ImportanceError, ImportanceWarning
 from divflow.tasks.reweighting import reweighted
 
 SAMPLES = ["data.num_train=64", "data.num_val=20", "data.num_test=30", "data.num_weighted=40", "data.batch_size=16"]
@@ -125,6 +126,20 @@ def test_weights_towards_the_flows_own_density(tmp_path):
     with pytest.raises(ImportanceError, match="Hutchinson"):
         reweighted(estimated, data)
     assert figures._log_weights(estimated, data, x[:5]) is None
+
+
+def test_too_few_effective_samples_are_warned_of(tmp_path):
+    """One weight outweighs all: the free energy's error is then next to nothing, whatever the truth."""
+    flow = ContinuousFlow(lambda t, x: 0 * x, (4, 2), base=MeanFreeNormal((4, 2)))
+    density = FlowDensity(flow, MeanFreeScale(1.5))
+    data = Particles(DoubleWell(), Tempering(rungs=8, power=2.0, std=2.0, chains=20), 2, 2, 2, 100, cache=tmp_path)
+    with pytest.warns(ImportanceWarning, match=r"rests on \d+\.\d effective samples of 100.*num_weighted"):
+        found = reweighted(density, data, Generator().manual_seed(0))
+    assert 100 * found["effective_sample_fraction"] < 20
+    data.energy = _Springs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reweighted(density, data, Generator().manual_seed(0))
 
 
 def test_the_figure_shows_shares_of_all(tmp_path):
