@@ -65,9 +65,11 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
         ConfigError: naming the setting and where it was looked for.
     """
     for name, path in paths.items():
-        there = path is None or Path(path).expanduser()
-        if there is not True and not (there.exists() if name == "data.path" else there.is_file()):
-            what = "file or folder" if name == "data.path" else "file"
+        if path is None:
+            continue
+        found = Path(path).expanduser()
+        what, there = ("file or folder", found.exists()) if name == "data.path" else ("file", found.is_file())
+        if not there:
             raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}); {name} must be that of one")
 
 

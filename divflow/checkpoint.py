@@ -1,7 +1,6 @@
 """Bringing a trained density back: rebuilt from the plain values in its checkpoint, without running code from it."""
 
 import importlib
-import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,15 +132,7 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         with warnings.catch_warnings():  # torch remarks on the pickle protocol before it refuses
             warnings.simplefilter("ignore")
             return torch.load(path, map_location=map_location, weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except Exception as error:  # of other bytes, unpickling makes errors of almost any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         others = [other for name in ("last.ckpt", "best.ckpt") if (other := Path(path).with_name(name)) != Path(path)]
         hint = "".join(f"; beside it is {other}" for other in others if zipfile.is_zipfile(other))

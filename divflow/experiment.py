@@ -54,8 +54,8 @@ def train(config: DictConfig) -> dict[str, float]:
     _quieten()
     output = Path(config.output_dir)
     if config.seed is not None:
-        if not 0 <= config.seed < 2**32:  # as Lightning takes it
-            raise ConfigError(f"seed must be null or lie in [0, 2^32), but is {config.seed}")
+        if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:  # as Lightning takes it
+            raise ConfigError(f"seed must be null or a whole number in [0, 2^32), but is {config.seed!r}")
         L.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data, _convert_="all")
     try:

@@ -1,5 +1,6 @@
 """The table that a run, or a judgement of a trained density, ends with."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     for name_shown, (name, unit) in rows.items():
         if name in metrics:
             error = metrics[f"{name}_standard_error"]
-            table.add_row(name_shown, f"{metrics[name]:.4f} ± {error:.4f}", unit)
+            shown = "" if math.isnan(error) else f" ± {error:.4f}"  # one row has none
+            table.add_row(name_shown, f"{metrics[name]:.4f}{shown}", unit)
             for part, kind in {"its probes": "estimator", "the dequantization": "dequantization"}.items():
                 if metrics.get(f"{name}_{kind}_error"):
                     table.add_row(f"  of that ±, by {part}", f"{metrics[f'{name}_{kind}_error']:.1e}", unit)

@@ -23,10 +23,12 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
         divflow.load(tmp_path / "raw.ckpt")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"a,b\n1,2\n", b"Gap\n", b"}J\0\0\0\0b.", b"\xff", b"PK\x03\x04"], ids=repr
+)
 def test_files_that_are_no_checkpoints(tmp_path, content):
     (tmp_path / "x.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"x\.ckpt"):
+    with pytest.raises(CheckpointError, match=r"x\.ckpt is not a checkpoint"):
         divflow.load(tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         divflow.load(tmp_path / "missing.ckpt")

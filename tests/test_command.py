@@ -93,9 +93,10 @@ MISTAKES = {
         "BatchNorm1d that normalizes over the batch",
     ),
     "blow-up": (["network.zero_init=false", "t_data=1e6", "solver.max_evaluations=100"], "more than 100 evaluations"),
-    "seed": (["seed=-1"], "seed must be null or lie in [0, 2^32), but is -1"),
-    "batch size": (["data.eval_batch_size=-3"], "eval_batch_size must be at least 1, but is -3"),
-    "data seed": (["data.seed=-1"], "data.seed must be at least 0, but is -1"),
+    "seed": (["seed=-1"], "seed must be null or a whole number in [0, 2^32), but is -1"),
+    "seed that is no number": (["seed=a"], "but is 'a'"),
+    "batch size": (["data.eval_batch_size=0"], "data.eval_batch_size must be a whole number of at least 1, but is 0"),
+    "data seed": (["data.seed=-1"], "data.seed must be a whole number of at least 0, but is -1"),
     "missing checkpoint": (["ckpt_path=nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
 }
 

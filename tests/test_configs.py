@@ -1,5 +1,7 @@
 """The real config tree: the default composes, every option of every group instantiates, typos are refused."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hydra.errors import ConfigCompositionException
@@ -11,6 +13,7 @@ from divflow.build import ConfigError, build_density, build_network, build_objec
 from divflow.data.module import split_context
 from divflow.density import UnnormalizedDensity
 from divflow.divergence import Estimator
+from divflow.energies import DoubleWell, LennardJones
 from divflow.likelihood import Likelihood
 from divflow.matching import ConditionalFlowMatching
 from divflow.score.objectives import TimeConditionalScoreMatching
@@ -63,6 +66,14 @@ def test_every_data_set_loads(option, tmp_path, monkeypatch):
     x, context = split_context(next(iter(data.train_dataloader())))
     assert (0 if context is None else context.shape[1]) == data.context_features
     assert x.shape[1:] == data.event_shape
+
+
+@pytest.mark.parametrize(("option", "energy"), [("dw4", DoubleWell()), ("lj13", LennardJones())])
+def test_every_number_of_an_energy_can_be_set(option, energy):
+    node = config(f"data={option}").data.energy
+    assert set(node) - {"_target_"} == {field.name for field in fields(energy)}
+    assert instantiate(node) == energy
+    assert repr(instantiate(node)) == repr(energy)  # by which kept samples are found
 
 
 @pytest.mark.parametrize("option", options("dequantization"))

@@ -2,9 +2,11 @@
 
 import os
 
+import pytest
 from run import FAST, SMALL_TOY, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from divflow.build import ConfigError
 from divflow.experiment import train
 from divflow.loggers import build_loggers
 
@@ -28,3 +30,10 @@ def test_one_table_of_metrics(tmp_path):
     (logger,) = build_loggers(settings.logger, tmp_path)
     assert os.path.samefile(logger.log_dir, tmp_path)
     assert len(build_loggers(None, tmp_path)) == 1
+
+
+def test_a_logger_without_its_package_says_how_to_install_it(tmp_path, monkeypatch):
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+    with pytest.raises(ConfigError, match="logger=tensorboard needs a package.*pip install tensorboard"):
+        build_loggers(config("logger=tensorboard", f"output_dir={tmp_path}").logger, tmp_path)

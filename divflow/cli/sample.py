@@ -31,6 +31,10 @@ def run(config: DictConfig) -> None:
     data = data_config(config, trained.columns) if out.suffix == ".png" else None  # refused before the work is done
     seed = torch.seed() if config.seed is None else config.seed
     context = _context(config.context, trained.density)
+    if data is not None and context is not None:
+        raise ConfigError(
+            f"out={config.out} would show samples of one context beside data of all; write them by out=samples.csv or .npy"
+        )
     samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed, context)
     names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
     if data is None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # it imports Lightning, and mistakes are told before
 
 __all__ = ["Trained", "check_least", "check_model", "data_config", "launched", "load_trained", "named_device"]
 
-
 _OF_DATA = ("divflow.data.", "divflow.energies.")
 
 
@@ -158,13 +157,23 @@ def _check_data_targets(data: Any, allowed: set[str], file: Path) -> None:
     if not isinstance(data, Mapping):
         return
     target = data.get("_target_")
-    ours = target is None or (target.startswith(_OF_DATA) and get_object(target).__module__.startswith(_OF_DATA))
-    if not ours and target not in allowed:
+    if target is not None and target not in allowed and not _is_ours(target):
         raise CheckpointError(
-            f"{file} asks for {target!r}, which is none of divflow's data; if you trust it, allow=[{target}]"
+            f"{file} asks for {target!r}, which is none of divflow's data or energies; if you trust it, allow=[{target}]"
         )
     for value in data.values():
         _check_data_targets(value, allowed, file)
+
+
+def _is_ours(target: Any) -> bool:
+    """Whether it names a class or function of divflow's data or energies."""
+    if not isinstance(target, str) or not target.startswith(_OF_DATA):
+        return False
+    try:
+        found = get_object(target)
+    except ImportError:
+        return False
+    return getattr(found, "__module__", "").startswith(_OF_DATA)  # a module has none
 
 
 def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:

@@ -90,8 +90,9 @@ def _read(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
         raise DataError(f"{path} holds several arrays, as an .npz file does, but {expected}")
     if array.shape != shape or array.dtype.kind != "f":
         raise DataError(f"{path} has {array.dtype} of shape {array.shape}, but {expected}")
-    check_finite(torch.from_numpy(array))
-    rows = torch.from_numpy(array).float()
+    values = torch.from_numpy(array.astype(np.float64, copy=False))  # of the machine's byte order, which torch needs
+    check_finite(values)
+    rows = values.float()
     if rows.isinf().any():
         raise DataError(f"{path} has {np.abs(array).max():.3g}, which is beyond float32; rescale that column")
     return rows

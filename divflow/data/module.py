@@ -10,6 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from divflow.arguments import check_count
 from divflow.data.dequantization import Dequantization, UniformDequantization, dequantize, quantize
 from divflow.data.order import ShuffledRows, combined_seed
 from divflow.energies import PairEnergy
@@ -104,6 +105,9 @@ class TensorDataModule(L.LightningDataModule):
 
     In several processes each trains on its share of every epoch; evaluation divides the rows without
     repeating any, so that averages are those of one process.
+
+    Raises:
+        ValueError: a batch size or a seed that is no whole number, or below the least.
     """
 
     train: Rows
@@ -121,14 +125,11 @@ class TensorDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()
-        for name, number in {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size}.items():
-            if number < 1:
-                raise DataError(f"{name} must be at least 1, but is {number}")
-        if seed < 0:
-            raise DataError(f"data.seed must be at least 0, but is {seed}")
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.seed = seed
+        for name, least in {"batch_size": 1, "eval_batch_size": 1, "seed": 0}.items():
+            check_count(f"data.{name}", getattr(self, name), least)
         self.transform: Transform = Affine()
         self._order_seed: int | None = None
         self._epoch = 0  # where there is no trainer to count them

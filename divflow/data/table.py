@@ -1,5 +1,6 @@
 """A table of one's own: the numeric columns of a .csv, .npy or .parquet file."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,7 +134,14 @@ def _from_csv(path: Path, separator: str) -> pa.Table:
         )
     parsing = pa.csv.ParseOptions(delimiter=separator)
     table = pa.csv.read_csv(path, parse_options=parsing)
-    if all(_parses(name) for name in table.column_names):  # no header: its first row is data
+    names = table.column_names
+    if all(_parses(name) for name in names):  # no header: its first row is data
+        if len(names) > 1 and names == [str(i) for i in range(len(names))]:
+            warnings.warn(
+                f"the first row of {path.name}, {listed(names)}, is taken for data, as all of it are numbers; if it is the header "
+                "that pandas gives to columns without names, rename them, or write the file by to_csv(header=False)",
+                stacklevel=4,
+            )
         options = pa.csv.ReadOptions(autogenerate_column_names=True)
         return pa.csv.read_csv(path, read_options=options, parse_options=parsing)
     return table

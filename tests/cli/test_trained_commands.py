@@ -68,6 +68,13 @@ def test_all_rows_of_a_file_are_judged_in_its_order(best):
     np.testing.assert_allclose(np.load("all.npy")[:, 0], expected, rtol=1e-5)
 
 
+def test_one_row_has_no_standard_error(best, capsys):
+    Path("one.csv").write_text("height,weight\n151,55\n")
+    main(["evaluate", f"ckpt_path={best}", "+data.path=one.csv", "split=all"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "negative log-likelihood" in line]
+    assert f"{-read('log_prob.csv')[1][0, 0]:.4f} │ nats" in line
+
+
 def test_columns_are_those_of_the_training_by_their_names(best, tmp_path):
     density = divflow.load(best)
     assert density.columns == ["height", "weight"]
@@ -243,6 +250,10 @@ def test_checkpoints_of_another_architecture_or_with_code_are_refused(best, run_
     assert "asks for 'os.system'" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
     saved.write_text(saved.read_text().replace("os.system", "divflow.data.table.np.load"))
     assert "none of divflow's data" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
+    plain = saved.read_text()
+    for name in ("data.table", "energies.nothing", "divergence.Exact"):
+        saved.write_text(plain.replace("divflow.data.table.np.load", f"divflow.{name}"))
+        assert "none of divflow's data" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
 
 
 def test_a_checkpoint_away_from_its_run_needs_to_be_told_the_data(best):

@@ -56,6 +56,13 @@ def test_another_layout_is_refused(tmp_path, array, message):
         Literature("miniboone", tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [">f8", "<f4", np.longdouble])
+def test_floats_of_any_width_and_byte_order_are_taken(tmp_path, dtype):
+    for split, rows in {"train": 29_556, "val": 3_284, "test": 3_648}.items():
+        np.save(tmp_path / f"{split}.npy", np.full((rows, 43), 1.5, dtype))
+    assert (Literature("miniboone", tmp_path).test.rows == 1.5).all()
+
+
 def test_several_arrays_are_refused(tmp_path):
     with open(tmp_path / "train.npy", "wb") as file:
         np.savez(file, a=np.zeros(3))

@@ -107,6 +107,8 @@ def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch,
     }.items():
         with pytest.raises(SystemExit, match=message):
             main(["sample", "ckpt_path=checkpoints/best.ckpt", f"context={given}"])
+    with pytest.raises(SystemExit, match=r"samples of one context beside data of all"):
+        main(["sample", "ckpt_path=checkpoints/best.ckpt", "context=[0.1,-0.3]", "out=drawn.png"])
     main(
         [
             "sample",

@@ -50,6 +50,9 @@ def test_a_csv_without_a_header_keeps_its_first_row(tmp_path):
     pd.DataFrame(VALUES).to_csv(tmp_path / "t.csv", index=False, header=False)
     data = Table(tmp_path / "t.csv")
     assert sum(len(split.rows) for split in (data.train, data.val, data.test)) == 100
+    pd.DataFrame(VALUES).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.warns(UserWarning, match=r"first row of t\.csv, 0, 1, is taken for data.*header=False"):
+        Table(tmp_path / "t.csv")
 
 
 def bad(values=VALUES, **changes):
