@@ -107,7 +107,8 @@ def init_weights(density: nn.Module, path: str | Path) -> str:
     """
     checkpoint = read_checkpoint(path)
     state = _density_state(checkpoint)
-    own = {name: value.clone() for name, value in density.state_dict().items() if name.startswith("transform.")}
+    of_data = ("transform.", "context_transform.")
+    own = {name: value.clone() for name, value in density.state_dict().items() if name.startswith(of_data)}
     load_state(density, state, path)
     other = "" if all(torch.allclose(value, state[name]) for name, value in own.items()) else _OF_OTHER_DATA
     numbers = sum(value.numel() for value in state.values())

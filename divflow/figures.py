@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -235,10 +235,11 @@ def _draw_histograms(ax: Axes, data: np.ndarray, samples: np.ndarray, limits: tu
     bins = np.histogram_bin_edges(inside, "fd", limits)
     if not 5 <= len(bins) <= 61:
         bins = np.linspace(*limits, min(max(len(bins), 5), 61))
-    for values, kind, color in ((data, "bar", _COLORS[0]), (samples, "step", _COLORS[1])):
-        # Divided by all, so that what lies outside of the histogram is missing from it.
-        share = np.full(len(values), 1 / (len(values) * (bins[1] - bins[0])))
-        ax.hist(values, bins.tolist(), weights=share, histtype=cast(Literal["bar", "step"], kind), color=color)
+    # Divided by all, so that what lies outside of the histogram is missing from it.
+    of_data, of_samples = (np.full(len(rows), 1 / (len(rows) * (bins[1] - bins[0]))) for rows in (data, samples))
+    edges = bins.tolist()
+    ax.hist(data, edges, weights=of_data, color=_COLORS[0])
+    ax.hist(samples, edges, weights=of_samples, histtype="step", color=_COLORS[1])
 
 
 def _extent(data: Tensor) -> tuple[list[float], list[float]]:

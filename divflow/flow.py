@@ -216,9 +216,7 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples `(num_samples, *event)`, without gradient; `context` has one row a sample."""
-        samples = self.decode(self.base.sample(num_samples, generator), context)
-        self.base.check_states(samples)
-        return samples
+        return self.decode(self.base.sample(num_samples, generator), context)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent z `(k, *event)` at t_base of data x at t_data."""
@@ -226,7 +224,9 @@ class ContinuousFlow(nn.Module):
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """The data x `(k, *event)` at t_data of latents z at t_base."""
-        return self.trajectory(z, [self.t_base, self.t_data], context)[-1]
+        x = self.trajectory(z, [self.t_base, self.t_data], context)[-1]
+        self.base.check_states(x)
+        return x
 
     def trajectory(self, x: Tensor, times: Sequence[float | Tensor], context: Tensor | None = None) -> Tensor:
         """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""

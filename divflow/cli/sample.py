@@ -1,5 +1,6 @@
 """`divflow sample`: samples of a trained density, in the units of its data."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,12 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Tensor
     if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
         raise ConfigError(f"scores take no context, but context={numbers}")
     try:
-        return torch.tensor([float(number) for number in numbers], dtype=density.dtype)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers}") from error
+        context = torch.tensor([float(number) for number in numbers], dtype=density.dtype)
+    except (TypeError, ValueError):
+        context = torch.tensor([math.nan])
+    if not context.isfinite().all():
+        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers}")
+    return context
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Simulators against their closed forms, and against the posteriors that sbibm ships; conditional runs of the real configs."""
 
+import copy
 import importlib.util
 import math
 
@@ -11,6 +12,7 @@ from scipy.stats import kstest
 
 import divflow
 from divflow.build import ConfigError
+from divflow.checkpoint import init_weights
 from divflow.cli import main
 from divflow.data import DataError, Simulations
 from divflow.data.simulations import slcp, two_moons
@@ -104,6 +106,7 @@ def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch,
         "[0.1]": r"tensor \(k, 2\).*of shape \(1000, 1\)",
         "[0.1,a]": r"list of numbers.*'a'",
         "0.1": "list of numbers",
+        "[0.1,nan]": "list of numbers.*nan",
     }.items():
         with pytest.raises(SystemExit, match=message):
             main(["sample", "ckpt_path=checkpoints/best.ckpt", f"context={given}"])
@@ -135,6 +138,11 @@ def test_contexts_are_in_their_own_units(tmp_path):
     standardized = (context - seen.mean(dim=0)) / seen.std(dim=0)
     expected = density.flow.log_prob(density.transform(x)[0], standardized) + density.transform(x)[1]
     torch.testing.assert_close(density.log_prob(x, context), expected)
+    checkpoint, said = tmp_path / "checkpoints" / "best.ckpt", "is not that of these data"
+    assert said not in init_weights(copy.deepcopy(density), checkpoint)
+    other = copy.deepcopy(density)
+    other.context_transform.shift += 1
+    assert said in init_weights(other, checkpoint)
     raw = two_moons(torch.zeros(1, 2)).expand(5, -1)
     found = density.importance_weights(lambda x: -x.square().sum(dim=1), 5, context=raw)
     assert found.samples.shape == (5, 2)
