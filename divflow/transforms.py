@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["Affine", "Compose", "Logit", "MeanFreeScale", "Transform"]
+__all__ = ["Affine", "Bounded", "Compose", "Logit", "MeanFreeScale", "Transform"]
 
 
 class Transform(nn.Module, ABC):
@@ -90,6 +90,69 @@ class Logit(Transform):
         return {"_target_": "divflow.transforms.Logit", "margin": self.margin}
 
 
+class Bounded(Transform):
+    """y = log(x - low) - log(high - x) between bounds, elementwise; with one of them its term alone, y = x with none.
+
+    Densities that end at known bounds, such as a uniform prior's, become smooth ones of the whole line, and samples stay within
+    the bounds (the unconstraining transforms of Carpenter et al. 2017, Stan). Data at a bound or beyond have density zero: their
+    log-determinant is -inf.
+
+    Args:
+        low: lower bounds, broadcast to the event; -inf, or None in a list, where there is none.
+        high: upper bounds, of the same shape; inf, or None in a list, where there is none.
+
+    Raises:
+        ValueError: a bound that is NaN, or low not below high.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, low: Tensor | Sequence[float | None] | float, high: Tensor | Sequence[float | None] | float
+    ) -> None:
+        super().__init__()
+        self.register_buffer("low", _bound(low, -math.inf))
+        self.register_buffer("high", _bound(high, math.inf))
+        if not (self.low < self.high).all():
+            raise ValueError(f"each low must lie below its high, but they are {low!r} and {high!r}")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
+        """The unbounded data, and sum log dy/dx over the event."""
+        has_low, has_high = self.low.isfinite(), self.high.isfinite()
+        outside = (x <= self.low) | (x >= self.high)
+        inside = torch.where(outside, self._within(), x)
+        above = torch.where(has_low, inside - self.low, 1.0).log()
+        below = torch.where(has_high, self.high - inside, 1.0).log()
+        y = torch.where(has_low | has_high, above - below, inside)
+        width = torch.where(has_low & has_high, self.high - self.low, 1.0).log()
+        log_slope = torch.where(outside, -math.inf, width - above - below)
+        return y.to(x.dtype), log_slope.flatten(1).sum(dim=1).to(x.dtype)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """X, within the bounds also where rounding would take it to them."""
+        has_low, has_high = self.low.isfinite(), self.high.isfinite()
+        both, one = has_low & has_high, has_low ^ has_high
+        between = torch.where(both, self.low, 0.0) + torch.where(both, self.high - self.low, 0.0) * y.sigmoid()
+        sign = torch.where(has_low, 1.0, -1.0)
+        beside = torch.where(has_low, self.low, self.high) + sign * (sign * torch.where(one, y, 0.0)).exp()
+        x = torch.where(both, between, torch.where(one, beside, y)).to(y.dtype)
+        low, high = self.low.to(y.dtype), self.high.to(y.dtype)
+        least = torch.where(has_low, low.nextafter(high), low)
+        return x.clamp(least, torch.where(has_high, high.nextafter(low), high))
+
+    def config(self) -> dict[str, Any]:
+        """The class and the bounds, None where there is none."""
+        bounds = {name: _plain(getattr(self, name).tolist()) for name in ("low", "high")}
+        return {"_target_": "divflow.transforms.Bounded", **bounds}
+
+    def _within(self) -> Tensor:
+        """A point of each interval."""
+        low, high = self.low, self.high
+        middle = torch.where(high.isfinite(), (low + high) / 2, low + 1)
+        return torch.where(low.isfinite(), middle, torch.where(high.isfinite(), high - 1, 0.0))
+
+
 class MeanFreeScale(Transform):
     """y = x / scale of particles `(n, d)` whose centre of mass is zero and stays there, for flows whose base is `MeanFreeNormal`.
 
@@ -148,3 +211,21 @@ class Compose(Transform):
     def config(self) -> dict[str, Any]:
         """The class and the parts."""
         return {"_target_": "divflow.transforms.Compose", "parts": [part.config() for part in self.parts]}
+
+
+def _bound(bound: Tensor | Sequence | float, none: float) -> Tensor:
+    """Bounds as float64, None as `none`."""
+
+    def filled(bound: Any) -> Any:
+        if isinstance(bound, Sequence):
+            return [filled(entry) for entry in bound]
+        return none if bound is None else bound
+
+    return torch.as_tensor(filled(bound), dtype=torch.float64)
+
+
+def _plain(bound: Any) -> Any:
+    """Bounds as plain values, which infinities are not in every format."""
+    if isinstance(bound, list):
+        return [_plain(entry) for entry in bound]
+    return bound if math.isfinite(bound) else None

@@ -77,11 +77,11 @@ def test_errors_over_rows_and_seeds_are_told_apart(monkeypatch):
 def test_measures_have_the_errors_of_one_seed_beside_their_mean(monkeypatch):
     table = load(monkeypatch, "results_table")
     more = [{"c2st": 0.6, "c2st_standard_error": 0.03}, {"c2st": 0.8, "c2st_standard_error": 0.04}]
-    found = [result("uci_grid", "divflow", seed, 1.0, 0.1, **values) for seed, values in enumerate(more)]
+    found = [result("uci_ccpp", "divflow", seed, 1.0, 0.1, **values) for seed, values in enumerate(more)]
     text = table.markdown(found)
     assert f"| C2ST, ± over observations | 0.7 ± {np.sqrt((0.03**2 + 0.04**2) / 2):.2g} |" in text
     assert "log-probabilities" not in text
-    assert "- grid stability, D = 12, 10,000 rows: columns are uniform" in text
+    assert "- CCPP, D = 5, 9,568 rows: the spline flow takes" in text
 
 
 def test_a_table_is_published_between_its_marks(monkeypatch, tmp_path):

@@ -11,10 +11,11 @@ from divflow.data.simulations import Simulations
 from divflow.data.table import Table
 from divflow.data.toy import Toy
 from divflow.data.uci import Uci
-from divflow.transforms import Affine, Compose, Logit, MeanFreeScale, Transform
+from divflow.transforms import Affine, Bounded, Compose, Logit, MeanFreeScale, Transform
 
 __all__ = [
     "Affine",
+    "Bounded",
     "Compose",
     "DataError",
     "Dequantization",

@@ -1,15 +1,21 @@
 """Rows of numbers in named columns: split by seed, and standardized by the training rows."""
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from divflow.data.dependence import TOLERANCE, dependent_columns
 from divflow.data.module import DataError, Rows, TensorDataModule, check_finite, split_rows
-from divflow.transforms import Affine
+from divflow.transforms import Affine, Bounded, Compose
 
-__all__ = ["Columns", "listed"]
+__all__ = ["Bounds", "Columns", "listed"]
+
+Bounds = Mapping[Any, Any]
+"""Of columns, by name or number, which are as configs have them: (low, high), None for no bound on that side."""
 
 
 class Columns(TensorDataModule):
@@ -26,12 +32,15 @@ class Columns(TensorDataModule):
         val_fraction: share of the rows held out for validation.
         test_fraction: share of the rows held out for the test.
         seed: of the split.
+        bounds: of columns that are known to end there, `{name: (low, high)}`, None for no bound on that side. A `Bounded`
+            precedes the standardization: the flow models columns of the whole line, and samples stay within.
 
     Attributes:
         columns: their names.
 
     Raises:
-        DataError: constant columns, rows that are not finite, or too few of them; each named.
+        DataError: constant columns, rows that are not finite, or too few of them, bounds of no column, that are none, or that rows
+            are at or beyond; each named.
     """
 
     def __init__(
@@ -43,10 +52,12 @@ class Columns(TensorDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         seed: int = 0,
+        bounds: Bounds | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
         self.columns = list(names)
         check_finite(rows, self.columns)
+        bounded = _bounded(bounds or {}, rows, self.columns)
         train, val, test = split_rows(rows, val_fraction, test_fraction, seed)
         constant = [name for name, deviation in zip(self.columns, train.std(dim=0), strict=True) if deviation == 0]
         if constant:
@@ -56,8 +67,41 @@ class Columns(TensorDataModule):
             )
         _warn_of_dependence(train, self.columns)
         self.event_shape = (rows.shape[1],)
-        self.transform = Affine(train.mean(dim=0), train.std(dim=0))
+        y = train if bounded is None else bounded(train)[0]
+        standardization = Affine(y.mean(dim=0), y.std(dim=0))
+        self.transform = standardization if bounded is None else Compose([bounded, standardization])
         self.train, self.val, self.test = Rows(train), Rows(val), Rows(test)
+
+
+def _bounded(bounds: Bounds, rows: Tensor, names: Sequence[str]) -> Bounded | None:
+    if unknown := [str(name) for name in bounds if str(name) not in names]:
+        raise DataError(f"bounds are given of column {', '.join(unknown)}, but the columns are {', '.join(names)}")
+    if not bounds:
+        return None
+    low, high = torch.full((len(names),), -math.inf).double(), torch.full((len(names),), math.inf).double()
+    for name, pair in bounds.items():
+        column = names.index(str(name))
+        low[column], high[column] = _ends(name, pair)
+        values = rows[:, column]
+        beyond = values[(values <= low[column]) | (values >= high[column])]
+        if len(beyond):
+            raise DataError(
+                f"column {name} has {beyond[0].item():g} in {len(beyond)} of {len(rows)} rows at or beyond its bounds "
+                f"{pair}, where its density ends; give wider ones, or none"
+            )
+    return Bounded(low, high)
+
+
+def _ends(name: object, pair: Any) -> tuple[float, float]:
+    """Low and high, infinite where there is none."""
+    try:
+        low, high = pair
+        low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
+        raise DataError(f"bounds of column {name} must be [low, high], of which null is none, but are {pair!r}")
+    return low, high
 
 
 def _warn_of_dependence(rows: Tensor, names: Sequence[str]) -> None:

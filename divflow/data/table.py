@@ -11,7 +11,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from divflow.data.columns import Columns, listed
+from divflow.data.columns import Bounds, Columns, listed
 from divflow.data.module import DataError
 from divflow.data.separator import apparent_separator, checked_separator
 
@@ -35,10 +35,11 @@ class Table(Columns):
         test_fraction: share of the rows held out for the test.
         seed: of the split.
         separator: of a `.csv`, one character; `\t` is the tab.
+        bounds: of columns that are known to end there, `{name: (low, high)}`, None for no bound on that side (`Columns`).
 
     Raises:
         DataError: a missing file, another format or separator, missing, non-numeric or constant columns, rows that are
-            not finite, or too few of them; each named.
+            not finite, too few of them, or beyond bounds; each named.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Table(Columns):
         test_fraction: float = 0.1,
         seed: int = 0,
         separator: str = ",",
+        bounds: Bounds | None = None,
     ) -> None:
         rows, names = read_table(path, columns, separator)
-        super().__init__(rows, names, batch_size, eval_batch_size, val_fraction, test_fraction, seed)
+        super().__init__(rows, names, batch_size, eval_batch_size, val_fraction, test_fraction, seed, bounds)
 
 
 def read_table(

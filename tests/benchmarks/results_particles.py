@@ -4,12 +4,12 @@ What tbg and bgflow do is written out here: their ODE carries the log-density al
 by one product after another, or takes one fixed Rademacher probe. Network, tolerance and samples are those of ours.
 """
 
+import functools
 import math
-import time
-from collections.abc import Callable
 
 import torch
 from results_trained import Ours, Trained
+from timing import medians
 from torch import Generator, Tensor
 from torchdiffeq import odeint
 
@@ -38,12 +38,11 @@ def particles(trained: Trained) -> dict[str, float]:
         z, log_det = augmented(flow, x, end, start, None)
         return flow.base.log_prob(z) + log_det
 
-    exact_seconds, log_prob = timed(lambda: flow.log_prob(x))
-    products_seconds, known = timed(by_products)
+    seconds = medians({"exact": functools.partial(flow.log_prob, x), "by products": by_products}, 60.0)
     metrics = {
-        "likelihoods_seconds": 10_000 / len(x) * exact_seconds,
-        "brute_force_seconds": 10_000 / len(x) * products_seconds,
-        "likelihoods_difference": (log_prob - known).abs().mean().item(),
+        "likelihoods_seconds": 10_000 / len(x) * seconds["exact"],
+        "brute_force_seconds": 10_000 / len(x) * seconds["by products"],
+        "likelihoods_difference": (flow.log_prob(x) - by_products()).abs().mean().item(),
     }
     z = flow.base.sample(SAMPLES, Generator().manual_seed(1))
     probe = torch.randint(0, 2, z.shape, generator=Generator().manual_seed(2)) * 2.0 - 1
@@ -58,14 +57,6 @@ def particles(trained: Trained) -> dict[str, float]:
         metrics[f"{name}_log_normalizer"] = total - data.log_normalizer
         metrics[f"{name}_log_normalizer_standard_error"] = math.sqrt((SAMPLES / size - 1) / (SAMPLES - 1))
     return metrics
-
-
-def timed(function: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Seconds of a call, the second one, and what it returns."""
-    function()
-    started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result
 
 
 def augmented(

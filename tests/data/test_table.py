@@ -1,12 +1,17 @@
+import math
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from run import FAST, config
+from scipy.stats import kstest
 
+import divflow
 from divflow.data import DataError, Table
 from divflow.data.table import read_table
+from divflow.experiment import train
 
 VALUES = np.random.default_rng(0).normal([3.0, -2.0], [2.0, 0.5], (100, 2))
 
@@ -165,3 +170,57 @@ def test_a_whole_one_hot_code_is_warned_of(tmp_path):
     bad(red=kind == 0, green=kind == 1, blue=kind == 2).to_csv(tmp_path / "t.csv", index=False)
     with pytest.warns(UserWarning, match=r"blue \(of red, green\).*columns=\[a,b,red,green\]"):
         Table(tmp_path / "t.csv")
+
+
+def test_bounded_columns_become_those_of_the_whole_line(tmp_path):
+    values = np.random.default_rng(0).uniform([-2.0, 0.0, -1.0], [5.0, 1.0, 1.0], (2_000, 3))
+    values[:, 1] = np.exp(values[:, 2])
+    path = write(tmp_path, "csv", values, ("u", "positive", "free"))
+    data = Table(path, bounds={"positive": [0, None], "u": [-2, 5]})
+    y, log_det = data.transform(data.train.rows)
+    shape = y[:, 0] * math.pi / math.sqrt(3)
+    assert kstest(shape.numpy(), "logistic").pvalue > 1e-3
+    torch.testing.assert_close(y[:, 1], y[:, 2])  # log exp
+    torch.testing.assert_close(data.transform.inverse(y), data.train.rows)
+    slopes = torch.autograd.functional.jacobian(lambda x: data.transform(x)[0].sum(dim=0), data.train.rows)
+    torch.testing.assert_close(log_det, slopes.diagonal(dim1=0, dim2=2).log().sum(dim=1))
+    assert Table(path, bounds={}).transform.config() == Table(path).transform.config()
+
+
+def test_columns_of_an_array_are_bounded_by_number(tmp_path):
+    path = write(tmp_path, "npy", np.random.default_rng(0).random((50, 2)))
+    bounded = Table(path, bounds={1: [0, 1]}).transform.config()["parts"][0]
+    assert (bounded["low"], bounded["high"]) == ([None, 0.0], [None, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"c": [0, 1]}, r"bounds are given of column c, but the columns are a, b"),
+        ({"a": [-100, 3]}, r"column a has .* in \d+ of 100 rows at or beyond its bounds \[-100, 3\]"),
+        ({"a": [VALUES[:, 0].min(), None]}, r"in 1 of 100 rows at or beyond"),
+        ({"a": [3, 3]}, r"bounds of column a must be \[low, high\].*\[3, 3\]"),
+        ({"a": [3]}, r"must be \[low, high\].*\[3\]"),
+        ({"a": 3}, r"must be \[low, high\].*but are 3"),
+        ({"a": ["low", 3]}, r"must be \[low, high\].*'low'"),
+        ({"a": [float("nan"), 3]}, r"must be \[low, high\].*nan"),
+    ],
+)
+def test_bounds_that_are_none_or_of_other_columns(tmp_path, bounds, message):
+    with pytest.raises(DataError, match=message):
+        Table(write(tmp_path, "csv"), bounds=bounds)
+
+
+def test_a_flow_of_bounded_columns_stays_within(tmp_path):
+    """Its density integrates to one over the box, and is zero beyond."""
+    path = write(tmp_path, "csv", np.random.default_rng(0).random((400, 2)))
+    bounds = "data.bounds={a:[0,1],b:[0,1.5]}"
+    train(config("data=table", f"data.path={path}", bounds, *FAST, f"output_dir={tmp_path / 'run'}"))
+    density = divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    samples = density.sample(1_000)
+    assert ((samples > 0) & (samples < torch.tensor([1.0, 1.5]))).all()
+    centres = (torch.arange(120) + 0.5) / 120
+    grid = torch.cartesian_prod(centres, 1.5 * centres)
+    with torch.no_grad():
+        assert density.log_prob(grid).exp().mean() * 1.5 == pytest.approx(1, abs=0.01)
+        assert density.log_prob(torch.tensor([[0.5, 1.6]])).isneginf()
