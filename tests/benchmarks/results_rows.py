@@ -31,7 +31,11 @@ SLOWER = "the spline flow's likelihood is one pass, ours a solve: fifty to a hun
 ROWS = {
     "uci_casp": Row("CASP, D = 9, 45,730 rows", BOTH),
     "uci_ccpp": Row("CCPP, D = 5, 9,568 rows", BOTH, note="the spline flow takes five times as many steps in the time"),
-    "uci_grid": Row("grid stability, D = 12, 10,000 rows", BOTH),
+    "uci_grid": Row(
+        "grid stability, D = 12, 10,000 rows",
+        BOTH,
+        note="all know the bounds of the inputs; without them the spline flow had 6.34 nats, ours 6.79, and the CNF 9.03",
+    ),
     "sbi_two_moons": Row("posterior of two moons, D = 2, 10,000 simulations", ("zuko_nsf",), "posterior", note=SLOWER),
     "sbi_slcp": Row("posterior of SLCP, D = 5, 10,000 simulations", ("zuko_nsf",), "posterior", note=SLOWER),
     "digits_flow_matching": Row("digits, 8 x 8, flow matching", ("flow_matching", "zuko_nsf"), "probes"),
@@ -43,6 +47,11 @@ ROWS = {
         ("zuko_nsf",),
         "probes",
         note="250 steps are not enough for 784 dimensions",
+    ),
+    "mnist_unet_likelihood": Row(
+        "MNIST, from the weights of flow matching by maximum likelihood, UNet",
+        start="mnist_flow_matching",
+        note="60 steps, each with 31 probes an image; with 63 nodes the first 125 rows' likelihood changes by 0.001 bits/dim",
     ),
     "mnist_score": Row("MNIST, 28 x 28, score matching, UNet", ("flow_matching",)),
     "dw4_flow_matching": Row("DW4, 4 particles in the plane, flow matching", (), "particles", figure="final.png"),
