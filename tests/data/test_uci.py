@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer
 
-from divflow.data import DataError, Uci
+from divflow.data import Affine, DataError, Uci
 
 
 def rows(data):
@@ -59,6 +59,11 @@ def test_the_grid_is_as_its_simulation_drew_it():
         values = found[:, [i for i, name in enumerate(data.columns) if name.startswith(prefix)]]
         assert low <= values.min() < low + 0.01 * (high - low)
         assert high >= values.max() > high - 0.01 * (high - low)
+        drawn = data.transform.inverse(20 * torch.randn(500, 12, generator=torch.Generator().manual_seed(0)))
+        values = drawn[:, [i for i, name in enumerate(data.columns) if name.startswith(prefix)]]
+        assert low < values.min() < values.max() < high  # as are samples of a flow
+    without = Uci("grid", bounds=None).transform
+    assert isinstance(without, Affine)
 
 
 def test_a_workbook_needs_its_package(monkeypatch):
