@@ -18,11 +18,11 @@ from divflow.distribution import FlowDistribution
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
-from divflow.divergence.seeded import seeded
 from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
 from divflow.solver import Evaluations, Solver
+from divflow.verification.seeded import seeded
 
 __all__ = ["ContinuousFlow", "FlowEvaluation"]
 

@@ -9,12 +9,12 @@ from torch.distributions import Distribution
 
 from divflow.divergence import Estimator, FieldError
 from divflow.divergence.field import checked_value
-from divflow.divergence.seeded import seeded
 from divflow.errors import DivflowError
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Likelihood, Quadrature
 from divflow.score.field import parameters_of, tensor_settings
 from divflow.solver import Solver
+from divflow.verification.seeded import seeded
 
 __all__ = ["AdapterError", "Foreign", "adapted_flow"]
 

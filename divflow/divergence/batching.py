@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from divflow.divergence.recent import Recent
+from divflow.verification.recent import Recent
 
 __all__ = ["batches"]
 

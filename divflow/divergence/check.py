@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from divflow.divergence.field import Field, FieldError, as_time, checked_state, checked_value
-from divflow.divergence.seeded import seeded
+from divflow.verification.seeded import seeded
 
 __all__ = ["accepts_sample_times", "check_field", "perturbed_copy"]
 

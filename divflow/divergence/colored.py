@@ -15,7 +15,7 @@ from torch import Tensor
 from divflow.divergence.dense import sum_of_chunks
 from divflow.divergence.estimator import accumulation_dtype
 from divflow.divergence.field import Field, Linearization, event_size, flatten_event
-from divflow.divergence.writes import NoWrites, WritesError
+from divflow.verification.writes import NoWrites, WritesError
 
 __all__ = ["Coloring", "NotLocal", "check", "find", "trace"]
 

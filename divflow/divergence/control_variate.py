@@ -19,8 +19,8 @@ from divflow.divergence.field import (
     linearize_field,
 )
 from divflow.divergence.mean_jacobian import Matrices, MeanJacobianCurve, of_batch, of_states
-from divflow.divergence.plan import Plans
-from divflow.divergence.state import state_of
+from divflow.verification.kept import Plans
+from divflow.verification.state import state_of
 
 __all__ = ["ControlVariate"]
 

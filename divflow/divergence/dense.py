@@ -23,14 +23,13 @@ from divflow.divergence.field import (
     event_size,
     flatten_event,
 )
+from divflow.verification.seeded import rng_states, set_rng_states
 
 __all__ = [
     "chunks",
     "forward",
     "products_per_pass",
     "reverse",
-    "rng_states",
-    "set_rng_states",
     "sum_of_chunks",
     "trace_of_chunk",
 ]
@@ -165,15 +164,3 @@ def trace_of_chunk(products: Float[Tensor, "chunk batch *event"], start: int, st
     """Entry i of the product with e_i, summed over the chunk: the same for rows and for columns."""
     block = flatten_event(products, 2)[..., start:stop]
     return block.diagonal(dim1=0, dim2=2).sum(dim=-1, dtype=accumulation_dtype(products))
-
-
-def rng_states(x: Tensor) -> list[Tensor]:
-    """The states of the default generators that a field of x may draw from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])
-
-
-def set_rng_states(states: list[Tensor]) -> None:
-    """Go back to these states."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1])

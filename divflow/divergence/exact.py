@@ -10,7 +10,6 @@ from torch import Generator, Tensor
 from divflow.arguments import check_count
 from divflow.divergence import dense, local, own
 from divflow.divergence.colored import Coloring
-from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.estimator import Estimate, Estimator
 from divflow.divergence.field import (
     Field,
@@ -23,8 +22,10 @@ from divflow.divergence.field import (
 )
 from divflow.divergence.layered import Contraction, Followed, NoRule, follow
 from divflow.divergence.local import Local, NotLocal
-from divflow.divergence.plan import Plan, Plans, circumstances
-from divflow.divergence.state import state_of
+from divflow.divergence.plan import Plan, circumstances
+from divflow.verification.kept import Plans
+from divflow.verification.seeded import rng_states, set_rng_states
+from divflow.verification.state import state_of
 
 __all__ = ["Exact"]
 

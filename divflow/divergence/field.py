@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divflow.divergence.batching import batches
-from divflow.errors import DivflowError
+from divflow.errors import FieldError
 
 __all__ = [
     "Field",
@@ -35,10 +35,6 @@ __all__ = [
 ]
 
 Field = Callable[[Tensor, Tensor], Tensor]
-
-
-class FieldError(DivflowError, ValueError):
-    """A field or its arguments are not what the mathematics needs."""
 
 
 def event_size(x: Tensor) -> int:

@@ -10,7 +10,7 @@ from divflow.divergence.field import Field, Linearization
 from divflow.divergence.layered import Followed
 from divflow.divergence.layered.decompositions import NORMALIZATIONS
 from divflow.divergence.normalized import Held
-from divflow.divergence.plan import Plans
+from divflow.verification.kept import Plans
 
 __all__ = ["Local", "NotLocal", "choose", "evaluate"]
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from divflow.divergence import colored
 from divflow.divergence.colored import NotLocal
-from divflow.divergence.dense import chunks, rng_states, set_rng_states, sum_of_chunks, trace_of_chunk
+from divflow.divergence.dense import chunks, sum_of_chunks, trace_of_chunk
 from divflow.divergence.field import Field, Linearization, event_size, flatten_event, linearize_field
 from divflow.divergence.layered.jacobian import NoRule
 from divflow.divergence.layered.verify import require_equal
 from divflow.divergence.statistics import Put, Take, require_value
-from divflow.divergence.writes import NoWrites, WritesError
+from divflow.verification.seeded import rng_states, set_rng_states
+from divflow.verification.writes import NoWrites, WritesError
 
 __all__ = ["Held", "check", "hold", "trace"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from divflow.divergence.dense import products_per_pass, rng_states, set_rng_states
+from divflow.divergence.dense import products_per_pass
 from divflow.divergence.estimator import ValueAndDivergence, accumulation_dtype
 from divflow.divergence.field import (
     Field,
@@ -24,7 +24,9 @@ from divflow.divergence.field import (
     graph_of,
     linearize_field,
 )
-from divflow.divergence.plan import Plan, Plans, circumstances
+from divflow.divergence.plan import Plan, circumstances
+from divflow.verification.kept import Plans
+from divflow.verification.seeded import rng_states, set_rng_states
 
 __all__ = ["OwnDivergence", "applies", "evaluate", "own_divergence", "plan"]
 

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divflow.divergence import dense
-from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.field import (
     FieldError,
     Linearization,
@@ -19,12 +18,14 @@ from divflow.divergence.field import (
     linearize,
 )
 from divflow.divergence.layered import NoRule
-from divflow.divergence.plan import Plan, Plans, circumstances
-from divflow.divergence.recent import Recent
+from divflow.divergence.plan import Plan, circumstances
 from divflow.laplacian.jet import Jet
 from divflow.laplacian.rules import RULES
 from divflow.laplacian.tape import Tape
 from divflow.laplacian.verify import require_equal, verify_operation
+from divflow.verification.kept import Plans
+from divflow.verification.recent import Recent
+from divflow.verification.seeded import rng_states, set_rng_states
 
 __all__ = ["Scalar", "ValueGradientLaplacian", "explain", "one_number_a_sample", "value_gradient_laplacian"]
 

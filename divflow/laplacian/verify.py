@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.layered import NoRule
 from divflow.divergence.layered.operation import Operation, described, tensors_in
-from divflow.divergence.recent import Recent
 from divflow.laplacian.jet import Jet
 from divflow.laplacian.rules import RULES
 from divflow.laplacian.tape import Tape
+from divflow.verification.recent import Recent
+from divflow.verification.seeded import rng_states, set_rng_states
 
 __all__ = ["require_equal", "verify_operation"]
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divflow.divergence.seeded import seeded
 from divflow.networks.conditioning import NetworkError
+from divflow.verification.seeded import seeded
 
 __all__ = ["Hollow"]
 

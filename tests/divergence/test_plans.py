@@ -10,10 +10,10 @@ from torch import nn
 
 from divflow.divergence import Autograd, Exact, Plan, divergence, shared_products
 from divflow.divergence.layered import contract, rules
-from divflow.divergence.plan import Plans
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented
 from divflow.networks import MLP, ConcatSquash
+from divflow.verification.kept import Plans
 
 X = torch.randn(4, 3)
 

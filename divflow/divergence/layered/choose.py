@@ -12,7 +12,7 @@ from divflow.divergence.layered import cuts
 from divflow.divergence.layered.cuts import Network, length
 from divflow.divergence.layered.jacobian import Base, Linear, Term, is_number
 from divflow.divergence.layered.paths import bases_of, chains
-from divflow.divergence.recent import Recent
+from divflow.verification.recent import Recent
 
 __all__ = ["choose", "cost"]
 

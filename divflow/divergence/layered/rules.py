@@ -18,7 +18,7 @@ from divflow.divergence.layered.jacobian import Movement, NoRule, Term, add, lin
 from divflow.divergence.layered.operation import Operation, tensors_in
 from divflow.divergence.layered.reductions import mean_or_sum, reduction
 from divflow.divergence.layered.values import Values
-from divflow.divergence.recent import Recent
+from divflow.verification.recent import Recent
 
 __all__ = ["CHOOSING", "RULES", "SAME_EVERYWHERE"]
 

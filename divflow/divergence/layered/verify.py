@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.field import flatten_event
 from divflow.divergence.layered.jacobian import NoRule, apply
 from divflow.divergence.layered.operation import Operation, tensors_in
 from divflow.divergence.layered.values import Values
+from divflow.verification.seeded import rng_states, set_rng_states
 
 __all__ = ["require_equal", "verify_operation"]
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch import Tensor, nn
 
-from divflow.divergence.plan import contents
+from divflow.verification.kept import contents
 
 __all__ = ["state_of"]
 

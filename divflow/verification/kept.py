@@ -1,0 +1,84 @@
+"""What is kept of a user's functions for as long as they live: by identity, however often a lambda is made anew."""
+
+import contextlib
+import functools
+import types
+import weakref
+from collections.abc import Hashable
+from typing import Generic, TypeVar, cast
+
+from torch import nn
+
+from divflow.verification.recent import Recent
+
+__all__ = ["Plans", "contents"]
+
+Kept = TypeVar("Kept")
+
+
+class Plans(Generic[Kept]):
+    """What is kept of fields, by their identity and some circumstances; fields are held weakly.
+
+    Args:
+        size: how many are kept, the least recent forgotten first.
+    """
+
+    def __init__(self, size: int = 256) -> None:
+        self._kept: Recent[tuple[list[weakref.ref], Kept]] = Recent(size)
+
+    def get(self, g: object, *circumstances: Hashable) -> Kept | None:
+        """What is kept of this field, or None."""
+        parts, _ = _identity(g)
+        references, kept = self._kept.get((parts, circumstances)) or ((), None)
+        return None if any(reference() is None for reference in references) else kept
+
+    def keep(self, kept: Kept, g: object, *circumstances: Hashable) -> None:
+        """Keep something of this field, for as long as it lives."""
+        parts, objects = _identity(g)
+        key = parts, circumstances
+        try:
+            references = [weakref.ref(item, lambda _: self._kept.forget(key)) for item in objects]
+        except TypeError:  # something that can't be referenced weakly: its identity could be another's tomorrow
+            return
+        self._kept.keep(key, (references, kept))
+
+
+def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
+    """What tells a field from another: a hashable, in which objects count by identity, and these objects.
+
+    Two functions of the same code over the same objects are one field, such as a lambda made in each training step;
+    a module that is made anew for each call tells by a property `divflow_identity`, a tuple, what it is made of.
+    """
+    if isinstance(g, (int, float, str, bool, bytes, type(None))):
+        return (type(g), g), []
+    if depth < 8:
+        if isinstance(g, types.FunctionType):
+            parts = [g.__code__, g.__defaults__ or (), tuple((g.__kwdefaults__ or {}).items()), *contents(g)]
+            return _joined(g.__code__, [g.__code__], parts[1:], depth)
+        if isinstance(g, types.MethodType):
+            return _joined("method", [], [g.__func__, g.__self__], depth)
+        if isinstance(g, functools.partial):
+            return _joined("partial", [], [g.func, g.args, tuple(g.keywords.items())], depth)
+        if isinstance(g, tuple):
+            return _joined("tuple", [], list(g), depth)
+        if isinstance(g, nn.Module):
+            if hasattr(type(g), "divflow_identity"):
+                return _joined(type(g), [], list(cast(tuple[object, ...], g.divflow_identity)), depth)
+            return (id(g), g.training), [g]
+    return id(g), [g]
+
+
+def _joined(tag: object, own: list[object], parts: list[object], depth: int) -> tuple[Hashable, list[object]]:
+    identities = [_identity(part, depth + 1) for part in parts]
+    return (tag, *(identity for identity, _ in identities)), own + [
+        item for _, objects in identities for item in objects
+    ]
+
+
+def contents(function: types.FunctionType) -> list[object]:
+    """What a function's closure holds: of variables that have a value yet."""
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
