@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divflow.divergence.field import Field, as_time, checked_state, checked_value, linearize_field
+from divflow.divergence.field import AtTime, Field, as_time, checked_state, checked_value, linearize_field
 from divflow.errors import FieldError, FieldWarning
 from divflow.verification.copies import CopyError, copied
 from divflow.verification.schedule import record_of, severed_fields
@@ -50,7 +50,7 @@ def check_field(g: Field, t: Tensor | float, x: Tensor, *, detached: bool = Fals
     _check_samples(g, t, x)
     with severed_fields("allow" if detached else "refuse"):
         field, _ = fresh_copy(g)
-        record_of(field, t, x).wrong = True  # which makes the next call one that is verified
+        record_of(AtTime(field, t), x).wrong = True  # which makes the next call one that is verified
         linearize_field(field, t, x)
 
 
@@ -112,7 +112,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def fresh_copy(g: Any) -> tuple[Any, bool]:
     """A copy in the state that g is in, its all-zero parameters perturbed, and whether it is one: else it is g itself."""
     try:
-        return copied(g), True
+        return copied(g).field, True
     except CopyError:
         return g, False
 

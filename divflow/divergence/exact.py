@@ -25,6 +25,7 @@ from divflow.divergence.layered import Contraction, Followed, NoRule, follow
 from divflow.divergence.local import Local, NotLocal
 from divflow.divergence.plan import Plan, circumstances
 from divflow.verification.kept import Plans
+from divflow.verification.schedule import record_of
 from divflow.verification.seeded import rng_states, set_rng_states
 from divflow.verification.state import state_of
 from divflow.verification.watch import watch
@@ -148,10 +149,15 @@ class Exact(Estimator):
     def explain(self, g: Field, t: Tensor | float, x: Tensor) -> Plan:
         """What a call with these arguments does, why, and what it is expected to cost.
 
-        The field is evaluated, unless the choice for it has been made before.
+        The field is evaluated, unless the choice for it has been made before. The reason says, too, where a field that is
+        suspect could not be compared with differences, as one that keeps a state (`divflow.verification`).
         """
         x = checked_state(x)
         t = as_time(t, x)
+        plan, note = self._explained(g, t, x), record_of(AtTime(g, t), x).note
+        return plan._replace(why=f"{plan.why}; {note}") if note else plan
+
+    def _explained(self, g: Field, t: Tensor, x: Tensor) -> Plan:
         if own.applies(self.method, g, x):
             with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
                 return own.plan(g, t, x)

@@ -4,14 +4,15 @@ import copy
 import dataclasses
 import functools
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
-__all__ = ["CopyError", "copied"]
+__all__ = ["Copied", "CopyError", "copied"]
 
 # Elements of the tensors of a field that are copied in double precision at most, and how deep containers are looked into.
 _MOST_ELEMENTS, _DEPTH = 2**27, 12
@@ -21,9 +22,20 @@ class CopyError(Exception):
     """A field can't be copied; caught inside this package."""
 
 
-@torch.no_grad()
-def copied(g: Any, double: bool = False) -> Any:
-    """A copy of a field that shares no tensor with it: of modules, functions with their closures and globals, partials.
+class Copied(NamedTuple):
+    """A copy of a field.
+
+    Attributes:
+        field: that shares no tensor with it.
+        reset: a function that sets tensors, generators and attributes of modules back to what they were when it was made.
+    """
+
+    field: Any
+    reset: Callable[[], None]
+
+
+def copied(g: Any, double: bool = False) -> Copied:
+    """A copy of a field: of modules, functions with their closures and globals, partials, and what these hold.
 
     Its all-zero parameters are perturbed, so that a last layer that starts there hides nothing.
 
@@ -35,10 +47,11 @@ def copied(g: Any, double: bool = False) -> Any:
         CopyError: it holds something that can't be copied, or is too large.
     """
     try:
-        copies = _Copy(double)
-        copy_of = copies.of(g, 0)
-        copies.perturb()
-        return copy_of
+        with torch.no_grad():
+            copies = _Copy(double)
+            field = copies.of(g, 0)
+            copies.perturb()
+            return Copied(field, copies.resetting())
     except (torch.OutOfMemoryError, CopyError):
         raise CopyError("it is too large") from None
     except Exception as error:
@@ -101,6 +114,28 @@ class _Copy:
             if isinstance(parameter, nn.Parameter) and parameter.numel() and not parameter.any():
                 steps = torch.randn(parameter.shape, generator=noise, dtype=torch.float64, device="cpu")
                 parameter.add_(0.1 * steps.to(parameter))
+
+    def resetting(self) -> Callable[[], None]:
+        """A function that sets what was copied back."""
+        tensors = [(it, it.detach().clone(), it._version) for it in self.memo.values() if isinstance(it, Tensor)]
+        generators = [(it, it.get_state()) for it in self.memo.values() if isinstance(it, Generator)]
+        modules = [(it, dict(vars(it))) for it in self.memo.values() if isinstance(it, nn.Module)]
+        parts = [(held, dict(held)) for _, own in modules for held in own.values() if isinstance(held, dict)]
+
+        def reset() -> None:
+            for tensor, value, version in tensors:
+                if tensor._version != version:
+                    tensor.data.copy_(value)
+            for generator, state in generators:
+                generator.set_state(state)
+            for module, own in modules:
+                module.__dict__.clear()
+                module.__dict__.update(own)
+            for held, before in parts:
+                held.clear()
+                held.update(before)
+
+        return reset
 
     def _keep(self, value: Any, new: Any) -> Any:
         self.memo[id(value)] = new

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from divflow.verification.kept import Plans, kin
 
-__all__ = ["Record", "answer", "due", "record_of", "severed_fields"]
+__all__ = ["Record", "answer", "due", "record_of", "severed_fields", "verifying"]
 
 Answer = Literal["warn", "refuse", "allow"]
 
@@ -64,11 +64,11 @@ _RECORDS: Plans[Record] = Plans(size=1024)
 _VERIFYING = threading.local()
 
 
-def record_of(g: Callable[..., object], t: Tensor | None, x: Tensor) -> Record:
-    """The record of a field in the circumstances that what it does may depend on, kept for as long as it lives."""
+def record_of(g: Callable[[Tensor], object], x: Tensor) -> Record:
+    """The record of a function of the state in the circumstances that what it does may depend on, kept for as long as it lives."""
     device, few = x.device.type, len(x) if len(x) < 2 else 2
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    circumstances = None if t is None else t.ndim, few, x.shape[1:], x.dtype, device, autocast
+    circumstances = few, x.shape[1:], x.dtype, device, autocast
     relatives = kin(g)
     record = _RECORDS.get(relatives, *circumstances)
     if record is None:
@@ -77,14 +77,14 @@ def record_of(g: Callable[..., object], t: Tensor | None, x: Tensor) -> Record:
     return record
 
 
-def due(g: Callable[..., object], t: Tensor | None, x: Tensor) -> Record | None:
-    """The record of a field whose call is to be verified, or None.
+def due(g: Callable[[Tensor], object], x: Tensor) -> Record | None:
+    """The record of a function whose call is to be verified, or None.
 
     None, too, where a field is evaluated in order to verify it.
     """
     if x.numel() == 0 or getattr(_VERIFYING, "now", False) or torch.compiler.is_compiling():
         return None
-    record = record_of(g, t, x)
+    record = record_of(g, x)
     return record if record.due() else None
 
 

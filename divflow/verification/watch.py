@@ -24,18 +24,14 @@ _REMEDY = (
 )
 
 
-def watch(
-    function: Function, x: Tensor, g: Callable[..., object] | None = None, t: Tensor | None = None
-) -> "Watch | None":
+def watch(function: Function, x: Tensor) -> "Watch | None":
     """What watches the evaluation of a function that is about to come, or None if this call is not verified.
 
     Args:
         function: of the state alone.
         x: states `(k, *event)`.
-        g: by which the calls are counted, if not by the function.
-        t: time, if g has one.
     """
-    record = due(function if g is None else g, t, x)
+    record = due(function, x)
     return None if record is None else Watch(function, x, record)
 
 

@@ -303,9 +303,11 @@ def by_parts():
     def layer_norm(h, shape, weight=None, bias=None, eps=1e-5):
         return standardized(h, [*range(-len(shape), 0)], weight, bias, eps)
 
-    def instance_norm(h, mean, var, weight, bias, use_input_stats=True, momentum=0.1, eps=1e-5):
+    def instance_norm(
+        h, running_mean, running_var, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+    ):
         if not use_input_stats:
-            return instance(h, mean, var, weight, bias, use_input_stats, momentum, eps)
+            return instance(h, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
         weight, bias = (p if p is None else p.view(-1, *[1] * (h.ndim - 2)) for p in (weight, bias))
         return standardized(h, [*range(2, h.ndim)], weight, bias, eps)
 

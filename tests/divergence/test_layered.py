@@ -14,8 +14,18 @@ from divflow.divergence.layered import contract, follow
 from divflow.divergence.layered.choose import choose
 from divflow.divergence.layered.cuts import Network
 from divflow.divergence.layered.paths import bases_of
+from divflow.verification import severed_fields
 
 LAYERED = Exact("layered")
+
+
+@pytest.fixture(autouse=True)
+def _derivatives_are_those_of_autograd():
+    """Whatever is detached, or has a backward pass that is another function's: the methods are compared with one another."""
+    with severed_fields("allow"):
+        yield
+
+
 TIMES = {"scalar t": lambda k: torch.tensor(0.3), "t per sample": lambda k: torch.linspace(0.1, 0.9, k)}
 
 
@@ -130,13 +140,9 @@ def _running_statistics():
 
 NOT_LAYERED = {
     "softmax to another precision": (lambda: lambda x: x @ W + x.softmax(1, dtype=torch.float64), "to another dtype"),
-    "a norm of everything": (lambda: lambda x: x @ W * x.norm(), "norm over the batch"),
-    "a variance of samples": (lambda: lambda x: x @ W / x.var(0), "var over the batch"),
     "running statistics": (_running_statistics, "keeps running statistics"),
     "custom function": (lambda: Reversed.apply, "hidden from torch functions"),
     "custom function inside": (lambda: lambda x: x.sin() * 2 + Reversed.apply(x.cos()), "hidden from torch functions"),
-    "a product over samples": (lambda: lambda x: x @ x.T @ x, "T over the batch"),
-    "an outer product": (lambda: lambda x: (x[:, :, None] * x[:, None, :]) @ x[0], "getitem over the batch"),
     "a sample": (lambda: lambda x: x + 0 * x[0], "getitem over the batch"),
     "written into a buffer": (lambda: lambda x: torch.zeros_like(x).index_copy_(1, torch.arange(6), x), "index_copy_"),
     "changed through a view": (lambda: _through_a_view, "through another view"),
@@ -183,6 +189,20 @@ def test_what_has_no_rule_is_exact_all_the_same(name):
         )
     with pytest.raises(FieldError, match=reason):
         divergence(field, 0.0, x, LAYERED)
+
+
+MIXING = {
+    "a norm of everything": lambda t, x: x @ W * x.norm(),
+    "a variance of samples": lambda t, x: x @ W / x.var(0),
+    "a product over samples": lambda t, x: x @ x.T @ x,
+    "an outer product": lambda t, x: (x[:, :, None] * x[:, None, :]) @ x[0],
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_samples_is_refused(name):
+    with pytest.raises(FieldError, match="mixes the samples"):
+        divergence(MIXING[name], 0.0, torch.randn(5, 6, dtype=torch.float64))
 
 
 def test_batch_of_as_many_samples_as_dimensions():
