@@ -277,7 +277,7 @@ def linearize(
                 "it outside of inference mode, or evaluate under torch.no_grad instead"
             ) from error
     if watcher is not None:
-        watcher.conclude(output, point)
+        watcher.conclude(output, point, twice or differentiable)
     # If nothing of the caller's (a parameter, t, a captured tensor) would receive a gradient, no graph is kept, and
     # results can be used like any plain tensor.
     leaves = (getattr(node, "variable", point) is not point for node in graph_of(output))

@@ -68,7 +68,7 @@ def record_of(g: Callable[[Tensor], object], x: Tensor) -> Record:
     """The record of a function of the state in the circumstances that what it does may depend on, kept for as long as it lives."""
     device, few = x.device.type, len(x) if len(x) < 2 else 2
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    circumstances = few, x.shape[1:], x.dtype, device, autocast
+    circumstances = few, x.shape[1:], x.dtype, device, autocast, torch.is_grad_enabled()
     relatives = kin(g)
     record = _RECORDS.get(relatives, *circumstances)
     if record is None:

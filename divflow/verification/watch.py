@@ -35,6 +35,10 @@ def watch(function: Function, x: Tensor) -> "Watch | None":
     return None if record is None else Watch(function, x, record)
 
 
+def _is_fused(name: str) -> bool:
+    return name.startswith("ScaledDotProduct") and "Math" not in name
+
+
 class Watch:
     """A function that is watched while it is evaluated.
 
@@ -57,17 +61,27 @@ class Watch:
         self._output = output
         return output
 
-    def conclude(self, output: Tensor, point: Tensor) -> None:
+    def conclude(self, output: Tensor, point: Tensor, twice: bool) -> None:
         """Judge what was seen.
 
         Args:
             output: the value, as it was checked, with its graph.
             point: the state that its graph starts from.
+            twice: whether products with its Jacobian may be differentiated.
 
         Raises:
-            FieldError: samples are mixed; or something is severed, where that is refused.
+            FieldError: samples are mixed; a kernel has no second derivatives that are needed; or something is severed,
+                where that is refused.
         """
         record = self._record
+        fused = next((node.name() for node in graph_of(output) if _is_fused(node.name())), None) if twice else None
+        if fused is not None:
+            record.wrong = True
+            raise FieldError(
+                f"the field takes a fused attention kernel, which has no second derivatives ({fused}), though the "
+                "divergence is to be differentiated: leave its sdpa_kernel context out, or let it have SDPBackend.MATH "
+                "alone; under torch.no_grad any kernel will do"
+            )
         with verifying(), reentrant_refused():
             mixed = mixed_by(output, point, record.calls)
         if mixed is not None:
