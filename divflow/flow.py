@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Real
@@ -106,7 +107,9 @@ class ContinuousFlow(nn.Module):
         if _as_number(t_base) == _as_number(t_data):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data = t_base, t_data
-        self.base = _Base(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
+        device = _device_of(velocity)
+        self.base = _Base(_standard_normal(self.event_shape, device) if base is None else base, self.event_shape)
+        self.base.to(device)  # which torch's default device, where a base is made, need not be
         self._sample_times: bool | None = None
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
@@ -384,6 +387,8 @@ class _Base(nn.Module):
         """In z's precision, whatever autocast makes of the matrix products inside."""
         if len(z) == 0:  # which torch's Independent can't reshape
             return z.new_zeros(0)
+        if any(buffer.device != z.device for buffer in self.buffers()):  # as that of a function without tensors may be
+            return copy.deepcopy(self).to(z.device).log_prob(z)
         with torch.autocast(z.device.type, enabled=False):
             return self.distribution.log_prob(z)
 
@@ -437,8 +442,15 @@ def _tensors(distribution: object) -> Iterator[tuple[tuple[str | int, ...], dict
                     objects.append(((*path, key, i), part))
 
 
-def _standard_normal(event_shape: torch.Size) -> Distribution:
-    return Independent(Normal(torch.zeros(event_shape), torch.ones(event_shape), validate_args=False), len(event_shape))
+def _standard_normal(event_shape: torch.Size, device: torch.device | None) -> Distribution:
+    loc, scale = torch.zeros(event_shape, device=device), torch.ones(event_shape, device=device)
+    return Independent(Normal(loc, scale, validate_args=False), len(event_shape))
+
+
+def _device_of(velocity: object) -> torch.device | None:
+    """Where a module's first tensor is; None of what holds none."""
+    tensors = itertools.chain(velocity.parameters(), velocity.buffers()) if isinstance(velocity, nn.Module) else ()
+    return next((tensor.device for tensor in tensors), None)
 
 
 def _as_number(t: float | Tensor) -> float:

@@ -174,7 +174,7 @@ def denoising_flow(
 ) -> ContinuousFlow:
     """The flow of a model over the log sigma that it knows, from noisy data y of standard deviation `base_std`."""
     t_data, t_base = model.times
-    std = base_std * scaling.factor(torch.tensor(t_base, dtype=torch.float64)).item()
+    std = base_std * scaling.factor(torch.tensor(t_base, dtype=torch.float64, device="cpu")).item()
     normal = Normal(torch.zeros(event_shape), torch.full(event_shape, std), validate_args=False)
     return adapted_flow(
         model,

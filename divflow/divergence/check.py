@@ -39,7 +39,7 @@ def check_field(g: Field, t: Tensor | float, x: Tensor) -> None:
     field = perturbed_copy(g) if isinstance(g, nn.Module) else g
     noise = torch.Generator().manual_seed(0)
     changed = x.clone()
-    changed[1::2] += torch.randn(changed[1::2].shape, generator=noise).to(x) * (1 + x.abs().max())
+    changed[1::2] += torch.randn(changed[1::2].shape, generator=noise, device="cpu").to(x) * (1 + x.abs().max())
     before = _same_randomness(field, t, x)[0::2]
     after = _same_randomness(field, t, changed)[0::2]
     scale = before.abs().amax() + after.abs().amax()
@@ -60,7 +60,7 @@ def accepts_sample_times(g: Field, start: float, stop: float, x: Tensor) -> bool
     """
     field = perturbed_copy(g) if isinstance(g, nn.Module) else g
     # States that are zero, or equal, would hide what t is broadcast against.
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     x = x + 0.01 * (1 + x.abs().max()) * noise
     times = torch.linspace(start, stop, len(x), dtype=x.dtype, device=x.device)
     try:
@@ -92,7 +92,7 @@ def perturbed_copy(module: nn.Module) -> nn.Module:
     noise = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
         if parameter.numel() and not parameter.any():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise, device="cpu").to(parameter))
     return module
 
 

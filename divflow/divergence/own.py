@@ -181,7 +181,7 @@ def _verify_trace(point: _Point, own: ValueAndDivergence, field: Linearization) 
 def _verify_estimate(point: _Point, own: ValueAndDivergence, field: Linearization) -> None:
     """Compare with an estimate, by its standard error: where there are too many dimensions for more."""
     noise = torch.Generator().manual_seed(0)
-    probes = torch.randint(0, 2, (_PROBES, *point.x.shape), generator=noise).to(point.x) * 2 - 1
+    probes = torch.randint(0, 2, (_PROBES, *point.x.shape), generator=noise, device="cpu").to(point.x) * 2 - 1
     samples = flatten_event(torch.cat([field.pullback(v[None], constant=True) for v in probes]) * probes, 2).sum(dim=2)
     error = samples.std(dim=0) / _PROBES**0.5
     tolerance = 8 * error + _tolerance(point.x) * samples.abs().mean(dim=0)

@@ -300,7 +300,7 @@ def _verify(followed: _Followed, gradient: Tensor) -> None:
     scale = true.abs().sum(dim=1, keepdim=True)
     require_equal(known, true, scale, "the gradient is another")
     noise = torch.Generator().manual_seed(0)
-    directions = torch.randn((2, *point.shape), generator=noise, dtype=torch.float64).to(point)
+    directions = torch.randn((2, *point.shape), generator=noise, dtype=torch.float64, device="cpu").to(point)
     products = flatten_event(torch.stack([at.pullback(v[None], constant=True)[0] * v for v in directions]).sum(dim=0))
     _, second = followed.derivatives(directions)
     known, scale, slack = second.detach(), products.abs().sum(dim=1), true.abs().sum(dim=1)

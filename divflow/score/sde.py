@@ -152,7 +152,7 @@ class SDE(ABC):
         Raises:
             SDEError: alpha or sigma is not of t's shape, not positive or not finite, or g^2 is negative.
         """
-        t = torch.linspace(self.epsilon, self.T, 33, dtype=torch.float64)
+        t = torch.linspace(self.epsilon, self.T, 33, dtype=torch.float64, device="cpu")
         for name, values in {"mean_scale": self.mean_scale(t), "std": self.std(t)}.items():
             if not isinstance(values, Tensor) or values.shape != t.shape:
                 raise SDEError(
@@ -186,10 +186,10 @@ class SDE(ABC):
                 f"{type(self).__name__} was given no event shape, so it has no prior; "
                 f"build it as {type(self).__name__}(event_shape=(3, 32, 32)), with the shape of one sample"
             )
-        return Prior(self.event_shape, self.std(torch.tensor(self.T, dtype=torch.float64)).item())
+        return Prior(self.event_shape, self.std(torch.tensor(self.T, dtype=torch.float64, device="cpu")).item())
 
     def _checked_time(self, t: Tensor | float) -> Tensor:
-        t = torch.as_tensor(t)
+        t = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
         t = t if t.is_floating_point() else t.to(torch.get_default_dtype())
         if t.numel() and not bool(((t >= 0) & (t <= self.T)).all()):
             raise SDEError(
