@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -107,9 +107,9 @@ class ContinuousFlow(nn.Module):
         if _as_number(t_base) == _as_number(t_data):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data = t_base, t_data
-        device = _device_of(velocity)
-        self.base = _Base(_standard_normal(self.event_shape, device) if base is None else base, self.event_shape)
-        self.base.to(device)  # which torch's default device, where a base is made, need not be
+        settings = _settings_of(velocity)
+        self.base = _Base(_standard_normal(self.event_shape, **settings) if base is None else base, self.event_shape)
+        self.base.to(settings.get("device"))  # which torch's default device, where a base is made, need not be
         self._sample_times: bool | None = None
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
@@ -442,15 +442,16 @@ def _tensors(distribution: object) -> Iterator[tuple[tuple[str | int, ...], dict
                     objects.append(((*path, key, i), part))
 
 
-def _standard_normal(event_shape: torch.Size, device: torch.device | None) -> Distribution:
-    loc, scale = torch.zeros(event_shape, device=device), torch.ones(event_shape, device=device)
+def _standard_normal(event_shape: torch.Size, **settings: Any) -> Distribution:
+    loc, scale = torch.zeros(event_shape, **settings), torch.ones(event_shape, **settings)
     return Independent(Normal(loc, scale, validate_args=False), len(event_shape))
 
 
-def _device_of(velocity: object) -> torch.device | None:
-    """Where a module's first tensor is; None of what holds none."""
+def _settings_of(velocity: object) -> dict[str, Any]:
+    """Device, and dtype of float32 at least, of a module's first floating tensor; nothing for what holds none."""
     tensors = itertools.chain(velocity.parameters(), velocity.buffers()) if isinstance(velocity, nn.Module) else ()
-    return next((tensor.device for tensor in tensors), None)
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": torch.promote_types(first.dtype, torch.float32)}
 
 
 def _as_number(t: float | Tensor) -> float:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -204,11 +204,12 @@ class Prior(Independent):
     Args:
         event_shape: shape of one sample.
         std: standard deviation.
+        settings: dtype and device of its samples, torch's defaults if not given.
     """
 
-    def __init__(self, event_shape: tuple[int, ...], std: float) -> None:
+    def __init__(self, event_shape: tuple[int, ...], std: float, **settings: Any) -> None:
         self.std = std
-        loc, scale = torch.zeros(event_shape), torch.full(event_shape, std)
+        loc, scale = torch.zeros(event_shape, **settings), torch.full(event_shape, std, **settings)
         super().__init__(Normal(loc, scale, validate_args=False), len(event_shape), validate_args=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
