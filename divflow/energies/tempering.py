@@ -219,7 +219,7 @@ class _Ladder:
     def _evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            u = self.energy(x.flatten(0, 1))
+            u = self.energy(x.flatten(0, 1).clone())  # of the chains' states, which an energy may write to
             if not u.requires_grad:
                 raise EnergyError(
                     f"{self.energy} has no gradient, which Hamiltonian moves need; let `pair` compute it from the squared distances by torch, "

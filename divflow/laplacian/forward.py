@@ -24,7 +24,7 @@ from divflow.divergence.recent import Recent
 from divflow.laplacian.jet import Jet
 from divflow.laplacian.rules import RULES
 from divflow.laplacian.tape import Tape
-from divflow.laplacian.verify import require_equal, verify_operation
+from divflow.laplacian.verify import require_equal, require_own_sample, verify_operation
 
 __all__ = ["Scalar", "ValueGradientLaplacian", "explain", "one_number_a_sample", "value_gradient_laplacian"]
 
@@ -38,7 +38,10 @@ _FORWARD = "forward_laplacian"
 
 
 class ValueGradientLaplacian(NamedTuple):
-    """A scalar function of each sample: f of shape `(k,)`, its gradient `(k, *event)`, its Laplacian `(k,)`."""
+    """A scalar function of each sample: f of shape `(k,)`, its gradient `(k, *event)`, its Laplacian `(k,)`.
+
+    Of a complex function all three are complex: the derivatives of its real part, and i times those of its imaginary one.
+    """
 
     value: Tensor
     gradient: Tensor
@@ -72,8 +75,8 @@ class _Followed(NamedTuple):
     """A function evaluated once.
 
     Attributes:
-        point: the state that it was given.
-        output: what it returned.
+        point: the state, of which it was given a copy that it may write to.
+        output: what it returned, maybe complex.
         tape: of what it did.
         create_graph: whether results keep theirs.
     """
@@ -108,13 +111,18 @@ class _Followed(NamedTuple):
             return zeros, zeros[0]
         return jet.first, zeros[0] if jet.second is None else jet.second[0]
 
-    def gradient(self) -> Linearization:
-        """The gradient by autograd, ready for products with the Hessian."""
+    def parts(self) -> list[Tensor]:
+        """The output, or where it is complex its real and its imaginary part."""
         with torch.inference_mode(False), torch.enable_grad():
-            if not self.output.requires_grad:
+            return [self.output.real, self.output.imag] if self.output.is_complex() else [self.output]
+
+    def gradient(self, part: Tensor) -> Linearization:
+        """The gradient of the output, or a part of it, by autograd, ready for products with the Hessian."""
+        with torch.inference_mode(False), torch.enable_grad():
+            if not part.requires_grad:
                 return Linearization(torch.zeros_like(self.point), self.point, self.create_graph)
             (gradient,) = torch.autograd.grad(
-                self.output, self.point, torch.ones_like(self.output), create_graph=True, materialize_grads=True
+                part, self.point, torch.ones_like(part), create_graph=True, materialize_grads=True
             )
         return Linearization(gradient, self.point, self.create_graph)
 
@@ -132,7 +140,7 @@ def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGr
     compared with autograd where it is first seen. Anything else takes D products with the Jacobian of the gradient.
 
     Args:
-        f: called as f(t, x), returns `(k,)`.
+        f: called as f(t, x), returns `(k,)`, real or complex.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
 
@@ -211,7 +219,8 @@ def _forward_or_dense(f: Scalar, t: Tensor, x: Tensor, kept: _Kept, thorough: bo
             raise
         followed = None
     if thorough and followed is not None:
-        _require_own(followed.point, followed.output)
+        for part in followed.parts():
+            require_own_sample(followed.point, part)
     reason = "it did other operations than before"
     try:
         if followed is not None and (thorough or _RIGHT.get(followed.structure())):
@@ -245,9 +254,11 @@ def _evaluated(f: Scalar, t: Tensor, x: Tensor, products: bool, verify: bool = F
     seen: list[tuple[Tensor, Tensor, Tape]] = []
 
     def watched(z: Tensor) -> Tensor:
-        tape = Tape([z], RULES, differentiable, verify_operation if verify else None)
+        # Copies, which f may write to: a point that was written to is another in the graph, and t is the caller's.
+        own, time = z.clone(), t.clone()
+        tape = Tape([own], RULES, differentiable, verify_operation if verify else None)
         with tape:
-            output = f(t, z)
+            output = f(time, own)
         seen.append((z, output, tape))
         return output
 
@@ -273,21 +284,6 @@ def _forward(followed: _Followed, x: Tensor, kept: _Kept, thorough: bool) -> Val
     return _shown(followed, gradient, laplacian)
 
 
-def _require_own(point: Tensor, output: Tensor) -> None:
-    """Refuse a function whose value at the first sample depends on another sample's state."""
-    if not output.requires_grad:
-        return
-    rows = torch.zeros_like(output)
-    rows[:1] = 1
-    (own,) = torch.autograd.grad(output, point, rows, retain_graph=True, materialize_grads=True)
-    if (own[1:].abs() > 0).any():
-        raise FieldError(
-            f"f mixes the samples of a batch: its value at sample 0, of values of shape {tuple(output.shape)}, depends "
-            f"on other samples of x, of shape {tuple(point.shape)}; look for normalization, attention or statistics "
-            "taken over dimension 0"
-        )
-
-
 def _verify(followed: _Followed, gradient: Tensor) -> None:
     """Compare the gradient, and the second derivatives along two random directions, with autograd.
 
@@ -295,7 +291,7 @@ def _verify(followed: _Followed, gradient: Tensor) -> None:
         NoRule: they disagree.
     """
     point = followed.point
-    at = followed.gradient()
+    at = followed.gradient(followed.output)
     true, known = flatten_event(at.value.detach()), flatten_event(gradient.detach())
     scale = true.abs().sum(dim=1, keepdim=True)
     require_equal(known, true, scale, "the gradient is another")
@@ -308,10 +304,16 @@ def _verify(followed: _Followed, gradient: Tensor) -> None:
 
 
 def _dense(followed: _Followed, x: Tensor) -> ValueGradientLaplacian:
-    """D products with the Jacobian of the gradient."""
-    at = followed.gradient()
+    """D products with the Jacobian of the gradient, of either part where the function is complex."""
     chunk = min(dense.products_per_pass(x), max(1, event_size(x)))
-    return _shown(followed, at.value, dense.reverse(at, x, chunk, recompute=False))
+    gradients, laplacians = [], []
+    for part in followed.parts():
+        at = followed.gradient(part)
+        gradients.append(at.value)
+        laplacians.append(dense.reverse(at, x, chunk, recompute=False))
+    if len(gradients) == 1:
+        return _shown(followed, gradients[0], laplacians[0])
+    return _shown(followed, torch.complex(*gradients), torch.complex(*laplacians))
 
 
 def _shown(followed: _Followed, gradient: Tensor, laplacian: Tensor) -> ValueGradientLaplacian:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from divflow.divergence.dense import rng_states, set_rng_states
+from divflow.divergence.field import FieldError
 from divflow.divergence.layered import NoRule
 from divflow.divergence.layered.operation import Operation, described, tensors_in
 from divflow.divergence.recent import Recent
@@ -11,7 +12,7 @@ from divflow.laplacian.jet import Jet
 from divflow.laplacian.rules import RULES
 from divflow.laplacian.tape import Tape
 
-__all__ = ["require_equal", "verify_operation"]
+__all__ = ["require_equal", "require_own_sample", "verify_operation"]
 
 _DIRECTIONS = 2
 # Operations that were right, by what they are called with: shapes, options and numbers.
@@ -105,3 +106,22 @@ def require_equal(known: Tensor, true: Tensor, scale: Tensor, reason: str, slack
     tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(known.dtype, 0.05)
     if not ((known - true).abs() <= tolerance * (scale + true.abs()) + 64 * torch.finfo(known.dtype).eps * slack).all():
         raise NoRule(reason)
+
+
+def require_own_sample(point: Tensor, output: Tensor) -> None:
+    """Refuse a function whose value at the first sample depends on another sample's state.
+
+    Raises:
+        FieldError: it does.
+    """
+    if not output.requires_grad:
+        return
+    rows = torch.zeros_like(output)
+    rows[:1] = 1
+    (own,) = torch.autograd.grad(output, point, rows, retain_graph=True, materialize_grads=True)
+    if (own[1:].abs() > 0).any():
+        raise FieldError(
+            f"f mixes the samples of a batch: its value at sample 0, of values of shape {tuple(output.shape)}, depends "
+            f"on other samples of x, of shape {tuple(point.shape)}; look for normalization, attention or statistics "
+            "taken over dimension 0"
+        )

@@ -323,8 +323,8 @@ def _learn_linear(trace: Values, value: Tensor, x: Tensor, matrix: Tensor) -> Te
 
 def _along_dimensions(trace: Values, op: Operation) -> Tensor:
     """Linear maps along dimensions of the event."""
-    x = op.args[0] if op.args else op.kwargs["input"]
-    dims = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else None)
+    x, position = op.args[0] if op.args else op.tensors[0], 2 if op.name == "diff" else 1
+    dims = op.kwargs.get("dim", op.args[position] if len(op.args) > position else None)
     dims = dims if isinstance(dims, tuple | list) else (dims,)
     if not dims or any(not isinstance(dim, int) or dim % max(x.ndim, 1) == 0 for dim in dims):
         raise NoRule(f"{op.name} over the batch")
