@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from divflow.divergence.field import Field, FieldError, as_time, checked_state, checked_value
 from divflow.divergence.seeded import seeded
+from divflow.divergence.transformed import refuse_transforms
 
 __all__ = ["accepts_sample_times", "check_field", "perturbed_copy"]
 
@@ -28,6 +29,7 @@ def check_field(g: Field, t: Tensor | float, x: Tensor) -> None:
         FieldError: samples are mixed (the message names the module where it can be known), or shape,
             dtype or device are wrong.
     """
+    refuse_transforms("check_field", "call it once beforehand")
     x = checked_state(x)
     t = as_time(t, x)
     if x.numel() == 0:

@@ -23,6 +23,7 @@ from divflow.divergence.field import (
     event_size,
     flatten_event,
 )
+from divflow.divergence.transformed import transformed
 
 __all__ = [
     "chunks",
@@ -95,7 +96,7 @@ def chunks(
     recompute: bool,
 ) -> Iterator[Tensor]:
     """`part(products with vectors(start, stop), start, stop)` for each chunk of `count` products."""
-    recompute = recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    recompute = recompute and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or transformed())
 
     def computed(start: int, stop: int) -> Tensor:
         chosen = vectors(start, stop)

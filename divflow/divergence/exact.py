@@ -25,6 +25,7 @@ from divflow.divergence.layered import Contraction, Followed, NoRule, follow
 from divflow.divergence.local import Local, NotLocal
 from divflow.divergence.plan import Plan, Plans, circumstances
 from divflow.divergence.state import state_of
+from divflow.divergence.transformed import transformed
 
 __all__ = ["Exact"]
 
@@ -257,7 +258,7 @@ class Exact(Estimator):
     def _choices(self, g: Field, t: Tensor, x: Tensor) -> _Choices:
         """Those made before for this field, or new ones, which are kept."""
         settled = self.method in ("forward", "reverse")
-        if settled or x.numel() == 0 or torch.compiler.is_compiling():
+        if settled or x.numel() == 0 or torch.compiler.is_compiling() or transformed():
             choices = _Choices()
             choices.add(None, _Choice(self._dense(x, "asked for" if settled else "there is nothing to gain")))
             return choices

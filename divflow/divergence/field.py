@@ -9,7 +9,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divflow.divergence.batching import batches
+from divflow.divergence.compiled import eagerly
+from divflow.divergence.transformed import Transformed, transformed
 from divflow.errors import DivflowError
 
 __all__ = [
@@ -104,7 +106,7 @@ def checked_value(value: Tensor, x: Tensor) -> Tensor:
         if not (torch.is_autocast_enabled(device) and value.dtype == torch.get_autocast_dtype(device)):
             raise FieldError(
                 f"the field returned {value.dtype} for x of {x.dtype}; convert x or the field's parameters, "
-                f"for instance by module.to({x.dtype})"
+                f"for instance by module.to({x.dtype}), and give a complex field by its real and imaginary parts"
             )
         value = value.to(x.dtype)
     return value
@@ -238,6 +240,7 @@ def _differentiable_kernels(twice: bool) -> Iterator[None]:
         yield
 
 
+@eagerly
 def linearize(
     function: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -254,6 +257,8 @@ def linearize(
         products: whether there will be any; without them, no graph from x is built that was not asked for.
         twice: whether products will be differentiated where grad is not enabled, too (`Linearization.pushforward`).
     """
+    if transformed():
+        return cast(Linearization, Transformed(function, x, check))
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         # An inference tensor can't enter a graph. A view of x keeps its history; the copy given to the

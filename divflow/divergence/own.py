@@ -25,6 +25,7 @@ from divflow.divergence.field import (
     linearize_field,
 )
 from divflow.divergence.plan import Plan, Plans, circumstances
+from divflow.divergence.transformed import transformed
 
 __all__ = ["OwnDivergence", "applies", "evaluate", "own_divergence", "plan"]
 
@@ -47,7 +48,7 @@ def applies(method: str, g: Field, x: Tensor) -> bool:
     Raises:
         FieldError: it must, and can't.
     """
-    if method not in ("auto", "own") or x.numel() == 0 or torch.compiler.is_compiling():
+    if method not in ("auto", "own") or x.numel() == 0 or torch.compiler.is_compiling() or transformed():
         return False
     if method == "own" and own_divergence(g) is None:
         raise FieldError(
@@ -125,10 +126,17 @@ def _call(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
             f"{type(result).__name__}"
         )
     value, divergence = checked_value(result[0], x), result[1]
-    if not isinstance(divergence, Tensor) or divergence.shape != x.shape[:1] or divergence.device != x.device:
-        got = tuple(divergence.shape) if isinstance(divergence, Tensor) else type(divergence).__name__
+    if (
+        not isinstance(divergence, Tensor)
+        or divergence.shape != x.shape[:1]
+        or divergence.device != x.device
+        or divergence.is_complex()
+    ):
+        got = (
+            (tuple(divergence.shape), divergence.dtype) if isinstance(divergence, Tensor) else type(divergence).__name__
+        )
         raise FieldError(
-            f"value_and_divergence must return one divergence a sample, of shape ({len(x)},) on {x.device}, but returned "
+            f"value_and_divergence must return one real divergence a sample, of shape ({len(x)},) on {x.device}, but returned "
             f"{got}; sum over all event dimensions"
         )
     return ValueAndDivergence(value, divergence.to(accumulation_dtype(x)))
