@@ -18,8 +18,10 @@ from divflow.bases import MeanFreeNormal
 from divflow.distribution import FlowDistribution
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import checked_state
 from divflow.divergence.seeded import seeded
+from divflow.divergence.transformed import refuse_transforms
 from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
@@ -231,6 +233,7 @@ class ContinuousFlow(nn.Module):
         self.base.check_states(x)
         return x
 
+    @eagerly
     def trajectory(self, x: Tensor, times: Sequence[float | Tensor], context: Tensor | None = None) -> Tensor:
         """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
         if not isinstance(times, Sequence | Tensor) or len(times) == 0:
@@ -285,6 +288,7 @@ class ContinuousFlow(nn.Module):
                 f"{type(self.velocity).__name__}; wrap it in a module, or use Solver(gradient='direct')"
             )
 
+    @eagerly
     def _transport(
         self,
         x: Tensor,
@@ -335,6 +339,7 @@ class ContinuousFlow(nn.Module):
         return references.new_tensor(times), states.flip(0) if backwards else states
 
     def _prepare(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ConditionedField]:
+        refuse_transforms("a flow's solve", "take all samples as one batch", only_vmap=True)
         x = checked_state(x)
         if x.shape[1:] != self.event_shape:
             raise FieldError(
@@ -403,6 +408,7 @@ class _Base(nn.Module):
         Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
         threads may draw from, too; normal draws, of the base that most flows have, need it not.
         """
+        refuse_transforms("samples of a flow", "draw all of them at once", only_vmap=True)
         check_count("num_samples", num_samples, least=0)
         check_generator(generator)
         if generator is None:

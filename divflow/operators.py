@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.dense import products_per_pass
 from divflow.divergence.estimator import Estimator
 from divflow.divergence.field import (
     Field,
     FieldError,
-    Linearization,
     as_time,
     checked_state,
     linearize,
@@ -52,8 +52,7 @@ def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         >>> gradient(lambda x: (x**2).sum(dim=1), x)
         tensor([[4., 6.]])
     """
-    parts = Parts(one_number_a_sample)
-    return parts.slope(linearize(f, checked_state(x), parts), x)
+    return _slope(f, checked_state(x), one_number_a_sample)
 
 
 def flat_gradient(f: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Float[Tensor, " n"]:
@@ -81,8 +80,7 @@ def flat_gradient(f: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Float[
         return value.reshape(1)
 
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).unsqueeze(0)
-    split = Parts(scalar)
-    return split.slope(linearize(of_flat, flat, split), flat)[0]
+    return _slope(of_flat, flat, scalar)[0]
 
 
 def jacobian(g: Field, t: Tensor | float, x: Tensor) -> Tensor:
@@ -109,9 +107,7 @@ def jacobian(g: Field, t: Tensor | float, x: Tensor) -> Tensor:
     """
     x = checked_state(x)
     t = as_time(t, x)
-    parts = Parts(_one_value_a_sample)
-    rows = _all_rows(linearize(lambda z: g(t.clone(), z), x, parts), x)
-    return parts.joined(rows, -x.ndim)
+    return _all_rows(lambda z: g(t.clone(), z), x)
 
 
 def hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -233,8 +229,7 @@ def partial_derivative(f: Callable[..., Tensor], inputs: Sequence[Tensor], wrt: 
             )
         return value.unsqueeze(0)
 
-    parts, point = Parts(same_shape), checked_state(arguments[wrt].unsqueeze(0))
-    return parts.slope(linearize(of_input, point, parts), point)[0]
+    return _slope(of_input, checked_state(arguments[wrt].unsqueeze(0)), same_shape)[0]
 
 
 def parameter_jacobian(
@@ -314,22 +309,32 @@ def parameter_jacobian(
         ) from error
 
 
-def _all_rows(at: Linearization, x: Tensor) -> Tensor:
+@eagerly
+def _slope(function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The derivative of the sum of the values in x."""
+    parts = Parts(check)
+    return parts.slope(linearize(function, x, parts), x)
+
+
+@eagerly
+def _all_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Every row of the Jacobian, `(k, *out, *event)`."""
+    parts = Parts(_one_value_a_sample)
+    at = linearize(function, x, parts)
     out = at.value.shape[1:]
     size = math.prod(out)
     if size == 0 or x.numel() == 0:
-        return x.new_zeros(*at.value.shape, *x.shape[1:])
+        return parts.joined(x.new_zeros(*at.value.shape, *x.shape[1:]), -x.ndim)
     basis = torch.eye(size, dtype=at.value.dtype, device=x.device).view(size, 1, *out)
     rows = [at.pullback(vectors.expand(len(vectors), *at.value.shape)) for vectors in basis.split(products_per_pass(x))]
-    return torch.cat(rows).movedim(0, 1).reshape(*at.value.shape, *x.shape[1:])
+    return parts.joined(torch.cat(rows).movedim(0, 1).reshape(*at.value.shape, *x.shape[1:]), -x.ndim)
 
 
 def _real(value: Tensor) -> Tensor:
     if value.is_complex():
         raise FieldError(
-            f"an estimator takes the divergence of real fields, but f returns {value.dtype}; take the Laplacians of its real and "
-            "its imaginary part, or both exactly, without estimator"
+            f"an estimator takes the divergence of real fields, but f returns {value.dtype}, which is complex; take the Laplacians of "
+            "its real and its imaginary part, or both exactly, without estimator"
         )
     return value
 

@@ -185,6 +185,4 @@ def test_names_of_parameters():
     buffered = nn.Linear(2, 2)
     buffered.register_buffer("scale", torch.ones(2))
     buffered.forward = lambda x: x * buffered.scale
-    assert operators.parameter_jacobian(buffered, x, parameters={"scale": buffered.scale})[
-        "scale"
-    ].shape == (3, 2, 2)
+    assert operators.parameter_jacobian(buffered, x, parameters={"scale": buffered.scale})["scale"].shape == (3, 2, 2)

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import Field, FieldError, as_time, checked_state, checked_value
 from divflow.divergence.seeded import seeded
 from divflow.divergence.transformed import refuse_transforms
@@ -12,6 +13,7 @@ from divflow.divergence.transformed import refuse_transforms
 __all__ = ["accepts_sample_times", "check_field", "perturbed_copy"]
 
 
+@eagerly
 @torch.no_grad()
 def check_field(g: Field, t: Tensor | float, x: Tensor) -> None:
     """Refuse a field that mixes the samples of a batch, or is no field at all.

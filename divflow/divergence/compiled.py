@@ -11,6 +11,11 @@ __all__ = ["eagerly"]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+_WHY = (
+    "divflow follows a field as it is evaluated, which can't be traced: compile the step without fullgraph=True, or the network "
+    "alone"
+)
+
 
 def eagerly(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The function, which torch's compiler leaves as it is and calls between two graphs.
@@ -25,4 +30,7 @@ def eagerly(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
+    # As torch.compiler.disable marks what it returns: where no graph may be broken, this is what its error says.
+    for name, value in {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": _WHY}.items():
+        setattr(call, name, value)
     return call

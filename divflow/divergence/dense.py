@@ -139,8 +139,11 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
         try:
             # Before torch 2.12 inference mode has no batching rule for dual tensors.
             with _FORWARD_MODE, torch.inference_mode(False), torch.set_grad_enabled(create_graph):
-                products = vmap(product, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type] # None is allowed
+                # None is allowed, but not within a vmap of the caller's.
+                out_dims = 0 if transformed() else (None, 0)
+                products = vmap(product, out_dims=out_dims, randomness="same")  # type: ignore[arg-type]
                 value, columns = products(_basis(x, start, stop))
+                value = value[0] if transformed() else value
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error) for word in ("forward", "vmap", "jvp", "functorch", "functional transform")):
                 raise  # the field's own

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import Field, linearize_field
+from divflow.divergence.transformed import transformable
 
 __all__ = ["Estimate", "Estimator", "FrozenProbes", "Products", "ValueAndDivergence", "accumulation_dtype"]
 
@@ -59,8 +60,8 @@ class Estimator(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "estimate" in vars(cls):
-            cls.estimate = eagerly(cls.estimate)  # type: ignore[method-assign]
+        for name in {"estimate", "freeze"} & vars(cls).keys():
+            setattr(cls, name, eagerly(transformable(vars(cls)[name])))
 
     def __call__(
         self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None

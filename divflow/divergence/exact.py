@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from divflow.arguments import check_count
 from divflow.divergence import dense, local, own
 from divflow.divergence.colored import Coloring
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.estimator import Estimate, Estimator
 from divflow.divergence.field import (
@@ -143,6 +144,7 @@ class Exact(Estimator):
         if self.chunk_size is not None:
             check_count("chunk_size, unless it is None,", self.chunk_size)
 
+    @eagerly
     def explain(self, g: Field, t: Tensor | float, x: Tensor) -> Plan:
         """What a call with these arguments does, why, and what it is expected to cost.
 

@@ -258,7 +258,8 @@ def linearize(
         twice: whether products will be differentiated where grad is not enabled, too (`Linearization.pushforward`).
     """
     if transformed():
-        return cast(Linearization, Transformed(function, x, check))
+        with _differentiable_kernels(twice=True):
+            return cast(Linearization, Transformed(function, x, check))
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         # An inference tensor can't enter a graph. A view of x keeps its history; the copy given to the

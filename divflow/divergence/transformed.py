@@ -5,19 +5,18 @@ can be verified. So a field is linearized by `torch.func.vjp`, which any other t
 dense products.
 """
 
+import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vjp
 
-from divflow.errors import DivflowError
+__all__ = ["Transformed", "refuse_transforms", "transformable", "transformed"]
 
-__all__ = ["TransformError", "Transformed", "refuse_transforms", "transformed"]
-
-
-class TransformError(DivflowError, RuntimeError):
-    """What can't be done within a transform of torch.func."""
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def transformed() -> bool:
@@ -26,22 +25,46 @@ def transformed() -> bool:
 
 
 def refuse_transforms(what: str, remedy: str, *, only_vmap: bool = False) -> None:
-    """Refuse what looks at numbers.
+    """Refuse what looks at numbers, which stand for others there, or takes steps that torch.func has no rules for.
 
     Args:
         what: is not to be transformed.
         remedy: what to do.
-        only_vmap: whether the transforms of single samples alone are refused, under which no number is known.
+        only_vmap: whether the transforms of single samples alone are refused, within which a number can't be looked at.
 
     Raises:
-        TransformError: within a transform.
+        FieldError: within a transform.
     """
     if not transformed():
         return
+    from divflow.divergence.field import FieldError  # which itself knows of transforms
+
     levels = torch._C._functorch.get_interpreter_stack() or []
     if not only_vmap or any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
         kind = "torch.vmap" if only_vmap else "a transform of torch.func"
-        raise TransformError(f"{what} can't be taken within {kind}, where no number is known; {remedy}")
+        raise FieldError(f"{what} can't be taken within {kind}; {remedy}")
+
+
+def transformable(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, with what torch.vmap refuses within it as a `FieldError`, such as random numbers that it was not told of."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not transformed():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if not str(error).startswith("vmap:"):
+                raise  # the field's own
+            from divflow.divergence.field import FieldError
+
+            raise FieldError(
+                f"a divergence can't be taken within this torch.vmap ({str(error).splitlines()[0]}); take it over the whole batch, "
+                "whose samples are kept apart anyway, or draw random numbers by vmap(..., randomness='different')"
+            ) from error
+
+    return call
 
 
 class Transformed:
@@ -62,25 +85,21 @@ class Transformed:
     def __init__(
         self, function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
-        self.value, self._pull = vjp(lambda z: check(function(z.clone()), x), x)
+        self.value, self._pull = vjp(lambda z: check(function(z.clone()), x), x)[:2]
 
     def pullback(self, vectors: Tensor, constant: bool = False) -> Tensor:
-        """u^T J for every vector u."""
-        return vmap(lambda vector: self._pull(vector)[0])(vectors) if len(vectors) else self._none(vectors)
+        """u^T J for every vector u: one by one, since torch's batching rules have faults, and can't be compared here."""
+        return torch.stack([self._pull(vector)[0] for vector in vectors])
 
     def pushforward(self, vectors: Tensor) -> Tensor:
         """J u for every vector u, constants: u^T J^T w, differentiated in w."""
-        _, push = vjp(lambda dual: self._pull(dual)[0], torch.zeros_like(self.value))
-        return vmap(lambda vector: push(vector)[0])(vectors).detach()
+        push = vjp(lambda dual: self._pull(dual)[0], torch.zeros_like(self.value))[1]
+        return torch.stack([push(vector)[0] for vector in vectors]).detach()
 
     def batches(self, count: int, constant: bool = False) -> bool:
         """Whether `count` products are taken in one pass."""
-        return count > 1
+        return False
 
     def before(self, vectors: Tensor) -> Tensor:
         """The vectors: there is no order of graphs to keep."""
         return vectors
-
-    def _none(self, vectors: Tensor) -> Tensor:
-        (product,) = self._pull(torch.zeros_like(self.value))
-        return product[None][:0]

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divflow.divergence import dense
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.dense import rng_states, set_rng_states
 from divflow.divergence.field import (
     FieldError,
@@ -21,9 +22,11 @@ from divflow.divergence.field import (
 from divflow.divergence.layered import NoRule
 from divflow.divergence.plan import Plan, Plans, circumstances
 from divflow.divergence.recent import Recent
+from divflow.divergence.transformed import transformed
 from divflow.laplacian.jet import Jet
 from divflow.laplacian.rules import RULES
 from divflow.laplacian.tape import Tape
+from divflow.laplacian.transformed import by_transforms
 from divflow.laplacian.verify import require_equal, require_own_sample, verify_operation
 
 __all__ = ["Scalar", "ValueGradientLaplacian", "explain", "one_number_a_sample", "value_gradient_laplacian"]
@@ -132,6 +135,7 @@ _KEPT: Plans[_Kept] = Plans()
 _RIGHT: Recent[bool] = Recent(4096)
 
 
+@eagerly
 def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGradientLaplacian:
     """f(t, x), its gradient and its Laplacian in x, from one evaluation.
 
@@ -149,12 +153,15 @@ def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGr
     """
     x = checked_state(x)
     t = as_time(t, x)
+    if transformed():
+        return ValueGradientLaplacian(*by_transforms(f, t, x, one_number_a_sample))
     kept = _kept(f, t, x)
     if kept.plan is not None and kept.plan.method != _FORWARD:
         return _dense(_evaluated(f, t, x, products=True), x)
     return _forward_or_dense(f, t, x, kept, kept.due())
 
 
+@eagerly
 def explain(f: Scalar, t: Tensor | float, x: Tensor) -> Plan:
     """What `value_gradient_laplacian` does with these arguments, why, and what it is expected to cost.
 
@@ -170,11 +177,7 @@ def explain(f: Scalar, t: Tensor | float, x: Tensor) -> Plan:
 
 
 def one_number_a_sample(value: Tensor, x: Tensor) -> Tensor:
-    """Return the value of a scalar function of each sample, refused unless it is `(k,)`.
-
-    Raises:
-        FieldError: it is not.
-    """
+    """Return the value of a scalar function of each sample, or raise `FieldError` unless it is `(k,)`."""
     if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise FieldError(
@@ -197,8 +200,8 @@ def _kept(f: Scalar, t: Tensor, x: Tensor) -> _Kept:
 
 def _refusal(x: Tensor) -> str | None:
     """Why the forward pass is not even tried."""
-    if torch.compiler.is_compiling():
-        return "torch.compile does not follow it"
+    if transformed():
+        return "within a transform of torch.func nothing can be verified"
     if x.numel() == 0:
         return "there is nothing to gain"
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
@@ -254,7 +257,7 @@ def _evaluated(f: Scalar, t: Tensor, x: Tensor, products: bool, verify: bool = F
     seen: list[tuple[Tensor, Tensor, Tape]] = []
 
     def watched(z: Tensor) -> Tensor:
-        # Copies, which f may write to: a point that was written to is another in the graph, and t is the caller's.
+        # Copies, which f may write to: what was written to is another in the graph, and t is the caller's.
         own, time = z.clone(), t.clone()
         tape = Tape([own], RULES, differentiable, verify_operation if verify else None)
         with tape:
@@ -311,9 +314,8 @@ def _dense(followed: _Followed, x: Tensor) -> ValueGradientLaplacian:
         at = followed.gradient(part)
         gradients.append(at.value)
         laplacians.append(dense.reverse(at, x, chunk, recompute=False))
-    if len(gradients) == 1:
-        return _shown(followed, gradients[0], laplacians[0])
-    return _shown(followed, torch.complex(*gradients), torch.complex(*laplacians))
+    joined = (torch.complex(*parts) if len(parts) == 2 else parts[0] for parts in (gradients, laplacians))
+    return _shown(followed, *joined)
 
 
 def _shown(followed: _Followed, gradient: Tensor, laplacian: Tensor) -> ValueGradientLaplacian:
