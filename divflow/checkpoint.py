@@ -61,7 +61,9 @@ def load(
         density.log_prob(x)
         density.sample(1000)
     """
-    return rebuild(read_checkpoint(path, map_location), path, allow).to(map_location)
+    with torch.device("cpu"):  # where its tensors are made is not torch's default device's to say
+        density = rebuild(read_checkpoint(path, map_location), path, allow)
+    return density.to(map_location)
 
 
 def rebuild(

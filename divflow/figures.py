@@ -313,7 +313,7 @@ def _tile(images: Tensor, rows: int) -> np.ndarray:
         side = math.isqrt(images.shape[1])
         images = images.view(-1, 1, side, side)
     channels, height, width = images.shape[1:]
-    tile = torch.zeros(rows * (height + 1), rows * (width + 1), channels)
+    tile = torch.zeros(rows * (height + 1), rows * (width + 1), channels, device="cpu")
     for i, image in enumerate(images.float().cpu()):
         top, left = i // rows * (height + 1), i % rows * (width + 1)
         tile[top : top + height, left : left + width] = image.permute(1, 2, 0)

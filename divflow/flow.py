@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -17,7 +18,9 @@ from divflow.bases import MeanFreeNormal
 from divflow.distribution import FlowDistribution
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import checked_state
+from divflow.divergence.transformed import refuse_transforms
 from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
@@ -110,7 +113,9 @@ class ContinuousFlow(nn.Module):
         if _as_number(t_base) == _as_number(t_data):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data, self.detached = t_base, t_data, detached
-        self.base = _Base(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
+        settings = _settings_of(velocity)
+        self.base = _Base(_standard_normal(self.event_shape, **settings) if base is None else base, self.event_shape)
+        self.base.to(settings.get("device"))  # which torch's default device, where a base is made, need not be
         self._sample_times: bool | None = None
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
@@ -232,6 +237,7 @@ class ContinuousFlow(nn.Module):
         self.base.check_states(x)
         return x
 
+    @eagerly
     def trajectory(self, x: Tensor, times: Sequence[float | Tensor], context: Tensor | None = None) -> Tensor:
         """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
         if not isinstance(times, Sequence | Tensor) or len(times) == 0:
@@ -286,6 +292,7 @@ class ContinuousFlow(nn.Module):
                 f"{type(self.velocity).__name__}; wrap it in a module, or use Solver(gradient='direct')"
             )
 
+    @eagerly
     def _transport(
         self,
         x: Tensor,
@@ -336,6 +343,7 @@ class ContinuousFlow(nn.Module):
         return references.new_tensor(times), states.flip(0) if backwards else states
 
     def _prepare(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, ConditionedField]:
+        refuse_transforms("a flow's solve", "take all samples as one batch", only_vmap=True)
         x = checked_state(x)
         if x.shape[1:] != self.event_shape:
             raise FieldError(
@@ -388,6 +396,8 @@ class _Base(nn.Module):
         """In z's precision, whatever autocast makes of the matrix products inside."""
         if len(z) == 0:  # which torch's Independent can't reshape
             return z.new_zeros(0)
+        if any(buffer.device != z.device for buffer in self.buffers()):  # as that of a function without tensors may be
+            return copy.deepcopy(self).to(z.device).log_prob(z)
         with torch.autocast(z.device.type, enabled=False):
             return self.distribution.log_prob(z)
 
@@ -402,6 +412,7 @@ class _Base(nn.Module):
         Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
         threads may draw from, too; normal draws, of the base that most flows have, need it not.
         """
+        refuse_transforms("samples of a flow", "draw all of them at once", only_vmap=True)
         check_count("num_samples", num_samples, least=0)
         check_generator(generator)
         if generator is None:
@@ -441,8 +452,16 @@ def _tensors(distribution: object) -> Iterator[tuple[tuple[str | int, ...], dict
                     objects.append(((*path, key, i), part))
 
 
-def _standard_normal(event_shape: torch.Size) -> Distribution:
-    return Independent(Normal(torch.zeros(event_shape), torch.ones(event_shape), validate_args=False), len(event_shape))
+def _standard_normal(event_shape: torch.Size, **settings: Any) -> Distribution:
+    loc, scale = torch.zeros(event_shape, **settings), torch.ones(event_shape, **settings)
+    return Independent(Normal(loc, scale, validate_args=False), len(event_shape))
+
+
+def _settings_of(velocity: object) -> dict[str, Any]:
+    """Device, and dtype of float32 at least, of a module's first floating tensor; nothing for what holds none."""
+    tensors = itertools.chain(velocity.parameters(), velocity.buffers()) if isinstance(velocity, nn.Module) else ()
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": torch.promote_types(first.dtype, torch.float32)}
 
 
 def _as_number(t: float | Tensor) -> float:

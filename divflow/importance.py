@@ -149,9 +149,9 @@ def _share(noise: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _checked_shape(target: Tensor, num_samples: int) -> Tensor:
-    if not isinstance(target, Tensor) or target.shape != (num_samples,):
-        what = f"shape {tuple(target.shape)}" if isinstance(target, Tensor) else repr(target)
-        raise ImportanceError(f"log_target must return one value a sample, ({num_samples},), but returned {what}")
+    if not isinstance(target, Tensor) or target.shape != (num_samples,) or target.is_complex():
+        what = f"shape {tuple(target.shape)} of {target.dtype}" if isinstance(target, Tensor) else repr(target)
+        raise ImportanceError(f"log_target must return one real value a sample, ({num_samples},), but returned {what}")
     return target
 
 

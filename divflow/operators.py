@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.dense import products_per_pass
 from divflow.divergence.estimator import Estimator
 from divflow.divergence.field import (
     Field,
     FieldError,
-    Linearization,
     as_time,
     checked_state,
     linearize,
@@ -26,6 +26,7 @@ from divflow.divergence.field import (
 from divflow.divergence.plan import Plan
 from divflow.laplacian import ValueGradientLaplacian, explain, one_number_a_sample
 from divflow.laplacian import value_gradient_laplacian as at_time
+from divflow.operands import Parts, check_parameters, description, plain
 
 __all__ = [
     "explain_laplacian",
@@ -51,8 +52,7 @@ def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         >>> gradient(lambda x: (x**2).sum(dim=1), x)
         tensor([[4., 6.]])
     """
-    at = linearize(f, checked_state(x), one_number_a_sample)
-    return at.pullback(x.new_ones(1, x.shape[0]))[0]
+    return _slope(f, checked_state(x), one_number_a_sample)
 
 
 def flat_gradient(f: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Float[Tensor, " n"]:
@@ -72,16 +72,15 @@ def flat_gradient(f: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Float[
 
     def of_flat(flat: Tensor) -> Tensor:
         parts = (part.view(tensor.shape) for part, tensor in zip(flat[0].split(sizes), tensors, strict=True))
-        return f(*(part.to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)))
+        return f(*(part.to(tensor.dtype, copy=True) for part, tensor in zip(parts, tensors, strict=True)))
 
     def scalar(value: Tensor, _: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise FieldError(f"f must return one scalar, but returned {_description(value)}; sum or average it")
+            raise FieldError(f"f must return one scalar, but returned {description(value)}; sum or average it")
         return value.reshape(1)
 
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).unsqueeze(0)
-    at = linearize(of_flat, flat, scalar)
-    return at.pullback(flat.new_ones(1, 1))[0, 0]
+    return _slope(of_flat, flat, scalar)[0]
 
 
 def jacobian(g: Field, t: Tensor | float, x: Tensor) -> Tensor:
@@ -108,7 +107,7 @@ def jacobian(g: Field, t: Tensor | float, x: Tensor) -> Tensor:
     """
     x = checked_state(x)
     t = as_time(t, x)
-    return _all_rows(linearize(lambda z: g(t, z), x, _one_value_a_sample), x)
+    return _all_rows(lambda z: g(t.clone(), z), x)
 
 
 def hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ def laplacian(f: Callable[[Tensor], Tensor], x: Tensor, estimator: Estimator | N
         tensor([18.])
     """
     if estimator is not None:
-        return estimator(lambda _, z: gradient(f, z), 0.0, x).divergence
+        return estimator(lambda _, z: _real(gradient(f, z)), 0.0, x).divergence
     return value_gradient_laplacian(f, x).laplacian
 
 
@@ -212,25 +211,25 @@ def partial_derivative(f: Callable[..., Tensor], inputs: Sequence[Tensor], wrt: 
     if not -len(inputs) <= wrt < len(inputs):
         raise FieldError(f"wrt must be the number of one of the {len(inputs)} inputs, but is {wrt}")
     try:
-        arguments = list(torch.broadcast_tensors(*(_plain(tensor) for tensor in inputs)))
+        arguments = list(torch.broadcast_tensors(*(plain(tensor) for tensor in inputs)))
     except RuntimeError as error:
         shapes = [tuple(tensor.shape) for tensor in inputs]
         raise FieldError(f"the inputs don't broadcast together: their shapes are {shapes}") from error
     shape = arguments[wrt].shape
 
     def of_input(z: Tensor) -> Tensor:
-        return f(*arguments[:wrt], z[0], *arguments[wrt:][1:])
+        others = [argument.clone() for argument in arguments]  # f's own, where it works in place
+        return f(*others[:wrt], z[0].clone(), *others[wrt:][1:])
 
     def same_shape(value: Tensor, _: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.shape != shape:
             raise FieldError(
                 f"f must act elementwise, so its output must have the inputs' common shape {tuple(shape)}, "
-                f"but it is {_description(value)}"
+                f"but it is {description(value)}"
             )
         return value.unsqueeze(0)
 
-    at = linearize(of_input, checked_state(arguments[wrt].unsqueeze(0)), same_shape)
-    return at.pullback(at.value.new_ones(1, 1, *shape))[0, 0]
+    return _slope(of_input, checked_state(arguments[wrt].unsqueeze(0)), same_shape)[0]
 
 
 def parameter_jacobian(
@@ -269,22 +268,24 @@ def parameter_jacobian(
         function = f
     if not parameters:
         raise FieldError("there are no parameters: give a module that has some, or `parameters`, a dict of tensors")
-    named = {} if not isinstance(parameters, Mapping) else parameters
-    for value in (*inputs, *(named.values() or (None,))):
-        if not isinstance(value, Tensor):
-            raise FieldError(f"parameters must be a dict of tensors, and the inputs tensors, but one is {value!r}")
+    check_parameters(f, parameters, inputs)
     sizes = {len(tensor) for tensor in inputs if tensor.ndim}
     if len(sizes) != 1:
         raise FieldError(f"the inputs must share one batch size in dimension 0, but have {sorted(sizes)}")
 
-    def of_sample(p: dict[str, Tensor], *sample: Tensor) -> Tensor:
-        batches = (s.unsqueeze(0) if tensor.ndim else s for s, tensor in zip(sample, inputs, strict=True))
-        value = function(p, *batches)
+    def one_value(value: Tensor, _: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.shape[:1] != (1,):
             raise FieldError(
-                f"f must return one value a sample, (k, *out), but for one sample it is {_description(value)}"
+                f"f must return one value a sample, (k, *out), but for one sample it is {description(value)}"
             )
         return value[0]
+
+    parts = Parts(one_value)
+
+    def of_sample(p: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        # Copies, which f may write to.
+        batches = [(s.unsqueeze(0) if tensor.ndim else s).clone() for s, tensor in zip(sample, inputs, strict=True)]
+        return parts(function({name: value.clone() for name, value in p.items()}, *batches), batches[0])
 
     if sizes == {0}:  # the shapes are those of one sample, which an empty batch can't tell
         like = (tensor.new_zeros(1, *tensor.shape[1:]) if tensor.ndim else tensor for tensor in inputs)
@@ -295,9 +296,10 @@ def parameter_jacobian(
         parameters = {name: tensor.detach() for name, tensor in parameters.items()}
     try:
         with torch.inference_mode(False):
-            return vmap(jacrev(of_sample), in_dims=in_dims, chunk_size=chunk_size)(
-                dict(parameters), *(_plain(tensor) for tensor in inputs)
+            found = vmap(jacrev(of_sample), in_dims=in_dims, chunk_size=chunk_size)(
+                dict(parameters), *(plain(tensor) for tensor in inputs)
             )
+        return {name: parts.joined(found[name], -1 - parameters[name].ndim) for name in found}
     except RuntimeError as error:
         if not any(word in str(error) for word in ("functorch", "vmap", "functional transform")):
             raise  # f's own
@@ -307,30 +309,39 @@ def parameter_jacobian(
         ) from error
 
 
-def _all_rows(at: Linearization, x: Tensor) -> Tensor:
+@eagerly
+def _slope(function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The derivative of the sum of the values in x."""
+    parts = Parts(check)
+    return parts.slope(linearize(function, x, parts), x)
+
+
+@eagerly
+def _all_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Every row of the Jacobian, `(k, *out, *event)`."""
+    parts = Parts(_one_value_a_sample)
+    at = linearize(function, x, parts)
     out = at.value.shape[1:]
     size = math.prod(out)
     if size == 0 or x.numel() == 0:
-        return x.new_zeros(*at.value.shape, *x.shape[1:])
+        return parts.joined(x.new_zeros(*at.value.shape, *x.shape[1:]), -x.ndim)
     basis = torch.eye(size, dtype=at.value.dtype, device=x.device).view(size, 1, *out)
     rows = [at.pullback(vectors.expand(len(vectors), *at.value.shape)) for vectors in basis.split(products_per_pass(x))]
-    return torch.cat(rows).movedim(0, 1).reshape(*at.value.shape, *x.shape[1:])
+    return parts.joined(torch.cat(rows).movedim(0, 1).reshape(*at.value.shape, *x.shape[1:]), -x.ndim)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """A tensor that can enter a graph, which those made in inference mode can't."""
-    with torch.inference_mode(False):
-        return tensor.clone() if tensor.is_inference() else tensor
+def _real(value: Tensor) -> Tensor:
+    if value.is_complex():
+        raise FieldError(
+            f"an estimator takes the divergence of real fields, but f returns {value.dtype}, which is complex; take the Laplacians of "
+            "its real and its imaginary part, or both exactly, without estimator"
+        )
+    return value
 
 
 def _one_value_a_sample(value: Tensor, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.shape[:1] != x.shape[:1]:
         raise FieldError(
-            f"the function must return one value a sample, ({x.shape[0]}, *out), but returned {_description(value)}"
+            f"the function must return one value a sample, ({x.shape[0]}, *out), but returned {description(value)}"
         )
     return value
-
-
-def _description(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -13,6 +13,7 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from divflow.arguments import check_count, check_positive
 from divflow.dense_output import Steps
+from divflow.divergence.transformed import refuse_transforms
 from divflow.errors import DivflowError
 
 __all__ = ["Evaluations", "Solver", "SolverError"]
@@ -152,6 +153,12 @@ class Solver:
                 evaluations; in an adjoint solve it is raised by `.backward()`.
         """
         evaluations = Evaluations() if evaluations is None else evaluations
+        steps_alone = METHODS[self.method] >= _FIXED and self.gradient == "direct"
+        refuse_transforms(
+            f"a solve by {self.method}, gradient={self.gradient!r},",
+            "use a method of fixed steps, such as Solver('rk4'), or torch.autograd.grad of all samples as one batch",
+            only_vmap=steps_alone,
+        )
         if state[0].dtype in (torch.float16, torch.bfloat16):
             raise SolverError(f"a state of {state[0].dtype} is too coarse to integrate; use float32, with autocast")
         if sum(part.numel() for part in state) == 0:

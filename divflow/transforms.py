@@ -40,13 +40,14 @@ class Affine(Transform):
 
     def __init__(self, shift: Tensor | list | float = 0.0, scale: Tensor | list | float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64))
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
+        device = _device_for(shift, scale)
+        self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64, device=device))
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64, device=device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """The standardized data and -sum log |scale|."""
         log_scale = self.scale.abs().log().expand(x.shape[1:]).sum()
-        return ((x - self.shift) / self.scale).to(x.dtype), -log_scale.to(x.dtype).expand(x.shape[0])
+        return ((x - self.shift) / self.scale).to(x.dtype), -log_scale.to(x).expand(x.shape[0])
 
     def inverse(self, y: Tensor) -> Tensor:
         """X = y * scale + shift."""
@@ -166,7 +167,7 @@ class MeanFreeScale(Transform):
 
     def __init__(self, scale: Tensor | float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
+        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64, device=_device_for(scale)))
         if self.scale.ndim or not 0 < self.scale < math.inf:
             raise ValueError(
                 f"scale must be one positive number, so that the centre of mass stays at zero, but is {scale!r}"
@@ -176,7 +177,7 @@ class MeanFreeScale(Transform):
         """The scaled particles and -(n - 1) d log(scale)."""
         particles, dimensions = x.shape[1:]
         log_det = -(particles - 1) * dimensions * self.scale.log()
-        return (x / self.scale).to(x.dtype), log_det.to(x.dtype).expand(x.shape[0])
+        return (x / self.scale).to(x.dtype), log_det.to(x).expand(x.shape[0])
 
     def inverse(self, y: Tensor) -> Tensor:
         """X = y * scale."""
@@ -213,6 +214,14 @@ class Compose(Transform):
         return {"_target_": "divflow.transforms.Compose", "parts": [part.config() for part in self.parts]}
 
 
+def _device_for(*given: object) -> torch.device | None:
+    """Where the tensors among some values are; numbers, which mix with tensors on all devices, are on the CPU."""
+    tensors = [value.device for value in given if isinstance(value, Tensor)]
+    if tensors:
+        return tensors[0]
+    return None if any(hasattr(value, "__len__") for value in given) else torch.device("cpu")
+
+
 def _bound(bound: Tensor | Sequence | float, none: float) -> Tensor:
     """Bounds as float64, None as `none`."""
 
@@ -221,7 +230,7 @@ def _bound(bound: Tensor | Sequence | float, none: float) -> Tensor:
             return [filled(entry) for entry in bound]
         return none if bound is None else bound
 
-    return torch.as_tensor(filled(bound), dtype=torch.float64)
+    return torch.as_tensor(filled(bound), dtype=torch.float64, device=_device_for(bound))
 
 
 def _plain(bound: Any) -> Any:

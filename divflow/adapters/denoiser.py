@@ -14,6 +14,7 @@ from divflow.arguments import checked_event_shape
 from divflow.divergence import Estimator
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Likelihood
+from divflow.score.field import tensor_settings
 from divflow.score.sde import broadcast
 from divflow.solver import Solver
 
@@ -174,8 +175,10 @@ def denoising_flow(
 ) -> ContinuousFlow:
     """The flow of a model over the log sigma that it knows, from noisy data y of standard deviation `base_std`."""
     t_data, t_base = model.times
-    std = base_std * scaling.factor(torch.tensor(t_base, dtype=torch.float64)).item()
-    normal = Normal(torch.zeros(event_shape), torch.full(event_shape, std), validate_args=False)
+    std = base_std * scaling.factor(torch.tensor(t_base, dtype=torch.float64, device="cpu")).item()
+    device = tensor_settings(model.model).get("device")
+    loc, scale = torch.zeros(event_shape, device=device), torch.full(event_shape, std, device=device)
+    normal = Normal(loc, scale, validate_args=False)
     return adapted_flow(
         model,
         DenoisingVelocity(model, prediction, scaling),

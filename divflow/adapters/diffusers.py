@@ -108,7 +108,7 @@ class _NoiseLevels(nn.Module):
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         super().__init__()
-        signal = torch.as_tensor(alphas_cumprod).detach().to("cpu", torch.float64)
+        signal = torch.as_tensor(alphas_cumprod, device="cpu").detach().double()
         steps = ((signal > 0) & (signal < 1)).nonzero().flatten()
         if signal.ndim != 1 or len(steps) < 2 or not bool((signal.diff() < 0).all()):
             raise AdapterError(

@@ -84,7 +84,7 @@ class Foreign(nn.Module):
         """
         self._check_names()
         _refuse_training(self.model)
-        noise = torch.randn((2, *event_shape), generator=Generator().manual_seed(0))
+        noise = torch.randn((2, *event_shape), generator=Generator().manual_seed(0), device="cpu")
         x = noise.to(**tensor_settings(self.model))
         t = x.new_full((), sum(self.times) / 2)
         with seeded(0, [x.device] if x.is_cuda else []):

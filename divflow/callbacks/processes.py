@@ -88,7 +88,7 @@ class Processes(L.Callback):
         received = self._received
         if self._watch is not None:
             self._watch.step = trainer.global_step
-            numbers = torch.tensor(received)
+            numbers = torch.tensor(received, device="cpu")
             distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
             received = int(numbers)
         # Gradients that are being accumulated would be lost.

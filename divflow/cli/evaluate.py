@@ -101,7 +101,7 @@ def _judged(
     seed = fabric.broadcast(torch.seed() if seed is None else seed)
     density = density.to(fabric.device)
     rows, context = split
-    found = torch.zeros(len(rows), len(_AVERAGED) + len(_VARIANCES), dtype=torch.float64)
+    found = torch.zeros(len(rows), len(_AVERAGED) + len(_VARIANCES), dtype=torch.float64, device="cpu")
     for number, part in enumerate(batches(len(rows), size, "Evaluating", shown=fabric.is_global_zero)):
         if number % fabric.world_size != fabric.global_rank:
             continue

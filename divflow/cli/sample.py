@@ -61,9 +61,9 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Tensor
     if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
         raise ConfigError(f"scores take no context, but context={numbers}")
     try:
-        context = torch.tensor([float(number) for number in numbers], dtype=density.dtype)
+        context = torch.tensor([float(number) for number in numbers], dtype=density.dtype, device="cpu")
     except (TypeError, ValueError):
-        context = torch.tensor([math.nan])
+        context = torch.tensor([math.nan], device="cpu")
     if not context.isfinite().all():
         raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers}")
     return context

@@ -78,7 +78,7 @@ def _bounded(bounds: Bounds, rows: Tensor, names: Sequence[str]) -> Bounded | No
         raise DataError(f"bounds are given of column {', '.join(unknown)}, but the columns are {', '.join(names)}")
     if not bounds:
         return None
-    low, high = torch.full((len(names),), -math.inf).double(), torch.full((len(names),), math.inf).double()
+    low, high = (torch.full((len(names),), bound, dtype=torch.float64, device="cpu") for bound in (-math.inf, math.inf))
     for name, pair in bounds.items():
         column = names.index(str(name))
         low[column], high[column] = _ends(name, pair)

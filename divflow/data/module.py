@@ -235,7 +235,7 @@ def split_rows(rows: Tensor, val_fraction: float, test_fraction: float, seed: in
             f"val_fraction and test_fraction must be positive and leave something to train on, but are {val_fraction} "
             f"and {test_fraction}"
         )
-    order = torch.randperm(len(rows), generator=Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=Generator().manual_seed(seed), device="cpu")
     val, test = int(len(rows) * val_fraction), int(len(rows) * test_fraction)
     sizes = [len(rows) - val - test, val, test]
     if min(sizes[1:]) < 2 or sizes[0] < 2:

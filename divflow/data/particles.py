@@ -106,7 +106,9 @@ class Particles(TensorDataModule):
                 print(f"log Z is the sampler's: {error}")
             else:
                 self.log_normalizer, self.log_normalizer_error = known.log_normalizer, 0.0
-                self.free_energy_difference = energy.free_energy_difference(torch.tensor(known.beyond)).item()
+                self.free_energy_difference = energy.free_energy_difference(
+                    torch.tensor(known.beyond, device="cpu")
+                ).item()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The true log-density of x `(k, n, d)` in nats, `(k,)`."""

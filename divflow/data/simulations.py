@@ -76,7 +76,7 @@ class Simulations(TensorDataModule):
         self.simulator = name
         size, bound, simulate = _SIMULATORS[name]
         generator = Generator().manual_seed(seed)
-        parameters = (2 * torch.rand(num_simulations + num_test, size, generator=generator) - 1) * bound
+        parameters = (2 * torch.rand(num_simulations + num_test, size, generator=generator, device="cpu") - 1) * bound
         simulations = simulate(parameters, generator)
         sizes = [num_simulations - num_simulations // 10, num_simulations // 10, num_test]
         train, seen = parameters[: sizes[0]], simulations[: sizes[0]]
@@ -133,8 +133,8 @@ def two_moons(parameters: Tensor, generator: Generator | None = None) -> Tensor:
         `(k, 2)`.
     """
     first, second = parameters.unbind(dim=1)
-    angle = math.pi * (torch.rand(len(parameters), generator=generator) - 0.5)
-    radius = 0.1 + 0.01 * torch.randn(len(parameters), generator=generator)
+    angle = math.pi * (torch.rand(len(parameters), generator=generator, device="cpu") - 0.5)
+    radius = 0.1 + 0.01 * torch.randn(len(parameters), generator=generator, device="cpu")
     x = radius * angle.cos() + 0.25 - (first + second).abs() / math.sqrt(2)
     return torch.stack([x, radius * angle.sin() + (second - first) / math.sqrt(2)], dim=1)
 
@@ -152,7 +152,7 @@ def slcp(parameters: Tensor, generator: Generator | None = None) -> Tensor:
         `(k, 8)`, one draw after another.
     """
     mean, deviations, correlation = parameters[:, None, :2], parameters[:, None, 2:4].square(), parameters[:, 4].tanh()
-    noise = torch.randn(len(parameters), 4, 2, generator=generator)
+    noise = torch.randn(len(parameters), 4, 2, generator=generator, device="cpu")
     first, second = noise.unbind(dim=2)
     mixed = correlation[:, None] * first + (1 - correlation.square())[:, None].sqrt() * second
     return (mean + deviations * torch.stack([first, mixed], dim=2)).flatten(1)

@@ -112,7 +112,7 @@ def read_table(
     if table.num_columns == 0:
         raise DataError(f"{path.name} has no columns")
     arrays = [column.to_numpy().astype(np.float64) for column in table.columns]
-    return torch.as_tensor(np.stack(arrays, axis=1)), table.column_names
+    return torch.as_tensor(np.stack(arrays, axis=1), device="cpu"), table.column_names
 
 
 def _is_number(kind: pa.DataType) -> bool:

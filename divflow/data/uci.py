@@ -53,7 +53,7 @@ def _breast_cancer() -> tuple[Tensor, list[str]]:
     from sklearn.datasets import load_breast_cancer  # here, since it takes half a second to import
 
     table = load_breast_cancer()
-    return torch.as_tensor(table.data, dtype=torch.float64), [str(name) for name in table.feature_names]
+    return torch.as_tensor(table.data, dtype=torch.float64, device="cpu"), [str(name) for name in table.feature_names]
 
 
 def _casp() -> tuple[Tensor, list[str]]:
@@ -79,7 +79,7 @@ def _ccpp() -> tuple[Tensor, list[str]]:
     book = load_workbook(path, read_only=True)
     names, *rows = book["Sheet1"].values  # the others hold the same rows, shuffled
     book.close()
-    return torch.tensor(rows, dtype=torch.float64), [str(name) for name in names]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu"), [str(name) for name in names]
 
 
 def _file(name: str) -> Path:

@@ -62,8 +62,8 @@ def _compare(
 ) -> tuple[bool, bool]:
     """Whether the first and the last of `count` products are what they are singly, and whether that says anything."""
     noise = torch.Generator().manual_seed(0)
-    vectors = torch.randn((count, *output.shape), generator=noise, dtype=torch.float64).to(output)
-    weights = torch.randn((2, *inputs[0].shape), generator=noise, dtype=torch.float64).to(output)
+    vectors = torch.randn((count, *output.shape), generator=noise, dtype=torch.float64, device="cpu").to(output)
+    weights = torch.randn((2, *inputs[0].shape), generator=noise, dtype=torch.float64, device="cpu").to(output)
     single = torch.stack([product(vectors[0], False), product(vectors[-1], False)])
     try:
         batched = product(vectors, True)[[0, -1]]

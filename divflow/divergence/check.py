@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import AtTime, Field, as_time, checked_state, checked_value, linearize_field
+from divflow.divergence.transformed import refuse_transforms
 from divflow.errors import FieldError, FieldWarning
 from divflow.verification.copies import CopyError, copied
 from divflow.verification.schedule import record_of, severed_fields
@@ -15,6 +17,7 @@ from divflow.verification.seeded import seeded
 __all__ = ["accepts_sample_times", "check_field", "fresh_copy"]
 
 
+@eagerly
 @torch.no_grad()
 def check_field(g: Field, t: Tensor | float, x: Tensor, *, detached: bool = False) -> None:
     """Refuse a field that mixes the samples of a batch, remembers others, or hides a derivative; or is no field at all.
@@ -39,6 +42,7 @@ def check_field(g: Field, t: Tensor | float, x: Tensor, *, detached: bool = Fals
         FieldError: one of these (the message names the module or the line where it can be known), or shape, dtype or
             device are wrong.
     """
+    refuse_transforms("check_field", "call it once beforehand")
     x = checked_state(x)
     t = as_time(t, x)
     if x.numel() == 0:

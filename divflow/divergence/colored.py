@@ -60,7 +60,7 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
     size = event_size(x)
     if size > _MOST_ENTRIES:
         raise NotLocal(f"more than {_MOST_ENTRIES} dimensions take long to colour")
-    seen = torch.zeros(size, size, dtype=torch.bool)
+    seen = torch.zeros(size, size, dtype=torch.bool, device="cpu")
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), _plain_convolutions(x):
         for start in range(0, size, len(x)):
             entries = [*range(start, min(start + len(x), size))]
@@ -84,8 +84,8 @@ def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
     if len(pairs) > _MOST_PAIRS:
         raise NotLocal(f"more than {_MOST_PAIRS} pairs of entries see each other")
     with torch.inference_mode(False):  # kept, for calls that may train
-        colors = torch.tensor(_greedy_colors(size, pairs))
-        return Coloring(seen, (colors == torch.arange(int(colors.max()) + 1)[:, None]).to(x.device))
+        colors = torch.tensor(_greedy_colors(size, pairs), device="cpu")
+        return Coloring(seen, (colors == torch.arange(int(colors.max()) + 1, device="cpu")[:, None]).to(x.device))
 
 
 def _greedy_colors(size: int, pairs: Tensor) -> list[int]:
@@ -122,9 +122,9 @@ def check(field: Linearization, x: Tensor, seen: Tensor) -> None:
     size, generator = event_size(x), torch.Generator().manual_seed(0)
     few = max(1, size // (4 * max(1, int(seen.sum(dim=1).max()))))
     for _ in range(8):
-        outputs = torch.randperm(size, generator=generator)[:few]
-        vector = torch.zeros(size)
-        vector[outputs] = torch.randn(few, generator=generator)
+        outputs = torch.randperm(size, generator=generator, device="cpu")[:few]
+        vector = torch.zeros(size, device="cpu")
+        vector[outputs] = torch.randn(few, generator=generator, device="cpu")
         vectors = vector.to(x).view(1, 1, *x.shape[1:]).expand(1, *x.shape)
         product = flatten_event(field.pullback(vectors)[0]).cpu()
         if (product[:, ~seen[outputs].any(dim=0)] != 0).any():

@@ -23,6 +23,7 @@ from divflow.divergence.field import (
     event_size,
     flatten_event,
 )
+from divflow.divergence.transformed import transformed
 from divflow.verification.seeded import rng_states, set_rng_states
 
 __all__ = [
@@ -94,7 +95,7 @@ def chunks(
     recompute: bool,
 ) -> Iterator[Tensor]:
     """`part(products with vectors(start, stop), start, stop)` for each chunk of `count` products."""
-    recompute = recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    recompute = recompute and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or transformed())
 
     def computed(start: int, stop: int) -> Tensor:
         chosen = vectors(start, stop)
@@ -137,8 +138,11 @@ def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAnd
         try:
             # Before torch 2.12 inference mode has no batching rule for dual tensors.
             with _FORWARD_MODE, torch.inference_mode(False), torch.set_grad_enabled(create_graph):
-                products = vmap(product, out_dims=(None, 0), randomness="same")  # type: ignore[arg-type] # None is allowed
+                # None is allowed, but not within a vmap of the caller's.
+                out_dims = 0 if transformed() else (None, 0)
+                products = vmap(product, out_dims=out_dims, randomness="same")  # type: ignore[arg-type]
                 value, columns = products(_basis(x, start, stop))
+                value = value[0] if transformed() else value
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error) for word in ("forward", "vmap", "jvp", "functorch", "functional transform")):
                 raise  # the field's own

@@ -7,7 +7,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import Field, linearize_field
+from divflow.divergence.transformed import transformable
 
 __all__ = ["Estimate", "Estimator", "FrozenProbes", "Products", "ValueAndDivergence", "accumulation_dtype"]
 
@@ -55,6 +57,11 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
         """The value, the divergence and its standard error, from one evaluation of the field."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in {"estimate", "freeze"} & vars(cls).keys():
+            setattr(cls, name, eagerly(transformable(vars(cls)[name])))
 
     def __call__(
         self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None

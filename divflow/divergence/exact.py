@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from divflow.arguments import check_count
 from divflow.divergence import dense, local, own
 from divflow.divergence.colored import Coloring
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.estimator import Estimate, Estimator
 from divflow.divergence.field import (
     AtTime,
@@ -24,6 +25,7 @@ from divflow.divergence.field import (
 from divflow.divergence.layered import Contraction, Followed, NoRule, follow
 from divflow.divergence.local import Local, NotLocal
 from divflow.divergence.plan import Plan, circumstances
+from divflow.divergence.transformed import transformed
 from divflow.verification.kept import Plans
 from divflow.verification.schedule import record_of
 from divflow.verification.seeded import rng_states, set_rng_states
@@ -146,6 +148,7 @@ class Exact(Estimator):
         if self.chunk_size is not None:
             check_count("chunk_size, unless it is None,", self.chunk_size)
 
+    @eagerly
     def explain(self, g: Field, t: Tensor | float, x: Tensor) -> Plan:
         """What a call with these arguments does, why, and what it is expected to cost.
 
@@ -266,7 +269,7 @@ class Exact(Estimator):
     def _choices(self, g: Field, t: Tensor, x: Tensor) -> _Choices:
         """Those made before for this field, or new ones, which are kept."""
         settled = self.method in ("forward", "reverse")
-        if settled or x.numel() == 0 or torch.compiler.is_compiling():
+        if settled or x.numel() == 0 or torch.compiler.is_compiling() or transformed():
             choices = _Choices()
             choices.add(None, _Choice(self._dense(x, "asked for" if settled else "there is nothing to gain")))
             return choices

@@ -9,7 +9,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divflow.divergence.batching import batches
+from divflow.divergence.compiled import eagerly
+from divflow.divergence.transformed import Transformed, transformed
 from divflow.errors import FieldError
 from divflow.verification.graph import graph_of, reentrant_refused
 from divflow.verification.watch import Watch, watch
@@ -101,7 +103,7 @@ def checked_value(value: Tensor, x: Tensor) -> Tensor:
         if not (torch.is_autocast_enabled(device) and value.dtype == torch.get_autocast_dtype(device)):
             raise FieldError(
                 f"the field returned {value.dtype} for x of {x.dtype}; convert x or the field's parameters, "
-                f"for instance by module.to({x.dtype})"
+                f"for instance by module.to({x.dtype}), and give a complex field by its real and imaginary parts"
             )
         value = value.to(x.dtype)
     return value
@@ -235,6 +237,7 @@ def _differentiable_kernels(twice: bool) -> Iterator[None]:
         yield
 
 
+@eagerly
 def linearize(
     function: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -256,6 +259,9 @@ def linearize(
     Raises:
         FieldError: what a user's function does is not what the mathematics needs (`divflow.verification`).
     """
+    if transformed():
+        with _differentiable_kernels(twice=True):
+            return cast(Linearization, Transformed(function, x, check))
     differentiable = torch.is_grad_enabled()
     watcher = watch(function, x) if watched is True else watched or None
     if watcher is not None:

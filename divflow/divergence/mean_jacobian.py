@@ -146,7 +146,7 @@ class MeanJacobianCurve:
 
 def _directions(rank: int, x: Tensor) -> Float[Tensor, "rank size"]:
     generator = Generator().manual_seed(_SEED)
-    return torch.randn(rank, event_size(x), generator=generator, dtype=torch.float64).to(x)
+    return torch.randn(rank, event_size(x), generator=generator, dtype=torch.float64, device=generator.device).to(x)
 
 
 def _orthonormal(vectors: Float[Tensor, "*times rank size"]) -> Float[Tensor, "*times rank size"]:

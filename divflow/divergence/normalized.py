@@ -160,7 +160,7 @@ def check(held: Held, field: Linearization, x: Tensor) -> None:
         NotLocal: they disagree.
     """
     noise = torch.Generator().manual_seed(0)
-    u, v = (torch.randn(x.shape, generator=noise, dtype=torch.float64).to(x) for _ in range(2))
+    u, v = (torch.randn(x.shape, generator=noise, dtype=torch.float64, device="cpu").to(x) for _ in range(2))
     with torch.no_grad(), _refusing():
         local, outer, true = (flatten_event(f.pullback(u[None], True)[0]) for f in (held.local, held.outer, field))
         rest = torch.einsum("kn,nkd->kd", outer, _rows(held, x, held.total, False).detach())

@@ -24,6 +24,7 @@ from divflow.divergence.field import (
     linearize_field,
 )
 from divflow.divergence.plan import Plan, circumstances
+from divflow.divergence.transformed import transformed
 from divflow.verification.graph import graph_of
 from divflow.verification.kept import Plans
 from divflow.verification.seeded import rng_states, set_rng_states
@@ -49,7 +50,7 @@ def applies(method: str, g: Field, x: Tensor) -> bool:
     Raises:
         FieldError: it must, and can't.
     """
-    if method not in ("auto", "own") or x.numel() == 0 or torch.compiler.is_compiling():
+    if method not in ("auto", "own") or x.numel() == 0 or torch.compiler.is_compiling() or transformed():
         return False
     if method == "own" and own_divergence(g) is None:
         raise FieldError(
@@ -127,10 +128,17 @@ def _call(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
             f"{type(result).__name__}"
         )
     value, divergence = checked_value(result[0], x), result[1]
-    if not isinstance(divergence, Tensor) or divergence.shape != x.shape[:1] or divergence.device != x.device:
-        got = tuple(divergence.shape) if isinstance(divergence, Tensor) else type(divergence).__name__
+    if (
+        not isinstance(divergence, Tensor)
+        or divergence.shape != x.shape[:1]
+        or divergence.device != x.device
+        or divergence.is_complex()
+    ):
+        got = (
+            (tuple(divergence.shape), divergence.dtype) if isinstance(divergence, Tensor) else type(divergence).__name__
+        )
         raise FieldError(
-            f"value_and_divergence must return one divergence a sample, of shape ({len(x)},) on {x.device}, but returned "
+            f"value_and_divergence must return one real divergence a sample, of shape ({len(x)},) on {x.device}, but returned "
             f"{got}; sum over all event dimensions"
         )
     return ValueAndDivergence(value, divergence.to(accumulation_dtype(x)))
@@ -183,7 +191,7 @@ def _verify_trace(point: _Point, own: ValueAndDivergence, field: Linearization) 
 def _verify_estimate(point: _Point, own: ValueAndDivergence, field: Linearization) -> None:
     """Compare with an estimate, by its standard error: where there are too many dimensions for more."""
     noise = torch.Generator().manual_seed(0)
-    probes = torch.randint(0, 2, (_PROBES, *point.x.shape), generator=noise).to(point.x) * 2 - 1
+    probes = torch.randint(0, 2, (_PROBES, *point.x.shape), generator=noise, device="cpu").to(point.x) * 2 - 1
     samples = flatten_event(torch.cat([field.pullback(v[None], constant=True) for v in probes]) * probes, 2).sum(dim=2)
     error = samples.std(dim=0) / _PROBES**0.5
     tolerance = 8 * error + _tolerance(point.x) * samples.abs().mean(dim=0)

@@ -141,5 +141,7 @@ class Put(_ByParts):
 def require_value(known: Tensor, true: Tensor, reason: str) -> None:
     """That two values are one; weighted, since the sum of what is normalized is zero."""
     with torch.no_grad():
-        weights = torch.randn(true.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(true)
+        weights = torch.randn(
+            true.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+        ).to(true)
         require_equal(flatten_event(known * weights), flatten_event(true * weights), true.dtype, reason)

@@ -59,10 +59,10 @@ class PairEnergy(ABC):
         """The energy of each sample, in kT."""
         squared = self._squared(x)
         u = self.pair(squared)
-        if not isinstance(u, Tensor) or u.shape != squared.shape:
-            what = f"shape {tuple(u.shape)}" if isinstance(u, Tensor) else repr(u)
+        if not isinstance(u, Tensor) or u.shape != squared.shape or u.is_complex():
+            what = f"shape {tuple(u.shape)} of {u.dtype}" if isinstance(u, Tensor) else repr(u)
             raise EnergyError(
-                f"pair of {type(self).__name__} must return an energy for each squared distance, {tuple(squared.shape)}, but returned {what}; "
+                f"pair of {type(self).__name__} must return a real energy for each squared distance, {tuple(squared.shape)}, but returned {what}; "
                 "compute it elementwise"
             )
         return u.sum(dim=1)

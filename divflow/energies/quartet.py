@@ -89,7 +89,7 @@ def _on_grid(energy: PairEnergy, split: float, points: int, depth: float) -> Qua
     # Particles 3 and 4 are within a reach of the middle of 1 and 2, and so at most two from each other: of a period of three, no image
     # of them is within a reach.
     spacing = 3 * reach / points
-    axis = (torch.arange(points, dtype=torch.float64) - points // 2) * spacing
+    axis = (torch.arange(points, dtype=torch.float64, device="cpu") - points // 2) * spacing
     along, across = torch.meshgrid(axis, axis, indexing="ij")
     between = torch.fft.rfft2(torch.fft.ifftshift(boltzmann(along.square() + across.square())))
     nodes = points // 3
@@ -111,7 +111,7 @@ def _on_grid(energy: PairEnergy, split: float, points: int, depth: float) -> Qua
 
 def _range(energy: PairEnergy, depth: float) -> tuple[float, float]:
     """The least u, and the largest distance at which u is less than `depth` above it."""
-    r = torch.logspace(-9, 9, 100_001, dtype=torch.float64)
+    r = torch.logspace(-9, 9, 100_001, dtype=torch.float64, device="cpu")
     u = energy.pair(r.square())
     least = float(u.min())
     if not math.isfinite(least):

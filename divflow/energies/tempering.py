@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from divflow.arguments import check_count, check_generator, check_positive
 from divflow.energies.bennett import log_ratios
 from divflow.energies.pairs import EnergyError, PairEnergy, check_energy
-from divflow.score.noise import normal_like
+from divflow.score.noise import normal_like, uniform_like
 
 __all__ = ["Tempered", "Tempering"]
 
@@ -114,7 +114,7 @@ class Tempering:
 
     def betas(self) -> Tensor:
         """Beta of each rung, from 0 to 1, `(rungs + 1,)`."""
-        return (torch.arange(self.rungs + 1, dtype=torch.float32) / self.rungs) ** self.power
+        return (torch.arange(self.rungs + 1, dtype=torch.float32, device="cpu") / self.rungs) ** self.power
 
     def _check(self, samples: Tensor, tilts: Tensor, exchanged: Tensor) -> None:
         if not samples.isfinite().all():
@@ -157,7 +157,7 @@ class _Ladder:
 
     def forget(self) -> None:
         """Count acceptances anew."""
-        self.accepted, self.exchanged, self.tried = (torch.zeros(self.settings.rungs) for _ in range(3))
+        self.accepted, self.exchanged, self.tried = (torch.zeros(self.settings.rungs, device="cpu") for _ in range(3))
 
     def sweep(self, number: int, adapt: bool = False) -> None:
         """One move of every rung, and the exchanges of every second pair of neighbours."""
@@ -203,7 +203,7 @@ class _Ladder:
         self.gradient = torch.cat([self.gradient[:1], torch.where(where, slope, gradient)])
 
     def _exchange(self, parity: int) -> None:
-        lower = torch.arange(parity, self.settings.rungs, 2)
+        lower = torch.arange(parity, self.settings.rungs, 2, device="cpu")
         if len(lower) == 0:
             return
         tilt = self.u - self._reference(self.x)
@@ -219,7 +219,7 @@ class _Ladder:
     def _evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            u = self.energy(x.flatten(0, 1))
+            u = self.energy(x.flatten(0, 1).clone())  # of the chains' states, which an energy may write to
             if not u.requires_grad:
                 raise EnergyError(
                     f"{self.energy} has no gradient, which Hamiltonian moves need; let `pair` compute it from the squared distances by torch, "
@@ -247,7 +247,7 @@ class _Ladder:
         return -beta * gradient - (1 - beta) / self.settings.std**2 * x
 
     def _uniform(self, shape: torch.Size) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=self.x.dtype)
+        return uniform_like(self.x.new_empty(shape), self.generator)
 
     def _centered(self, like: Tensor) -> Tensor:
         noise = normal_like(like, self.generator)

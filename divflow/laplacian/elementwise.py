@@ -53,12 +53,20 @@ def elementwise(tape: Tape, op: Operation) -> Tensor:
 
 
 def _is_plain(op: Operation) -> bool:
-    """Whether it is the function of one tensor, with the options that it has by default."""
-    options = *op.args[1:], *op.kwargs.values()
-    return len(op.tensors) == 1 and options in ((), _DEFAULTS.get(op.name, ()))
+    """Whether it is the function of one tensor, its first argument, with the options that it is written out for."""
+    options = _OPTIONS.get(op.name, {})
+    if len(op.tensors) != 1 or not op.args or op.args[0] is not op.tensors[0] or len(op.args) - 1 > len(options):
+        return False
+    # By name: in a call they may stand in any order.
+    given = dict(zip(options, op.args[1:], strict=False)) | op.kwargs
+    return options | given == options
 
 
-_DEFAULTS: dict[str, tuple[Any, ...]] = {"softplus": (1.0, 20.0), "gelu": ("none",), "pow": (2,)}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "softplus": {"beta": 1.0, "threshold": 20.0},
+    "gelu": {"approximate": "none"},
+    "pow": {"exponent": 2},
+}
 
 
 def _tanh(u: Tensor, y: Tensor) -> tuple[Factor, Factor]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divflow.divergence import dense
+from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import (
     AtTime,
     FieldError,
@@ -20,9 +21,11 @@ from divflow.divergence.field import (
 )
 from divflow.divergence.layered import NoRule
 from divflow.divergence.plan import Plan, circumstances
+from divflow.divergence.transformed import transformed
 from divflow.laplacian.jet import Jet
 from divflow.laplacian.rules import RULES
 from divflow.laplacian.tape import Tape
+from divflow.laplacian.transformed import by_transforms
 from divflow.laplacian.verify import require_equal, verify_operation
 from divflow.verification.kept import Plans
 from divflow.verification.recent import Recent
@@ -41,7 +44,10 @@ _FORWARD = "forward_laplacian"
 
 
 class ValueGradientLaplacian(NamedTuple):
-    """A scalar function of each sample: f of shape `(k,)`, its gradient `(k, *event)`, its Laplacian `(k,)`."""
+    """A scalar function of each sample: f of shape `(k,)`, its gradient `(k, *event)`, its Laplacian `(k,)`.
+
+    Of a complex function all three are complex: the derivatives of its real part, and i times those of its imaginary one.
+    """
 
     value: Tensor
     gradient: Tensor
@@ -75,8 +81,8 @@ class _Followed(NamedTuple):
     """A function evaluated once.
 
     Attributes:
-        point: the state that it was given.
-        output: what it returned.
+        point: the state, of which it was given a copy that it may write to.
+        output: what it returned, maybe complex.
         tape: of what it did.
         create_graph: whether results keep theirs.
     """
@@ -111,13 +117,18 @@ class _Followed(NamedTuple):
             return zeros, zeros[0]
         return jet.first, zeros[0] if jet.second is None else jet.second[0]
 
-    def gradient(self) -> Linearization:
-        """The gradient by autograd, ready for products with the Hessian."""
+    def parts(self) -> list[Tensor]:
+        """The output, or where it is complex its real and its imaginary part."""
         with torch.inference_mode(False), torch.enable_grad():
-            if not self.output.requires_grad:
+            return [self.output.real, self.output.imag] if self.output.is_complex() else [self.output]
+
+    def gradient(self, part: Tensor) -> Linearization:
+        """The gradient of the output, or a part of it, by autograd, ready for products with the Hessian."""
+        with torch.inference_mode(False), torch.enable_grad():
+            if not part.requires_grad:
                 return Linearization(torch.zeros_like(self.point), self.point, self.create_graph)
             (gradient,) = torch.autograd.grad(
-                self.output, self.point, torch.ones_like(self.output), create_graph=True, materialize_grads=True
+                part, self.point, torch.ones_like(part), create_graph=True, materialize_grads=True
             )
         return Linearization(gradient, self.point, self.create_graph)
 
@@ -127,6 +138,7 @@ _KEPT: Plans[_Kept] = Plans()
 _RIGHT: Recent[bool] = Recent(4096)
 
 
+@eagerly
 def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGradientLaplacian:
     """f(t, x), its gradient and its Laplacian in x, from one evaluation.
 
@@ -135,7 +147,7 @@ def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGr
     compared with autograd where it is first seen. Anything else takes D products with the Jacobian of the gradient.
 
     Args:
-        f: called as f(t, x), returns `(k,)`.
+        f: called as f(t, x), returns `(k,)`, real or complex.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
 
@@ -144,12 +156,15 @@ def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGr
     """
     x = checked_state(x)
     t = as_time(t, x)
+    if transformed():
+        return ValueGradientLaplacian(*by_transforms(f, t, x, one_number_a_sample))
     kept = _kept(f, t, x)
     if kept.plan is not None and kept.plan.method != _FORWARD:
         return _dense(_evaluated(f, t, x, products=True), x)
     return _forward_or_dense(f, t, x, kept, kept.due())
 
 
+@eagerly
 def explain(f: Scalar, t: Tensor | float, x: Tensor) -> Plan:
     """What `value_gradient_laplacian` does with these arguments, why, and what it is expected to cost.
 
@@ -165,11 +180,7 @@ def explain(f: Scalar, t: Tensor | float, x: Tensor) -> Plan:
 
 
 def one_number_a_sample(value: Tensor, x: Tensor) -> Tensor:
-    """Return the value of a scalar function of each sample, refused unless it is `(k,)`.
-
-    Raises:
-        FieldError: it is not.
-    """
+    """Return the value of a scalar function of each sample, or raise `FieldError` unless it is `(k,)`."""
     if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise FieldError(
@@ -192,8 +203,8 @@ def _kept(f: Scalar, t: Tensor, x: Tensor) -> _Kept:
 
 def _refusal(x: Tensor) -> str | None:
     """Why the forward pass is not even tried."""
-    if torch.compiler.is_compiling():
-        return "torch.compile does not follow it"
+    if transformed():
+        return "within a transform of torch.func nothing can be verified"
     if x.numel() == 0:
         return "there is nothing to gain"
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
@@ -213,8 +224,6 @@ def _forward_or_dense(f: Scalar, t: Tensor, x: Tensor, kept: _Kept, thorough: bo
         if products:
             raise
         followed = None
-    if thorough and followed is not None:
-        _require_own(followed.point, followed.output)
     reason = "it did other operations than before"
     try:
         if followed is not None and (thorough or _RIGHT.get(followed.structure())):
@@ -248,9 +257,10 @@ def _evaluated(f: Scalar, t: Tensor, x: Tensor, products: bool, verify: bool = F
     seen: list[tuple[Tensor, Tensor, Tape]] = []
 
     def followed(z: Tensor) -> Tensor:
-        tape = Tape([z], RULES, differentiable, verify_operation if verify else None)
+        own = z.clone()  # which f may write to: what was written to is another in the graph
+        tape = Tape([own], RULES, differentiable, verify_operation if verify else None)
         with tape:
-            output = at_time(z) if watcher is None else watcher(z)
+            output = at_time(own) if watcher is None else watcher(own)
         seen.append((z, output, tape))
         return output
 
@@ -276,21 +286,6 @@ def _forward(followed: _Followed, x: Tensor, kept: _Kept, thorough: bool) -> Val
     return _shown(followed, gradient, laplacian)
 
 
-def _require_own(point: Tensor, output: Tensor) -> None:
-    """Refuse a function whose value at the first sample depends on another sample's state."""
-    if not output.requires_grad:
-        return
-    rows = torch.zeros_like(output)
-    rows[:1] = 1
-    (own,) = torch.autograd.grad(output, point, rows, retain_graph=True, materialize_grads=True)
-    if (own[1:].abs() > 0).any():
-        raise FieldError(
-            f"f mixes the samples of a batch: its value at sample 0, of values of shape {tuple(output.shape)}, depends "
-            f"on other samples of x, of shape {tuple(point.shape)}; look for normalization, attention or statistics "
-            "taken over dimension 0"
-        )
-
-
 def _verify(followed: _Followed, gradient: Tensor) -> None:
     """Compare the gradient, and the second derivatives along two random directions, with autograd.
 
@@ -298,12 +293,12 @@ def _verify(followed: _Followed, gradient: Tensor) -> None:
         NoRule: they disagree.
     """
     point = followed.point
-    at = followed.gradient()
+    at = followed.gradient(followed.output)
     true, known = flatten_event(at.value.detach()), flatten_event(gradient.detach())
     scale = true.abs().sum(dim=1, keepdim=True)
     require_equal(known, true, scale, "the gradient is another")
     noise = torch.Generator().manual_seed(0)
-    directions = torch.randn((2, *point.shape), generator=noise, dtype=torch.float64).to(point)
+    directions = torch.randn((2, *point.shape), generator=noise, dtype=torch.float64, device="cpu").to(point)
     products = flatten_event(torch.stack([at.pullback(v[None], constant=True)[0] * v for v in directions]).sum(dim=0))
     _, second = followed.derivatives(directions)
     known, scale, slack = second.detach(), products.abs().sum(dim=1), true.abs().sum(dim=1)
@@ -311,10 +306,15 @@ def _verify(followed: _Followed, gradient: Tensor) -> None:
 
 
 def _dense(followed: _Followed, x: Tensor) -> ValueGradientLaplacian:
-    """D products with the Jacobian of the gradient."""
-    at = followed.gradient()
+    """D products with the Jacobian of the gradient, of either part where the function is complex."""
     chunk = min(dense.products_per_pass(x), max(1, event_size(x)))
-    return _shown(followed, at.value, dense.reverse(at, x, chunk, recompute=False))
+    gradients, laplacians = [], []
+    for part in followed.parts():
+        at = followed.gradient(part)
+        gradients.append(at.value)
+        laplacians.append(dense.reverse(at, x, chunk, recompute=False))
+    joined = (torch.complex(*parts) if len(parts) == 2 else parts[0] for parts in (gradients, laplacians))
+    return _shown(followed, *joined)
 
 
 def _shown(followed: _Followed, gradient: Tensor, laplacian: Tensor) -> ValueGradientLaplacian:

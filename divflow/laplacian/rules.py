@@ -179,12 +179,15 @@ def _logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     return total if keepdim else total.sum(dim)
 
 
-def _log_softmax(input: Tensor, dim: int, _stacklevel: int = 3, dtype: None = None) -> Tensor:
+def _log_softmax(input: Tensor, dim: int, *rest: object, **options: object) -> Tensor:
+    # Its third argument is a dtype in torch's own function, and the fourth in that of torch.nn.functional.
+    if any(isinstance(option, torch.dtype) for option in (*rest, *options.values())):
+        raise NoRule("softmax to another dtype")
     return input - _logsumexp(input, dim, keepdim=True)
 
 
-def _softmax(input: Tensor, dim: int, _stacklevel: int = 3, dtype: None = None) -> Tensor:
-    return _log_softmax(input, dim).exp()
+def _softmax(input: Tensor, dim: int, *rest: object, **options: object) -> Tensor:
+    return _log_softmax(input, dim, *rest, **options).exp()
 
 
 def _layer_norm(

@@ -49,12 +49,12 @@ def _verify_result(tape: Tape, result: Tensor, roots: list[Tensor], noise: torch
     """First and second derivatives of the product of a result with a random vector."""
 
     def random(count: int, like: Tensor) -> Tensor:
-        return torch.randn(count, *like.shape, generator=noise, dtype=torch.float64).to(like)
+        return torch.randn(count, *like.shape, generator=noise, dtype=torch.float64, device="cpu").to(like)
 
     jets = [Jet(random(_DIRECTIONS, root), random(1, root)) for root in roots]
     weights = random(1, result)
     jet = tape.carry(result, jets) or Jet(torch.zeros_like(weights).expand(_DIRECTIONS, *result.shape))
-    first, second = torch.zeros(_DIRECTIONS).to(result), torch.zeros(1).to(result)
+    first, second = result.new_zeros(_DIRECTIONS), result.new_zeros(1)
     if result.requires_grad:
         slopes = _gradients((result * weights[0]).sum(), roots)
         for i in range(_DIRECTIONS):
@@ -85,7 +85,7 @@ def _telling(tensor: Tensor, noise: torch.Generator) -> Tensor:
         return tensor
     tensor = tensor.double()
     if tensor.numel() and not tensor.any():
-        return (torch.rand(tensor.shape, generator=noise, dtype=torch.float64) + 0.5).to(tensor)
+        return (torch.rand(tensor.shape, generator=noise, dtype=torch.float64, device="cpu") + 0.5).to(tensor)
     return tensor.clone()
 
 

@@ -46,7 +46,7 @@ class Hollow(nn.Module):
         rows = torch.arange(len(tried), device=x.device)
         before = x.repeat(len(tried), *[1] * (x.ndim - 1))
         after = before.clone()
-        noise = torch.randn(1, generator=torch.Generator().manual_seed(0)).to(x)
+        noise = torch.randn(1, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
         self.parts(after)[rows, tried] += noise * (1 + x.abs().max())
         told = []
         for states in (before, after):

@@ -56,14 +56,20 @@ class Potential(nn.Module):
 
     def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Float[Tensor, " batch"]:
         """The potential itself, phi + quadratic, without the sign."""
-        value = self.phi(t, x) if context is None else self.phi(t, x, context)
+        value = self.phi(*_copies(t, x) if context is None else _copies(t, x, context))
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise FieldError(
                 f"phi must return one number a sample, shape ({x.shape[0]},) for x of shape {tuple(x.shape)}, but "
                 f"returned {found}; sum over the event's dimensions, or squeeze a last one of size 1"
             )
-        return value if self.quadratic is None else value + self.quadratic(t, x)
+        value = value if self.quadratic is None else value + self.quadratic(*_copies(t, x))
+        if value.is_complex():
+            raise FieldError(
+                f"a potential must be real, as its field is, but phi returned {value.dtype}; take its real part, or derive a wave "
+                "function by divflow.operators, whose derivatives are complex"
+            )
+        return value
 
     def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> ValueAndDivergence:
         """The field `(k, *event)` and its divergence `(k,)`, sign times the Laplacian, from one pass.
@@ -78,6 +84,11 @@ class Potential(nn.Module):
     def extra_repr(self) -> str:
         """The sign."""
         return f"sign={self.sign}"
+
+
+def _copies(*given: Tensor) -> list[Tensor]:
+    """What a module may write to, where what was given is its caller's, or the next one's."""
+    return [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in given]
 
 
 class QuadraticPotential(nn.Module):

@@ -9,8 +9,8 @@ from divflow.divergence.field import checked_value, event_size
 from divflow.divergence.own import OwnDivergence, own_divergence
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Likelihood, Quadrature
-from divflow.score.field import Score, as_field
-from divflow.score.sde import SDE, broadcast
+from divflow.score.field import Score, as_field, tensor_settings
+from divflow.score.sde import SDE, Prior, broadcast
 from divflow.solver import Solver
 
 __all__ = ["ProbabilityFlow", "probability_flow"]
@@ -95,7 +95,7 @@ def probability_flow(
     return ContinuousFlow(
         ProbabilityFlow(score, sde),
         sde.prior.event_shape,
-        base=sde.prior,
+        base=Prior(sde.prior.event_shape, sde.prior.std, **tensor_settings(score)),
         t_base=sde.T,
         t_data=sde.epsilon,
         estimator=estimator,

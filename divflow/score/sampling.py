@@ -121,7 +121,7 @@ class ProbabilityFlowODE(_SDESampler):
         flow = probability_flow(score, self.sde, solver=self.solver)
         # A decade at a time: an adaptive step from T down to epsilon could leap over what changes near epsilon.
         decades = math.ceil(math.log10(self.sde.T / self.sde.epsilon))
-        times = torch.logspace(math.log10(self.sde.T), math.log10(self.sde.epsilon), decades + 1).tolist()
+        times = torch.logspace(math.log10(self.sde.T), math.log10(self.sde.epsilon), decades + 1, device="cpu").tolist()
         for start, stop in itertools.pairwise([self.sde.T, *times[1:-1], self.sde.epsilon]):
             x = flow.trajectory(x, [start, stop])[-1]
         return denoise(score, self.sde, x) if self.denoise else x
@@ -287,7 +287,7 @@ class _Counted(nn.Module):
 
 def _time_steps(sde: SDE, count: int, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(t, length) of `count` steps from T down to epsilon, shorter and shorter."""
-    times = torch.linspace(sde.T**0.5, sde.epsilon**0.5, count + 1, dtype=torch.float64).square()
+    times = torch.linspace(sde.T**0.5, sde.epsilon**0.5, count + 1, dtype=torch.float64, device="cpu").square()
     times[0], times[-1] = sde.T, sde.epsilon
     times = times.to(x)
     return list(zip(times[:-1], times[:-1] - times[1:], strict=True))

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -152,7 +152,7 @@ class SDE(ABC):
         Raises:
             SDEError: alpha or sigma is not of t's shape, not positive or not finite, or g^2 is negative.
         """
-        t = torch.linspace(self.epsilon, self.T, 33, dtype=torch.float64)
+        t = torch.linspace(self.epsilon, self.T, 33, dtype=torch.float64, device="cpu")
         for name, values in {"mean_scale": self.mean_scale(t), "std": self.std(t)}.items():
             if not isinstance(values, Tensor) or values.shape != t.shape:
                 raise SDEError(
@@ -186,10 +186,10 @@ class SDE(ABC):
                 f"{type(self).__name__} was given no event shape, so it has no prior; "
                 f"build it as {type(self).__name__}(event_shape=(3, 32, 32)), with the shape of one sample"
             )
-        return Prior(self.event_shape, self.std(torch.tensor(self.T, dtype=torch.float64)).item())
+        return Prior(self.event_shape, self.std(torch.tensor(self.T, dtype=torch.float64, device="cpu")).item())
 
     def _checked_time(self, t: Tensor | float) -> Tensor:
-        t = torch.as_tensor(t)
+        t = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
         t = t if t.is_floating_point() else t.to(torch.get_default_dtype())
         if t.numel() and not bool(((t >= 0) & (t <= self.T)).all()):
             raise SDEError(
@@ -204,11 +204,12 @@ class Prior(Independent):
     Args:
         event_shape: shape of one sample.
         std: standard deviation.
+        settings: dtype and device of its samples, torch's defaults if not given.
     """
 
-    def __init__(self, event_shape: tuple[int, ...], std: float) -> None:
+    def __init__(self, event_shape: tuple[int, ...], std: float, **settings: Any) -> None:
         self.std = std
-        loc, scale = torch.zeros(event_shape), torch.full(event_shape, std)
+        loc, scale = torch.zeros(event_shape, **settings), torch.full(event_shape, std, **settings)
         super().__init__(Normal(loc, scale, validate_args=False), len(event_shape), validate_args=False)
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class MeanWithStandardError(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("count", "total", "squares"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
         """Add values of any shape."""

@@ -80,9 +80,11 @@ def record_of(g: Callable[[Tensor], object], x: Tensor) -> Record:
 def due(g: Callable[[Tensor], object], x: Tensor) -> Record | None:
     """The record of a function whose call is to be verified, or None.
 
-    None, too, where a field is evaluated in order to verify it.
+    None, too, where a field is evaluated in order to verify it, and within transforms of torch.func, where there are no
+    numbers to look at.
     """
-    if x.numel() == 0 or getattr(_VERIFYING, "now", False) or torch.compiler.is_compiling():
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if x.numel() == 0 or transformed or getattr(_VERIFYING, "now", False) or torch.compiler.is_compiling():
         return None
     record = record_of(g, x)
     return record if record.due() else None

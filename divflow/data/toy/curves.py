@@ -34,16 +34,18 @@ class CurveDensity(SmoothDensity):
             raise ValueError(f"noise must be positive, since a curve has no density in the plane, but is {noise!r}")
         self._curves, self.noise, self.scale = tuple(curves), noise, scale
         nodes, weights = np.polynomial.legendre.leggauss(quadrature_nodes)
-        u = torch.as_tensor((nodes + 1) / 2)
+        u = torch.as_tensor((nodes + 1) / 2, device="cpu")
         self._centres = torch.cat([curve(u) for curve in self._curves])
-        self._log_weights = torch.as_tensor(np.log(weights / 2 / len(self._curves))).repeat(len(self._curves))
+        self._log_weights = torch.as_tensor(np.log(weights / 2 / len(self._curves)), device="cpu").repeat(
+            len(self._curves)
+        )
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         """Points `(count, 2)`."""
-        u = torch.rand(count, generator=generator, dtype=torch.float64)
-        which = torch.randint(len(self._curves), (count,), generator=generator)
-        points = torch.stack([curve(u) for curve in self._curves])[which, torch.arange(count)]
-        points = points + self.noise * torch.randn(points.shape, generator=generator, dtype=torch.float64)
+        u = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+        which = torch.randint(len(self._curves), (count,), generator=generator, device="cpu")
+        points = torch.stack([curve(u) for curve in self._curves])[which, torch.arange(count, device="cpu")]
+        points = points + self.noise * torch.randn(points.shape, generator=generator, dtype=torch.float64, device="cpu")
         return (points * self.scale).float()
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ class RingOfGaussians(SmoothDensity):
     def __init__(self, count: int, radius: float, noise: float) -> None:
         if not noise > 0:
             raise ValueError(f"noise must be positive, but is {noise!r}")
-        angles = 2 * math.pi * torch.arange(count, dtype=torch.float64) / count
+        angles = 2 * math.pi * torch.arange(count, dtype=torch.float64, device="cpu") / count
         self._means = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
         self.noise = noise
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         """Points `(count, 2)`."""
-        which = torch.randint(len(self._means), (count,), generator=generator)
-        return (self._means[which] + self.noise * torch.randn(count, 2, generator=generator)).float()
+        which = torch.randint(len(self._means), (count,), generator=generator, device="cpu")
+        return (self._means[which] + self.noise * torch.randn(count, 2, generator=generator, device="cpu")).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The log-density of x `(k, 2)` in nats, `(k,)`."""
@@ -43,11 +43,11 @@ class Checkerboard:
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         """Points `(count, 2)`."""
-        square = torch.randint(8, (count,), generator=generator)
+        square = torch.randint(8, (count,), generator=generator, device="cpu")
         row = square // 2
         column = 2 * (square % 2) + row % 2
         corner = torch.stack([column, row], dim=1) - 2
-        return corner + torch.rand(count, 2, generator=generator)
+        return corner + torch.rand(count, 2, generator=generator, device="cpu")
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The log-density of x `(k, 2)` in nats, `(k,)`: -log 8 on the squares."""
@@ -77,9 +77,12 @@ class Pinwheel(SmoothDensity):
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         """Points `(count, 2)`."""
-        points = torch.randn(count, 2, generator=generator, dtype=torch.float64) * self._deviations + self._mean
-        blade = torch.randint(self.blades, (count,), generator=generator)
-        return (self.scale * _rotate(points, self._angles(points)[blade, torch.arange(count)])).float()
+        points = (
+            torch.randn(count, 2, generator=generator, dtype=torch.float64, device="cpu") * self._deviations
+            + self._mean
+        )
+        blade = torch.randint(self.blades, (count,), generator=generator, device="cpu")
+        return (self.scale * _rotate(points, self._angles(points)[blade, torch.arange(count, device="cpu")])).float()
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The log-density of x `(k, 2)` in nats, `(k,)`."""
@@ -91,15 +94,15 @@ class Pinwheel(SmoothDensity):
 
     @property
     def _mean(self) -> Tensor:
-        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+        return torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
 
     @property
     def _deviations(self) -> Tensor:
-        return torch.tensor([self.radial, self.tangential], dtype=torch.float64)
+        return torch.tensor([self.radial, self.tangential], dtype=torch.float64, device="cpu")
 
     def _angles(self, points: Tensor) -> Tensor:
         """By how much each blade would rotate the points, `(blades, k)`."""
-        own = 2 * math.pi * torch.arange(self.blades, dtype=torch.float64) / self.blades
+        own = 2 * math.pi * torch.arange(self.blades, dtype=torch.float64, device="cpu") / self.blades
         return own[:, None] + self.rate * points.norm(dim=1).exp()
 
 

@@ -107,14 +107,16 @@ class Followed(NamedTuple):
         value, terms = self.field.value.detach(), self.trace.terms(self.output)
         dtype, value = self.output.dtype, value.to(accumulation_dtype(value))
         noise, size = torch.Generator().manual_seed(0), event_size(value)
-        u, v = (torch.randn(value.shape, generator=noise, dtype=torch.float64).to(value) for _ in range(2))
+        u, v = (
+            torch.randn(value.shape, generator=noise, dtype=torch.float64, device="cpu").to(value) for _ in range(2)
+        )
         with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
             known = apply(terms, size, flatten_event(v)) * flatten_event(u)
             true = flatten_event(self.field.pullback(u[None].to(self.field.value.dtype))[0] * v)
             bound = apply(terms, size, flatten_event(v), magnitudes=True) * flatten_event(u).abs()
             require_equal(known, true, dtype, "the Jacobian is another", bound)
             if size <= _LARGEST_JACOBIAN:
-                basis = torch.eye(size).to(value)
+                basis = torch.eye(size, device=value.device).to(value)
                 entries = apply(terms, size, basis, sample=0).diagonal()
                 bound = apply(terms, size, basis, sample=0, magnitudes=True).diagonal()
                 trace = self.divergence(contraction, None)[:1, None].to(value)

@@ -82,8 +82,8 @@ def _instance_norm(
     statistic: Statistic = _itself,
 ) -> Tensor:
     if not use_input_stats:
-        assert running_mean is not None
-        assert running_var is not None
+        if running_mean is None or running_var is None:  # as in torch's own function, which has another order
+            raise NoRule("instance_norm without its statistics")
         mean, variance = _by_channel(input, running_mean, running_var)
         return _affine((input - mean) * torch.rsqrt(variance + eps), *_by_channel(input, weight, bias))
     if running_mean is not None:

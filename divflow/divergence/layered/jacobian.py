@@ -211,7 +211,7 @@ def linear(matrix: Tensor, terms: list[Term]) -> list[Term]:
 
 def _sum(a: Diagonal, b: Diagonal) -> Tensor:
     if a is None:
-        return torch.tensor(2.0) if b is None else 1 + b
+        return torch.tensor(2.0, device="cpu") if b is None else 1 + b
     return 1 + a if b is None else a + b
 
 

@@ -95,7 +95,7 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
     outer, inner = chain[0], chain[-1]
     if len(chain) == 1:
         fixed = _fixed(outer.rows, outer.columns, size)
-        entries = torch.ones(()) if outer.diagonal is None else entries_of(outer.diagonal, fixed)
+        entries = torch.ones((), device="cpu") if outer.diagonal is None else entries_of(outer.diagonal, fixed)
         count = size if fixed is None else len(fixed.index)
         return Cycle([entries.expand(*entries.shape[:-1], count)], []) if count else None
     at_output, at_input = _meeting(outer.rows, inner.columns, size)

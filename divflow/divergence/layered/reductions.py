@@ -44,7 +44,7 @@ def reduction(trace: Values, op: Operation) -> Tensor:
 
 def _argument(trace: Values, op: Operation) -> tuple[Tensor, tuple[int, ...]]:
     """What is reduced, and along which dimensions of the event, counted from its first."""
-    x = op.args[0] if op.args else op.kwargs["input"]
+    x = op.args[0] if op.args else op.tensors[0]  # whose name is `input` or `x`
     if "out" in op.kwargs or sum(map(trace.depends, op.tensors)) != 1 or not trace.depends(x):
         raise NoRule(f"{op.name} of several values of x")
     position = 2 if "norm" in op.name else 1

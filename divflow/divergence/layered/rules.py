@@ -62,10 +62,10 @@ def _find_movements(trace: Values, op: Operation) -> list[list[Movement]]:
             nonlocal offset
             if trace.depends(tensor):
                 event = tensor.shape[1:]
-                entries = torch.arange(offset, offset + event.numel()).view(1, *event)
+                entries = torch.arange(offset, offset + event.numel(), device="cpu").view(1, *event)
                 offset += event.numel()
-                return entries + total * torch.arange(batch).view(batch, *[1] * len(event))
-            return torch.full(tensor.shape, -1) if tensor.is_floating_point() else tensor.cpu()
+                return entries + total * torch.arange(batch, device="cpu").view(batch, *[1] * len(event))
+            return torch.full(tensor.shape, -1, device="cpu") if tensor.is_floating_point() else tensor.cpu()
 
         return tensors_in(op.at(numbered))
 
@@ -78,7 +78,9 @@ def _find_movements(trace: Values, op: Operation) -> list[list[Movement]]:
         if not (entries | (others == rows)).all():
             raise NoRule(f"{op.name} that chooses by what it moves")
         index = torch.where(entries, rows % total, -1)
-        if ((rows // total != torch.arange(batch)[:, None]) & entries).any() or (index != index[:1]).any():
+        if ((rows // total != torch.arange(batch, device="cpu")[:, None]) & entries).any() or (
+            index != index[:1]
+        ).any():
             raise NoRule(f"{op.name} between samples")
         sources, offset, parts = index[0].numpy(), 0, []
         for size in sizes:
@@ -236,14 +238,14 @@ def _broadcast(terms: list[Term], operand: Tensor, value: Tensor) -> list[Term]:
 
 @functools.lru_cache(maxsize=1024)
 def _expansion(event: torch.Size, expanded: torch.Size) -> Movement:
-    index = torch.arange(event.numel()).view(event).expand(expanded).reshape(-1)
+    index = torch.arange(event.numel(), device="cpu").view(event).expand(expanded).reshape(-1)
     return Movement(event.numel(), index.numpy())
 
 
 def _diagonal(derivative: Tensor | float, value: Tensor, may_share: bool) -> Tensor:
     """A derivative as a factor of the value's flattened events, see `Diagonal`; what the batch may share it does."""
     if not isinstance(derivative, Tensor):
-        return torch.as_tensor(derivative, dtype=value.dtype)
+        return torch.as_tensor(derivative, dtype=value.dtype, device="cpu")
     if not derivative.is_floating_point():
         derivative = derivative.to(value.dtype)
     if not may_share and derivative.ndim == 2 and derivative.shape == value.shape:
@@ -321,8 +323,8 @@ def _learn_linear(trace: Values, value: Tensor, x: Tensor, matrix: Tensor) -> Te
 
 def _along_dimensions(trace: Values, op: Operation) -> Tensor:
     """Linear maps along dimensions of the event."""
-    x = op.args[0] if op.args else op.kwargs["input"]
-    dims = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else None)
+    x, position = op.args[0] if op.args else op.tensors[0], 2 if op.name == "diff" else 1
+    dims = op.kwargs.get("dim", op.args[position] if len(op.args) > position else None)
     dims = dims if isinstance(dims, tuple | list) else (dims,)
     if not dims or any(not isinstance(dim, int) or dim % max(x.ndim, 1) == 0 for dim in dims):
         raise NoRule(f"{op.name} over the batch")

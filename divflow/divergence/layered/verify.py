@@ -72,7 +72,10 @@ def verify_operation(
 
 def _verify_result(values: Values, state: Tensor, result: Tensor, truth: Tensor, noise: Generator, name: str) -> None:
     size = result.shape[1:].numel()
-    u, v = (torch.randn(z.shape, generator=noise, dtype=torch.float64).to(z) for z in (flatten_event(result), state))
+    u, v = (
+        torch.randn(z.shape, generator=noise, dtype=torch.float64, device="cpu").to(z)
+        for z in (flatten_event(result), state)
+    )
     true = torch.zeros_like(v)
     if truth.requires_grad:
         gradient = u.view_as(truth)
@@ -90,7 +93,7 @@ def _telling(tensor: Tensor, noise: Generator) -> Tensor:
     tensor = tensor.detach().clone()
     if not tensor.is_floating_point() or tensor.layout != torch.strided or not tensor.numel() or tensor.any():
         return tensor
-    return (torch.rand(tensor.shape, generator=noise, dtype=torch.float64) + 0.5).to(tensor)
+    return (torch.rand(tensor.shape, generator=noise, dtype=torch.float64, device="cpu") + 0.5).to(tensor)
 
 
 def require_equal(known: Tensor, true: Tensor, dtype: torch.dtype, reason: str, bound: Tensor | None = None) -> None:

@@ -140,7 +140,7 @@ class TimeConditionalScoreMatching(Objective):
         they are unbiased however coarse the table is. The knots are geometric, since 1 / sigma^2 rises as 1 / t or faster.
         """
         low, high = self.sde.epsilon, self.sde.T
-        knots = torch.logspace(math.log10(low), math.log10(high), _KNOTS, dtype=torch.float64)
+        knots = torch.logspace(math.log10(low), math.log10(high), _KNOTS, dtype=torch.float64, device="cpu")
         knots[0], knots[-1] = low, high
         middle = (knots[1:] * knots[:-1]).sqrt()
         mass = _weights(self.sde, self.weighting, middle) / self.sde.std(middle).square() * knots.diff()
