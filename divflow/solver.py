@@ -177,7 +177,7 @@ class Solver:
             raise SolverError(monitor.failure(str(error))) from error
         except _Unconverged as error:
             raise SolverError(monitor.failure("the implicit step did not converge; use smaller steps")) from error
-        solution = (solution,) if single else solution
+        solution = solution if isinstance(solution, tuple) else (solution,)
         monitor.begin_backward()
         if not _is_finite(solution):
             raise SolverError(monitor.failure("the state became non-finite"))

@@ -78,16 +78,17 @@ class ConditionedField(nn.Module):
     @contextlib.contextmanager
     def _as_solved(self) -> Iterator[None]:
         """Within it the velocity's tensors are those of the solve."""
-        if not (self._solved and is_differentiated()):
+        velocity = self.velocity
+        if not (self._solved and isinstance(velocity, nn.Module) and is_differentiated()):
             yield
             return
-        now = _tensors_of(self.velocity)
+        now = _tensors_of(velocity)
         changed = {name: tensor for name, tensor in self._solved.items() if now.get(name) is not tensor}
-        _put(self.velocity, changed)
+        _put(velocity, changed)
         try:
             yield
         finally:
-            _put(self.velocity, {name: now[name] for name in changed if name in now})
+            _put(velocity, {name: now[name] for name in changed if name in now})
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
