@@ -87,13 +87,18 @@ def importance_weights(
         batch_size: samples a solve, which bounds the memory; all at once if None.
 
     Raises:
-        ImportanceError: a stochastic estimator that is not corrected, or does not know its error; a context of another number of rows; a target of
+        ImportanceError: a frozen estimator; a stochastic one that is not corrected, or does not know its error; a context of another number of rows; a target of
             another shape, NaN, infinite, or zero at all samples.
         ValueError: fewer than 2 samples, or a batch size that is no whole number of at least 1.
         FieldError, SolverError: as `ContinuousFlow.log_prob`.
     """
     check_count("num_samples", num_samples, least=2)
-    if flow.estimator.stochastic and not correct:
+    if flow.estimator.frozen:
+        raise ImportanceError(
+            f"{type(flow.estimator).__name__} has drawn its probes, which every batch would share, so that the weights' "
+            "errors are not independent; use flow.replace(estimator=Exact()), or the estimator that was frozen, with correct=True"
+        )
+    if flow.estimator.estimates and not correct:
         raise ImportanceError(
             f"{flow.estimator} is unbiased for log p and not for 1 / p, so the weights would be wrong on average; use "
             "flow.replace(estimator=Exact()), or correct=True, which takes the noise for normal"

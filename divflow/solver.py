@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
+from divflow.adjoint import Adjoint
 from divflow.arguments import check_count, check_positive
 from divflow.dense_output import Steps
 from divflow.divergence.transformed import refuse_transforms
@@ -87,7 +88,8 @@ class Solver:
         atol: absolute tolerance, in units of the state.
         gradient: "direct" differentiates the steps taken (any order, memory grows with their number);
             "adjoint" solves backward in time (once differentiable, constant memory, and correct only to
-            the tolerance).
+            the tolerance), and evaluates the field again there, which must be the function that it was: one with
+            dropout, or with a state, is refused. Tensors that it uses and that are no parameters are found.
         options: of the method; a fixed-step method takes `step_size` (default: the span / 32).
         max_evaluations: of the field, in one solve and again in its adjoint.
 
@@ -142,7 +144,8 @@ class Solver:
             times: strictly increasing or decreasing, one-dimensional. Adaptive methods interpolate between
                 their steps, fixed-step methods likewise, by cubic Hermite polynomials.
             evaluations: a counter to add to.
-            parameters: the tensors, besides the state and the times, that `gradient="adjoint"` differentiates in.
+            parameters: tensors, besides the state and the times, that `gradient="adjoint"` differentiates in; others
+                that the field depends on at the start are found and added.
             record: filled with the steps, where the solver is `dense` and the state one tensor.
 
         Returns:
@@ -150,7 +153,8 @@ class Solver:
 
         Raises:
             SolverError: the solution blows up, is too stiff for the tolerance, or takes too many
-                evaluations; in an adjoint solve it is raised by `.backward()`.
+                evaluations; in an adjoint solve it is raised by `.backward()`, as it is for a field that is not
+                what it was: it draws random numbers, keeps a state, or was changed.
         """
         evaluations = Evaluations() if evaluations is None else evaluations
         steps_alone = METHODS[self.method] >= _FIXED and self.gradient == "direct"
@@ -166,25 +170,25 @@ class Solver:
         monitor = _Monitor(field, self, evaluations, state[0].device, record)
         keywords = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self._options(times)}
         single = len(state) == 1  # torchdiffeq copies tuples at every evaluation
+        start = state[0] if single else state
         try:
-            if self.gradient == "adjoint":
-                keywords |= {"adjoint_params": tuple(parameters), "adjoint_options": self._adjoint_options(times)}
-            solve = odeint_adjoint if self.gradient == "adjoint" else odeint
             with _unconverged_is_an_error():
-                solution = solve(monitor, state[0] if single else state, times, **keywords)
+                if self.gradient == "adjoint" and torch.is_grad_enabled():
+                    keywords["adjoint_options"] = self._adjoint_options(times)
+                    solution = monitor.by_adjoint(start, times, parameters, keywords)
+                else:
+                    solution = odeint(monitor, start, times, **keywords)
         except AssertionError as error:
             if monitor.inside_field:
                 raise
             raise SolverError(monitor.failure(str(error))) from error
         except _Unconverged as error:
             raise SolverError(monitor.failure("the implicit step did not converge; use smaller steps")) from error
-        solution = (solution,) if single else solution
+        solution = solution if isinstance(solution, tuple) else (solution,)
         monitor.begin_backward()
         if not _is_finite(solution):
             raise SolverError(monitor.failure("the state became non-finite"))
-        if self.gradient == "adjoint":
-            solution = tuple(_OnceDifferentiable.apply(part) for part in solution)
-        elif self.method == "scipy_solver" and torch.is_grad_enabled():
+        if self.method == "scipy_solver" and self.gradient == "direct" and torch.is_grad_enabled():
             _refuse_scipy_gradients(state, times, parameters)
         return tuple(solution)
 
@@ -249,6 +253,7 @@ class _Monitor:
         self._field, self._solver, self._evaluations, self._record = field, solver, evaluations, record
         self._calls, self._backward = 0, False
         self._time: Tensor | None = None
+        self._adjoint: Adjoint | None = None
         self.inside_field = False
         self._autocast: dict[str, Any] = {
             "device_type": device.type,
@@ -262,7 +267,26 @@ class _Monitor:
             self.callback_accept_step = record.accept
             self.callback_reject_step = record.reject
 
-    def __call__(self, t: Tensor, state: State) -> State:
+    def by_adjoint(
+        self, state: Tensor | State, times: Tensor, parameters: Sequence[Tensor], keywords: dict[str, Any]
+    ) -> Tensor | State:
+        """The solution, differentiable by its adjoint."""
+
+        def refuse(what: str) -> SolverError:
+            return SolverError(self.failure(what))
+
+        def run(state: Tensor | State, times: Tensor, differentiated: tuple[Tensor, ...]) -> Tensor | State:
+            return odeint_adjoint(self, state, times, adjoint_params=differentiated, **keywords)
+
+        self._adjoint = Adjoint(self._evaluate, state, times[0], parameters, refuse)
+        return self._adjoint.solve(run, state, times)
+
+    def __call__(self, t: Tensor, state: Tensor | State) -> Tensor | State:
+        if self._adjoint is None:
+            return self._evaluate(t, state)
+        return self._adjoint.backward(t, state) if self._backward else self._adjoint.forward(t, state)
+
+    def _evaluate(self, t: Tensor, state: Tensor | State) -> Tensor | State:
         self._calls += 1
         if self._calls > self._solver.max_evaluations:
             raise SolverError(self.failure(f"more than {self._solver.max_evaluations} evaluations were needed"))
@@ -331,20 +355,6 @@ def _unconverged_is_an_error() -> Iterator[None]:
             if "Functional iteration" not in str(warning):
                 raise
             raise _Unconverged(str(warning)) from warning
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """The identity, refusing the second derivatives that torchdiffeq's adjoint would silently get wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor) -> Tensor:
-        return state.view_as(state)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            raise SolverError("gradient='adjoint' is differentiable once only; use Solver(gradient='direct')")
-        return gradient
 
 
 def _is_finite(state: Tensor | State) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution
 from torch.distributions.transforms import AffineTransform
 
-from divflow.divergence import Autograd, Exact, FieldError, Hutchinson
+from divflow.divergence import Autograd, Exact, FieldError, Hutchinson, HutchPlusPlus, XTrace
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
 from divflow.solver import Solver, SolverError
@@ -85,6 +85,19 @@ def test_fresh_probes_at_each_node_have_a_lower_variance_and_report_it():
     assert fixed.var() > 5 * fresh.log_prob.var()
     torch.testing.assert_close(fresh.standard_error.square().mean(), fresh.log_prob.var(), rtol=0.1, atol=0)
     assert flow.replace(estimator=Hutchinson(1)).evaluate(x[:2]).standard_error is None
+
+
+@pytest.mark.parametrize("estimator", [Hutchinson(3), HutchPlusPlus(6), XTrace(6)], ids=str)
+def test_one_draw_for_all_nodes_has_errors_that_add_up(estimator):
+    flow, draws = (
+        ContinuousFlow(LinearVelocity((12,)), 12, solver=Solver("rk4"), likelihood=Quadrature(7)).double(),
+        2_000,
+    )
+    x = torch.randn(1, 12, dtype=torch.float64).expand(draws, 12)
+    with torch.no_grad():
+        found = flow.replace(estimator=estimator.freeze(x)).evaluate(x)
+    ratio = found.standard_error.square().mean() / found.log_prob.var()
+    assert 0.85 < ratio < (2 if isinstance(estimator, XTrace) else 1.2)
 
 
 @pytest.mark.parametrize("likelihood", [Quadrature(), Augmented()], ids=lambda likelihood: type(likelihood).__name__)

@@ -8,7 +8,7 @@ from closed_forms import LinearVelocity, carried_normal
 from torch import Generator
 from torch.distributions import MultivariateNormal
 
-from divflow.divergence import Hutchinson
+from divflow.divergence import Autograd, ControlVariate, Exact, Hutchinson, HutchPlusPlus, XTrace
 from divflow.flow import ContinuousFlow
 from divflow.importance import ImportanceError
 from divflow.likelihood import Augmented, Quadrature
@@ -143,6 +143,28 @@ def test_estimated_densities_and_single_samples_are_refused():
         flow.replace(estimator=Hutchinson(2)).importance_weights(truth.log_prob, 4)
     with pytest.raises(ValueError, match="num_samples.*2.*1"):
         flow.importance_weights(truth.log_prob, 1)
+
+
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("likelihood", [Quadrature(7), Augmented()])
+@pytest.mark.parametrize(
+    "estimator", [Hutchinson(2), XTrace(4), HutchPlusPlus(5), ControlVariate(Hutchinson(2), 2)], ids=str
+)
+def test_frozen_estimators_are_no_exact_ones(estimator, likelihood, correct):
+    """They give one number at every call, and that is wrong by what they drew."""
+    flow = ContinuousFlow(LinearVelocity((6,)), 6, likelihood=likelihood).double()
+    frozen = estimator.freeze(torch.zeros(4, 6, dtype=torch.float64), Generator().manual_seed(0))
+    assert frozen.estimates
+    assert not frozen.stochastic
+    with pytest.raises(ImportanceError, match="has drawn its probes.*Exact"):
+        flow.replace(estimator=frozen).importance_weights(lambda x: x[:, 0], 4, correct=correct)
+
+
+def test_exact_estimators_are_none_of_probes():
+    assert not any(estimator.freeze(torch.zeros(4, 2)).estimates for estimator in (Exact(), Autograd(), XTrace(4)))
+    assert all(
+        estimator.estimates for estimator in (Hutchinson(), HutchPlusPlus(3), XTrace(4), ControlVariate(Hutchinson()))
+    )
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ class Figures(L.Callback):
 
 def _log_weights(density: FlowDensity, data: TensorDataModule, samples: Tensor) -> Tensor | None:
     """Of samples towards the density of the data's energy, `(n,)`; None where theirs is estimated."""
-    if data.energy is None or density.flow.estimator.stochastic:
+    if data.energy is None or density.flow.estimator.estimates:
         return None
     log_prob = torch.cat([density.log_prob(part) for part in samples.split(data.eval_batch_size)])
     return -data.energy(samples) - log_prob

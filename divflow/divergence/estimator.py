@@ -54,6 +54,11 @@ class Estimator(ABC):
     frozen: bool = False
     """Whether it is bound, by `freeze`, to batches of one shape."""
 
+    @property
+    def estimates(self) -> bool:
+        """Whether the divergence is known up to an error of random vectors: drawn at each call, or once by `freeze`."""
+        return self.stochastic or self.frozen
+
     @abstractmethod
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
         """The value, the divergence and its standard error, from one evaluation of the field."""

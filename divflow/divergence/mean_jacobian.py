@@ -75,9 +75,8 @@ def of_batch(field: Linearization, x: Tensor, times: int, references: int, rank:
         # In the order of samples, and of the vectors of each: that of vector i is every `number`-th from the i-th on.
         sequence = products.view(count, times, batch, size).permute(1, 2, 0, 3).flatten(1, 2).to(accumulation_dtype(x))
         rounds = math.ceil(batch * count / number)
-        padded = torch.nn.functional.pad(sequence, (0, 0, 0, rounds * number - batch * count))
-        last = torch.arange(number, device=x.device) >= batch * count - (rounds - 1) * number
-        return padded.view(times, rounds, number, size).sum(dim=1) / (rounds - last.to(sequence.dtype))[:, None]
+        padded = torch.nn.functional.pad(sequence, (0, 0, 0, rounds * number - batch * count), value=torch.nan)
+        return _mean_of_finite(padded.view(times, rounds, number, size))
 
     def rows(vectors: Rows) -> Rows:
         return means(lambda chunk: field.pullback(chunk, constant=True), vectors)
@@ -100,7 +99,7 @@ def of_states(g: Field, t: Tensor, states: Tensor, rank: int | None = None) -> M
     def means(product: Callable[[Tensor], Tensor], vectors: Float[Tensor, "n size"]) -> Float[Tensor, "n size"]:
         shaped = vectors.to(states.dtype).view(len(vectors), 1, *states.shape[1:])
         parts = [
-            flatten_event(product(chunk.expand(-1, *states.shape)), 2).mean(dim=1, dtype=accumulation_dtype(states))
+            _mean_of_finite(flatten_event(product(chunk.expand(-1, *states.shape)), 2).to(accumulation_dtype(states)))
             for chunk in shaped.split(products_per_pass(states))
         ]
         return torch.cat(parts)
@@ -142,6 +141,12 @@ class MeanJacobianCurve:
             torch.cat([(1 - share) * rows[after - 1], share * rows[after]], dim=1),
             torch.cat([basis[after - 1], basis[after]], dim=1),
         )
+
+
+def _mean_of_finite(products: Float[Tensor, "n samples *some size"]) -> Float[Tensor, "n *some size"]:
+    """Over samples, of those products that are finite: one sample that is not spoils the others' C no more than their J."""
+    finite = products.isfinite().all(dim=-1, keepdim=True)
+    return torch.where(finite, products, 0).sum(dim=1) / finite.sum(dim=1).clamp_min(1)
 
 
 def _directions(rank: int, x: Tensor) -> Float[Tensor, "rank size"]:

@@ -59,5 +59,5 @@ class Augmented(Likelihood):
             evaluations=evaluations,
             parameters=field.differentiable_tensors(),
         )
-        exact = None if estimator.stochastic or estimator.frozen else torch.zeros_like(log_dets[-1]).detach()
+        exact = None if estimator.estimates else torch.zeros_like(log_dets[-1]).detach()
         return Transport(states[-1], log_dets[-1], None, exact)

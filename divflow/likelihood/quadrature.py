@@ -129,7 +129,7 @@ class Quadrature(Likelihood):
             along.final,
             span * _weighted_sum(rule.weights, at_nodes.divergence),
             quadrature_error,
-            _standard_error(rule, at_nodes, span),
+            _standard_error(rule, at_nodes, span, estimator.frozen),
             integrals,
         )
 
@@ -198,17 +198,21 @@ def _absolute_error(rule: Rule, divergences: Tensor, span: Tensor) -> Float[Tens
     return (span.detach() * _weighted_sum(rule.weights - rule.lesser, divergences.detach())).abs()
 
 
-def _standard_error(rule: Rule, at_nodes: AtNodes, span: Tensor) -> Float[Tensor, " batch"] | None:
+def _standard_error(rule: Rule, at_nodes: AtNodes, span: Tensor, frozen: bool) -> Float[Tensor, " batch"] | None:
     """Of the log-determinant.
 
     Independent samples are integrated first, since the errors of one of them at different nodes need not be
-    independent; where each node only knows its own error, they are taken for independent.
+    independent; where each node only knows its own error, they are taken for independent, but those of one draw of
+    random vectors for all nodes for equal, of which the error is not above.
     """
     if at_nodes.samples is not None:
         return standard_error_of_mean(span.detach() * _weighted_sum(rule.weights, at_nodes.samples.detach()))
     if at_nodes.standard_error is None:
         return None
-    return _weighted_sum((span.detach() * rule.weights).square(), at_nodes.standard_error.square()).sqrt()
+    weights = (span.detach() * rule.weights).abs()
+    if frozen:
+        return _weighted_sum(weights, at_nodes.standard_error)
+    return _weighted_sum(weights.square(), at_nodes.standard_error.square()).sqrt()
 
 
 def _weighted_sum(

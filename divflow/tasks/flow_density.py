@@ -73,7 +73,7 @@ class FlowDensityTask(Task):
         data, estimator = self.data, self.judged.flow.estimator
         if data is None or data.energy is None:
             return
-        if estimator.stochastic:
+        if estimator.estimates:
             warnings.warn(
                 f"samples are not weighted towards the energy, since {estimator} estimates the divergence; their weights need an exact "
                 "one: estimator@evaluation.estimator=exact",

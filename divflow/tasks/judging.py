@@ -49,7 +49,7 @@ def judge_likelihood(
     if values["estimator_variance"] is not None:
         values["estimator_variance"] = values["estimator_variance"] / num_draws
         values["dequantization_variance"] = bounds.var(dim=0) / num_draws - values["estimator_variance"]
-    if density.flow.estimator.stochastic:
+    if density.flow.estimator.estimates:
         warnings.warn(
             f"no importance-weighted bits per dimension, since {density.flow.estimator} estimates the divergence; they "
             "need an exact one: estimator@evaluation.estimator=exact",

@@ -66,7 +66,9 @@ def test_unbiased_with_an_honest_standard_error(wrapped, references, rank):
         assert wrapped in (Hutchinson(), Hutchinson(1, "gaussian"))
     else:
         errors = result.standard_error.view(DRAWS, DISTINCT).square().mean(dim=0)
-        torch.testing.assert_close(errors, draws.var(dim=0), rtol=0.3 if isinstance(wrapped, XTrace) else 0.15, atol=0)
+        # XTrace's is above where it has few terms (`test_sketched.py`), and never below.
+        ratio = errors / draws.var(dim=0)
+        assert ((ratio > 0.85) & (ratio < (3 if isinstance(wrapped, XTrace) else 1.15))).all()
 
 
 @torch.no_grad()
@@ -338,3 +340,35 @@ def test_refuses_what_it_can_not_do():
     for rank in (0, 2.5, "4", True):
         with pytest.raises(ValueError, match=r"rank.*whole number"):
             ControlVariate(Hutchinson(), rank=rank)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrapped", [Hutchinson(2), HutchPlusPlus(4), XTrace(4)], ids=str)
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_row_that_is_not_finite_spoils_no_other(given, rank, wrapped):
+    """Neither one of the batch nor a given reference; what is left of C has the others' variance."""
+    torch.manual_seed(0)
+    field, x = Velocity(EVENT), torch.randn(600, *EVENT, dtype=torch.float64)
+    spoilt = x.clone()
+    spoilt[3, 0, 1], spoilt[7] = torch.nan, torch.inf
+    references = torch.cat([x[:5], torch.full_like(x[:1], torch.nan)]) if given else 16
+    found = ControlVariate(wrapped, references, rank).estimate(field, TIME, spoilt, torch.Generator().manual_seed(1))
+    others = torch.ones(600, dtype=torch.bool)
+    others[[3, 7]] = False
+    assert not found.divergence[3].isfinite()
+    assert found.divergence[others].isfinite().all()
+    error = (found.divergence - divergence(field, TIME, x, Exact()))[others]
+    whole = ControlVariate(wrapped, x[:5] if given else 16, rank)
+    usual = whole.estimate(field, TIME, x, torch.Generator().manual_seed(1)).divergence - divergence(field, TIME, x)
+    assert error.square().mean() < 1.2 * usual.square().mean() + 1e-12
+
+
+@torch.no_grad()
+def test_references_of_which_none_is_finite_leave_the_wrapped_estimator():
+    field, x = Velocity(EVENT), torch.randn(4, *EVENT, dtype=torch.float64)
+    controlled = ControlVariate(Hutchinson(2), torch.full_like(x[:2], torch.nan))
+    found, plain = (
+        divergence(field, TIME, x, e.freeze(x, torch.Generator().manual_seed(0))) for e in (controlled, Hutchinson(2))
+    )
+    torch.testing.assert_close(found, plain)
