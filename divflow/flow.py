@@ -22,9 +22,10 @@ from divflow.divergence.compiled import eagerly
 from divflow.divergence.field import checked_state
 from divflow.divergence.transformed import refuse_transforms
 from divflow.importance import ImportanceWeights, importance_weights
-from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
+from divflow.likelihood import PENALTIES, ConditionedField, Finer, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
 from divflow.solver import Evaluations, Solver
+from divflow.step_control import METHOD_ORDERS
 from divflow.verification import severed_fields
 from divflow.verification.seeded import seeded
 
@@ -32,6 +33,10 @@ __all__ = ["ContinuousFlow", "FlowEvaluation"]
 
 # Times at which an estimator learns what it does of a flow: the nodes of fifteen.
 _REFERENCE_TIMES = 15
+# What a change by halved steps is multiplied by, over the geometric series of further halvings.
+_SAFETY = 2.0
+# Of a solve's and a sum's roundings, what may add up.
+_ROUNDINGS = 8.0
 
 
 class FlowEvaluation(NamedTuple):
@@ -41,10 +46,13 @@ class FlowEvaluation(NamedTuple):
         log_prob: log p_data(x) = log p_base(latent) + log_det, in nats, `(k,)`.
         latent: the state at t_base, `(k, *event)`.
         log_det: log |det d latent / d x| = -integral from t_base to t_data of div v dt, in nats, `(k,)`.
-        quadrature_error: estimated absolute error of that integral, in nats, `(k,)`; None if not known.
+        quadrature_error: estimated absolute error of log_prob, in nats, `(k,)`; None if not known. It is that of the
+            integral at its nodes and, where further evaluations were allowed (`diagnostics`), that of the trajectory.
         standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known.
         evaluations: of the field; `backward` grows when an adjoint gradient is taken.
         penalties: the integrals over time that were asked for, by name, `(k,)`.
+        trajectory_error: the part of quadrature_error that the solver's steps have made, `(k,)`: twice what log_prob
+            changes by if all of them are halved, and some rounding; infinite where that fails, None if not known.
     """
 
     log_prob: Tensor
@@ -54,6 +62,7 @@ class FlowEvaluation(NamedTuple):
     standard_error: Tensor | None
     evaluations: Evaluations
     penalties: dict[str, Tensor] = {}
+    trajectory_error: Tensor | None = None
 
 
 class ContinuousFlow(nn.Module):
@@ -166,16 +175,30 @@ class ContinuousFlow(nn.Module):
             penalties=penalties,
         )
         self.base.check_states(x)
-        log_prob = self.base.log_prob(carried.state) + carried.log_det
+        log_base = self.base.log_prob(carried.state)
+        error, trajectory_error = carried.quadrature_error, None
+        if carried.finer is not None:
+            trajectory_error = self._trajectory_error(log_base, carried.log_det, carried.finer)
+            error = trajectory_error if error is None else error + trajectory_error
         return FlowEvaluation(
-            log_prob,
+            log_base + carried.log_det,
             carried.state,
             carried.log_det,
-            carried.quadrature_error,
+            error,
             carried.standard_error,
             evaluations,
             carried.penalties,
+            trajectory_error,
         )
+
+    @torch.no_grad()
+    def _trajectory_error(self, log_base: Tensor, log_det: Tensor, finer: Finer) -> Tensor:
+        """Of log p, from that by halved steps."""
+        order = METHOD_ORDERS.get(self.solver.method, 5)
+        after, before = self.base.log_prob(finer.state), log_base.detach()
+        moved = torch.where(after == before, 0.0, after - before) + finer.log_det  # of two infinities nothing is left
+        rounding = torch.finfo(before.dtype).eps * (1 + before.abs().nan_to_num(posinf=0.0) + log_det.detach().abs())
+        return _SAFETY / (1 - 0.5**order) * moved.abs() + _ROUNDINGS * rounding
 
     def rsample_and_log_prob(
         self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None

@@ -1,10 +1,9 @@
 """Trajectories of dx/dt = v(t, x) by torchdiffeq, with typed errors, checked options and counted evaluations."""
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,43 +15,24 @@ from divflow.arguments import check_count, check_positive
 from divflow.dense_output import Steps
 from divflow.divergence.transformed import refuse_transforms
 from divflow.errors import DivflowError
+from divflow.step_control import (
+    ADAPTIVE,
+    DEFAULT_STEPS,
+    FIXED,
+    METHODS,
+    StepTimes,
+    Tolerances,
+    adaptive_options,
+    adjoint_options,
+    after_jump,
+    check_options,
+    fixed_options,
+    limit_step,
+)
 
 __all__ = ["Evaluations", "Solver", "SolverError"]
 
 State = tuple[Tensor, ...]
-
-_ADAPTIVE = frozenset(
-    {"norm", "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor", "step_t", "jump_t", "dtype"}
-)
-_FIXED = frozenset({"step_size", "perturb"})
-_ADAMS = _FIXED | {"max_order"}
-_IMPLICIT_ADAMS = _ADAMS | {"max_iters"}
-_SCIPY = frozenset({"solver", "min_step", "max_step"})
-
-METHODS: dict[str, frozenset[str]] = {
-    "dopri5": _ADAPTIVE,
-    "dopri8": _ADAPTIVE,
-    "bosh3": _ADAPTIVE,
-    "fehlberg2": _ADAPTIVE,
-    "adaptive_heun": _ADAPTIVE,
-    "euler": _FIXED,
-    "midpoint": _FIXED,
-    "heun2": _FIXED,
-    "heun3": _FIXED,
-    "rk4": _FIXED,
-    "explicit_adams": _ADAMS,
-    "implicit_adams": _IMPLICIT_ADAMS,
-    "fixed_adams": _IMPLICIT_ADAMS,
-    "scipy_solver": _SCIPY,
-}
-"""torchdiffeq's methods, and the options of each."""
-
-_DEFAULT_STEPS = 32
-
-# torchdiffeq interpolates every output, the last one included, by a quartic through the step's midpoint. For these
-# methods that is far less accurate than the step itself (measured, tolerance 1e-5: bosh3 3e-3 against 5e-5, dopri8
-# 7e-4 against 1e-6), so their steps end at all outputs; those of the others end at the last one, which is free.
-_COARSELY_INTERPOLATED = frozenset({"dopri8", "bosh3", "fehlberg2"})
 
 
 class SolverError(DivflowError, RuntimeError):
@@ -69,11 +49,13 @@ class Evaluations:
             steps and evaluates nothing.
         divergence: evaluations of the divergence. At quadrature nodes they come on top of `forward`; in an
             augmented solve each of its evaluations is one of these, too.
+        diagnostics: evaluations, in solves and at nodes, that were spent on errors alone.
     """
 
     forward: int = 0
     backward: int = 0
     divergence: int = 0
+    diagnostics: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,13 +66,17 @@ class Solver:
         method: one of torchdiffeq's. Adaptive: dopri5, dopri8, bosh3, fehlberg2, adaptive_heun. Fixed
             steps: euler, midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams, fixed_adams. Without
             gradients: scipy_solver.
-        rtol: relative tolerance of adaptive methods, per step.
-        atol: absolute tolerance, in units of the state.
+        rtol: relative tolerance of adaptive methods, per step, for every sample: of the root mean square of its entries'
+            errors.
+        atol: absolute tolerance, in units of the state. Where a field knows the size of its state's finest details
+            (`ProbabilityFlow.finest_scale`), both tolerances are multiplied by it while it is below one.
         gradient: "direct" differentiates the steps taken (any order, memory grows with their number);
             "adjoint" solves backward in time (once differentiable, constant memory, and correct only to
             the tolerance), and evaluates the field again there, which must be the function that it was: one with
             dropout, or with a state, is refused. Tensors that it uses and that are no parameters are found.
-        options: of the method; a fixed-step method takes `step_size` (default: the span / 32).
+        options: of the method, by torchdiffeq's names. A fixed-step method takes `step_size` (default: the span / 32).
+            Times at which the velocity jumps are named by `jump_t` (adaptive methods): no step crosses them, and none of
+            the intervals that `Quadrature` integrates.
         max_evaluations: of the field, in one solve and again in its adjoint.
 
     Raises:
@@ -111,14 +97,15 @@ class Solver:
             raise ValueError(f"gradient must be 'direct' or 'adjoint', but is {self.gradient!r}")
         if self.options is not None and not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of names to values, but is {self.options!r}")
-        valid = METHODS[self.method]
-        unknown = sorted(set(self.options or ()) - valid)
-        if unknown:
-            raise ValueError(f"{self.method} has no option {', '.join(unknown)}; it takes {', '.join(sorted(valid))}")
+        check_options(self.method, self.options or {})
         check_count("max_evaluations", self.max_evaluations)
         check_positive("rtol", self.rtol)
         check_positive("atol", self.atol)
-        check_positive("step_size", (self.options or {}).get("step_size", 1))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the steps follow the tolerances, and are known."""
+        return METHODS[self.method] == ADAPTIVE
 
     @property
     def dense(self) -> bool:
@@ -135,6 +122,8 @@ class Solver:
         evaluations: Evaluations | None = None,
         parameters: Sequence[Tensor] = (),
         record: Steps | None = None,
+        accepted: StepTimes | None = None,
+        size: Callable[[Tensor], Tensor] | None = None,
     ) -> State:
         """The states at all `times`, starting from `state` at `times[0]`.
 
@@ -147,6 +136,8 @@ class Solver:
             parameters: tensors, besides the state and the times, that `gradient="adjoint"` differentiates in; others
                 that the field depends on at the start are found and added.
             record: filled with the steps, where the solver is `dense` and the state one tensor.
+            accepted: filled with the times of the steps, where the solver is `adaptive`.
+            size: of the finest details of the state's first tensor at a time, which tolerances follow; None for one.
 
         Returns:
             For each tensor of the state one of shape `(len(times), *its shape)`.
@@ -157,7 +148,7 @@ class Solver:
                 what it was: it draws random numbers, keeps a state, or was changed.
         """
         evaluations = Evaluations() if evaluations is None else evaluations
-        steps_alone = METHODS[self.method] >= _FIXED and self.gradient == "direct"
+        steps_alone = METHODS[self.method] >= FIXED and self.gradient == "direct"
         refuse_transforms(
             f"a solve by {self.method}, gradient={self.gradient!r},",
             "use a method of fixed steps, such as Solver('rk4'), or torch.autograd.grad of all samples as one batch",
@@ -167,14 +158,19 @@ class Solver:
             raise SolverError(f"a state of {state[0].dtype} is too coarse to integrate; use float32, with autocast")
         if sum(part.numel() for part in state) == 0:
             return tuple(part.new_zeros(len(times), *part.shape) for part in state)
-        monitor = _Monitor(field, self, evaluations, state[0].device, record)
-        keywords = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self._options(times)}
+        options = dict(self.options or {})
+        times = after_jump(times, options.get("jump_t"))
+        dtype = torch.promote_types(options.get("dtype", torch.float64), state[0].dtype)
+        tolerances = Tolerances(self.rtol, self.atol, size if self.adaptive else None, state, dtype)
+        monitor = _Monitor(field, self, evaluations, times, tolerances, record, accepted)
+        prepared = self._options(times)
+        keywords = {"rtol": tolerances.rtol, "atol": tolerances.atol, "method": self.method, "options": prepared}
         single = len(state) == 1  # torchdiffeq copies tuples at every evaluation
         start = state[0] if single else state
         try:
             with _unconverged_is_an_error():
                 if self.gradient == "adjoint" and torch.is_grad_enabled():
-                    keywords["adjoint_options"] = self._adjoint_options(times)
+                    keywords["adjoint_options"] = adjoint_options(options, prepared, times.detach())
                     solution = monitor.by_adjoint(start, times, parameters, keywords)
                 else:
                     solution = odeint(monitor, start, times, **keywords)
@@ -193,78 +189,61 @@ class Solver:
         return tuple(solution)
 
     def _options(self, times: Tensor) -> dict[str, Any]:
-        options, times = dict(self.options or {}), times.detach()
-        if METHODS[self.method] >= _FIXED:
-            step_size = options.pop("step_size", None)
+        options, times = self.options or {}, times.detach()
+        if METHODS[self.method] >= FIXED:
+            return fixed_options(self.method, options, times)
+        return adaptive_options(self.method, options, times) if self.adaptive else dict(options)
 
-            # A grid of our own, because a step_size that divides the span gains a step of length zero by rounding.
-            def grid(_: object, __: object, t: Tensor) -> Tensor:
-                steps = _DEFAULT_STEPS
-                if step_size is not None or len(t) < len(times):  # an adjoint takes one interval after another
-                    length = step_size or (times[-1].double() - times[0].double()).abs() / _DEFAULT_STEPS
-                    steps = max(1, math.ceil(((t[-1] - t[0]).abs().double() / length).item() - 1e-6))
-                inner = t[0] + (t[-1] - t[0]) * torch.arange(1, steps, dtype=t.dtype, device=t.device) / steps
-                return torch.cat([t[:1], inner, t[-1:]])
+    def finer(self, accepted: StepTimes, start: Tensor, end: Tensor) -> "Solver":
+        """The solver that halves the steps which this one has taken, for an estimate of their error.
 
-            # Outputs are interpolated linearly by default, which would cost a method its order; and explicit Adams of
-            # torchdiffeq's default order, 12, is unstable: on dx/dt = -x it ends with errors of many powers of ten.
-            if self.method == "explicit_adams":
-                options.setdefault("max_order", 4)
-            options |= {"grid_constructor": grid, "interp": "cubic"}
-        elif METHODS[self.method] == _ADAPTIVE:
-            on_steps = times if self.method in _COARSELY_INTERPOLATED else times[:: max(1, len(times) - 1)]
-            jumps, steps = (_as_times(options.get(name), times) for name in ("jump_t", "step_t"))
-            options |= {"step_t": _distinct(steps, on_steps, jumps), "jump_t": jumps}
-            # torchdiffeq's own guess costs an evaluation and mostly a few steps that are far too small; one step over
-            # the whole span is rejected once or twice where it is too long (measured on trained flows: 31 evaluations
-            # either way; on smooth ones 7 instead of 20), and no evaluation lies outside of the span.
-            options.setdefault("first_step", (times[-1].double() - times[0].double()).abs())
-        return options
-
-    def _adjoint_options(self, times: Tensor) -> dict[str, Any]:
-        """The options of the backward solve, for which torchdiffeq negates a decreasing time but not its options."""
-        options = self._options(times)
-        options.pop("norm", None)
-        if "step_t" in options:
-            sign, jumps = (times[-1] - times[0]).detach().sign(), options["jump_t"]
-            steps = _as_times((self.options or {}).get("step_t"), times)
-            options |= {"step_t": sign * _distinct(steps, times.detach(), jumps), "jump_t": sign * jumps}
-        return options
-
-
-def _as_times(values: Any, times: Tensor) -> Tensor:
-    return times[:0].detach() if values is None else torch.as_tensor(values, dtype=times.dtype, device=times.device)
-
-
-def _distinct(steps: Tensor, outputs: Tensor, jumps: Tensor) -> Tensor:
-    """The times to end steps at, increasing, none of them twice or a jump."""
-    if not (len(steps) or len(jumps)):
-        return outputs.sort().values  # which, other than `unique`, the host need not wait for
-    steps = torch.cat([steps, outputs]).unique()
-    return steps[~torch.isin(steps, jumps)]
+        Args:
+            accepted: the steps, of an `adaptive` method.
+            start: the first time.
+            end: the last one.
+        """
+        options = dict(self.options or {})
+        if self.adaptive:
+            options |= {"step_t": accepted.halves(options.get("step_t")), "first_step": (end - start).abs().item()}
+            options.pop("min_step", None)
+        elif METHODS[self.method] >= FIXED:
+            options["step_size"] = options.get("step_size", (end - start).abs().item() / DEFAULT_STEPS) / 2
+        else:
+            return replace(self, rtol=self.rtol / 10, atol=self.atol / 10)
+        return replace(self, gradient="direct", options=options, max_evaluations=10 * self.max_evaluations)
 
 
 class _Monitor:
     """A field as torchdiffeq sees it: counted, capped, in the state's dtype, its last step remembered."""
 
     def __init__(
-        self, field: Callable, solver: Solver, evaluations: Evaluations, device: torch.device, record: Steps | None
+        self,
+        field: Callable,
+        solver: Solver,
+        evaluations: Evaluations,
+        times: Tensor,
+        tolerances: Tolerances,
+        record: Steps | None,
+        accepted: StepTimes | None,
     ) -> None:
         self._field, self._solver, self._evaluations, self._record = field, solver, evaluations, record
+        self._times, self._tolerances, self._accepted = times.detach(), tolerances, accepted
         self._calls, self._backward = 0, False
         self._time: Tensor | None = None
         self._adjoint: Adjoint | None = None
         self.inside_field = False
+        device = times.device.type
         self._autocast: dict[str, Any] = {
-            "device_type": device.type,
-            "dtype": torch.get_autocast_dtype(device.type),
-            "enabled": torch.is_autocast_enabled(device.type),
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
         }
         if solver.method != "scipy_solver":  # it has no callbacks, and torchdiffeq warns of those it does not know
             self.callback_step = self._remember
             self.callback_step_adjoint = self._check_step
+        if solver.adaptive and not (record is None and accepted is None):
+            self.callback_accept_step = self._accept
         if record is not None:
-            self.callback_accept_step = record.accept
             self.callback_reject_step = record.reject
 
     def by_adjoint(
@@ -321,20 +300,24 @@ class _Monitor:
             "smooth activations or scaled data if it blows up"
         )
 
+    def _accept(self, t: Tensor, state: Tensor, step: Tensor) -> None:
+        if self._record is not None:
+            self._record.accept(t, state, step)
+        if self._accepted is not None:
+            self._accepted.accept(t, step)
+
     @torch.no_grad()
     def _remember(self, t: Tensor, state: State, step: Tensor) -> None:
-        """Before a step is taken: its time, for messages; and a length that torchdiffeq can cut.
-
-        A step that by itself ends exactly where it shall (of two equal intervals, the second) makes torchdiffeq (0.2.5)
-        overlook all later ends: it would step over them, interpolate coarsely, and evaluate beyond the last one.
-        """
+        """Before a step is taken: its time, for messages; its tolerance; and a length that torchdiffeq can cut."""
         self._time = t.detach()
-        if METHODS[self._solver.method] == _ADAPTIVE:
-            step.mul_(1 + 1e-12)
+        if self._solver.adaptive:
+            limit_step(step, self._solver.options or {})
+            self._tolerances.at(self._time)
 
     def _check_step(self, t: Tensor, state: State, step: Tensor) -> None:
         """What torchdiffeq asserts of a step; here because no one can catch it inside `.backward()`."""
-        self._remember(t, state, step)
+        # Of a solve that went down in time, torchdiffeq negates the times of the adjoint.
+        self._remember(torch.where(self._times[-1] < self._times[0], -t, t), state, step)
         if not t.abs() + step.abs() > t.abs():
             raise SolverError(self.failure(f"underflow in the step size {float(step):g}"))
         if not _is_finite(state):

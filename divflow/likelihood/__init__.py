@@ -7,6 +7,15 @@ from divflow.likelihood.augmented import Augmented
 from divflow.likelihood.conditioned import ConditionedField, check_context
 from divflow.likelihood.penalties import PENALTIES
 from divflow.likelihood.quadrature import Quadrature
-from divflow.likelihood.transport import Likelihood, Transport
+from divflow.likelihood.transport import Finer, Likelihood, Transport
 
-__all__ = ["PENALTIES", "Augmented", "ConditionedField", "Likelihood", "Quadrature", "Transport", "check_context"]
+__all__ = [
+    "PENALTIES",
+    "Augmented",
+    "ConditionedField",
+    "Finer",
+    "Likelihood",
+    "Quadrature",
+    "Transport",
+    "check_context",
+]

@@ -1,5 +1,6 @@
 """A trajectory, and the divergences at nodes along it."""
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -8,9 +9,11 @@ from torch import Generator, Tensor
 
 from divflow.dense_output import Steps
 from divflow.divergence import Estimator
+from divflow.divergence.field import flatten_event
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.penalties import PENALTIES
 from divflow.solver import Evaluations, Solver
+from divflow.step_control import COARSELY_INTERPOLATED, StepTimes, as_times, steps_for_one
 
 __all__ = ["Along", "AtNodes"]
 
@@ -48,6 +51,8 @@ class Along:
     ) -> None:
         self.field, self.x, self.start, self.end = field, x, start, end
         self.solver, self.evaluations = solver, evaluations
+        self.knots, self._knot_times = self._between_jumps()
+        self._outputs = x.new_zeros(0)
         # Times that are differentiated are torchdiffeq's own outputs.
         differentiated = torch.is_grad_enabled() and (start.requires_grad or end.requires_grad)
         self.dense = chosen_later and solver.dense and not differentiated and x.numel() > 0
@@ -58,14 +63,58 @@ class Along:
 
     def states(self, nodes: Tensor) -> Tensor:
         """The states at increasing nodes, `(nodes, k, *event)`; `final` is the one at the end."""
-        times = self._times(nodes)
         if self.dense:
-            return self._steps.states(times)
-        states = self._solve(torch.cat([self.start.view(1), times, self.end.view(1)]))
+            return self._steps.states(self._times(nodes))
+        states = self._solve(self._with_ends(nodes))
+        self._outputs = nodes if self.solver.method in COARSELY_INTERPOLATED else nodes[:0]
         self.final = states[-1]
         return states[1:-1]
 
+    @torch.no_grad()
+    def finer(self, nodes: Tensor) -> "tuple[Along, Tensor]":
+        """This path by steps that are half as long, and the states at the nodes on it."""
+        other = copy.copy(self)
+        other.x, other.start, other.end = self.x.detach(), self.start.detach(), self.end.detach()
+        other.evaluations = Evaluations()
+        other.solver, other.dense = self.solver.finer(self._accepted, other.start, other.end), False
+        return other, other.states(nodes)
+
+    def steps(self, low: float, high: float) -> float:
+        """How many steps, in the latest solve, the solver took in a part of the way: in those of dopri5.
+
+        As many as the velocity asked for: those that merely end where outputs are wanted are left out. Zero for a solver
+        that does not choose its steps.
+        """
+        if not self.solver.adaptive:
+            return 0.0
+        outputs = 0
+        if not self.dense and len(self._outputs):  # the host waits
+            outputs = int(((self._outputs > low) & (self._outputs < high)).sum())
+        taken = max(0, self._accepted.within(low, high) - outputs)
+        return taken / steps_for_one(self.solver.method, self.solver.rtol)
+
+    def speed(self, nodes: Tensor) -> Tensor:
+        """Dt / dnode at the nodes: the span, with a derivative in start and end that leaves jumps where they are."""
+        if len(self.knots) == 2:
+            return self.end - self.start
+        _, _, slopes = self._parts(nodes)
+        return slopes
+
+    def _between_jumps(self) -> tuple[list[float], Tensor]:
+        """Shares of the way, from 0 to 1, between which the velocity does not jump, and the times there."""
+        ends = torch.stack([self.start, self.end])
+        jumps = (self.solver.options or {}).get("jump_t")
+        if jumps is None or not self.solver.adaptive:
+            return [0.0, 1.0], ends
+        low, high = sorted(ends.tolist())
+        times = as_times(jumps, ends)
+        times = times[(times > low) & (times < high)]
+        times = times if bool(self.start < self.end) else times.flip(0)
+        shares = ((times - self.start) / (self.end - self.start)).tolist()
+        return [0.0, *shares, 1.0], torch.cat([ends[:1], times, ends[1:]])
+
     def _solve(self, times: Tensor, record: Steps | None = None) -> Tensor:
+        self._accepted = StepTimes(self.start, self.end)
         (states,) = self.solver.solve(
             lambda t, state: (self.field(t, state[0]),),
             (self.x,),
@@ -73,6 +122,8 @@ class Along:
             evaluations=self.evaluations,
             parameters=self.field.differentiable_tensors(),
             record=record,
+            accepted=self._accepted,
+            size=self.field.finest_scale,
         )
         return states
 
@@ -83,18 +134,32 @@ class Along:
         estimator: Estimator,
         generator: Generator | None,
         penalties: Collection[str] = (),
+        velocity: bool = False,
     ) -> "AtNodes":
-        """The divergences, and the penalties' integrands, at all nodes."""
+        """The divergences, and the penalties' integrands and the velocity if asked for, at all nodes."""
         times, size, count = self._times(nodes), self._nodes_per_batch(estimator), len(nodes)
         bundles, parts, done = [min(size, count - i) for i in range(0, count, size)], [], 0
         for bundle, part in zip(bundles, estimator.along(self.x, bundles, generator), strict=True):
             chosen = slice(done, done + bundle)
-            parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties))
+            parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties, velocity))
             done += bundle
         return AtNodes.cat(parts)
 
     def _times(self, nodes: Tensor) -> Tensor:
-        return self.start + (self.end - self.start) * nodes
+        if len(self.knots) == 2:
+            return self.start + (self.end - self.start) * nodes
+        begin, share, slopes = self._parts(nodes)
+        return begin + slopes * share
+
+    def _parts(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the part between two jumps that each node is in: its time, how far into it the node is, and dt / dnode."""
+        knots = nodes.new_tensor(self.knots)
+        part = (torch.searchsorted(knots, nodes.contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
+        slopes = (self._knot_times[1:] - self._knot_times[:-1]) / (knots[1:] - knots[:-1])
+        return self._knot_times[part], nodes - knots[part], slopes[part]
+
+    def _with_ends(self, nodes: Tensor) -> Tensor:
+        return torch.cat([self.start.view(1), self._times(nodes), self.end.view(1)])
 
     def _nodes_per_batch(self, estimator: Estimator) -> int:
         if estimator.frozen or not self.field.sample_times:
@@ -111,6 +176,7 @@ class Along:
         estimator: Estimator,
         generator: Generator | None,
         penalties: Collection[str],
+        velocity: bool,
     ) -> "AtNodes":
         count, batch = states.shape[:2]
         self.evaluations.divergence += count
@@ -126,6 +192,7 @@ class Along:
             estimate.standard_error,
             estimate.samples,
             torch.stack(integrands) if integrands else None,
+            flatten_event(estimate.value.detach()).T if velocity else None,
         )
         return AtNodes._make(None if column is None else column.unflatten(-1, (count, batch)) for column in columns)
 
@@ -133,13 +200,15 @@ class Along:
 class AtNodes(NamedTuple):
     """What is known at the nodes; all `(..., nodes, k)`, None what is not.
 
-    `samples` are the independent estimates that the divergence is the mean of; penalties come first-to-last as asked for.
+    `samples` are the independent estimates that the divergence is the mean of; penalties come first-to-last as asked for;
+    the velocity is `(D, nodes, k)`.
     """
 
     divergence: Tensor
     standard_error: Tensor | None
     samples: Tensor | None
     penalties: Tensor | None
+    velocity: Tensor | None
 
     @classmethod
     def cat(cls, parts: "Sequence[AtNodes]") -> "AtNodes":

@@ -50,6 +50,12 @@ class ConditionedField(nn.Module):
         with self._as_solved():
             return own(t, x) if context is None else own(t, x, context.clone())
 
+    @property
+    def finest_scale(self) -> Callable[[Tensor], Tensor] | None:
+        """The size of the finest details of the state at a time t `()`, if the velocity knows it by this name."""
+        scale = getattr(self.velocity, "finest_scale", None)
+        return scale if callable(scale) else None
+
     def divflow_rows(self, rows: list[int]) -> "ConditionedField":
         """The field for some samples of the batch."""
         context = None if self.context is None else self.context[rows]

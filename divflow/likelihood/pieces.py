@@ -1,6 +1,7 @@
 """Rules on intervals of [0, 1]: with more nodes, or in halves, where they are too coarse."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,17 @@ class Piece(NamedTuple):
             return [Piece(self.low, self.high, following[0])]
         middle = (self.low + self.high) / 2
         return [Piece(self.low, middle, counts[0]), Piece(middle, self.high, counts[0])]
+
+    def resolving(self, steps: Callable[[float, float], float], counts: tuple[int, ...], most: int) -> "list[Piece]":
+        """Finer ones of at least as many nodes as a solver took steps in each; `most` pieces, or one more."""
+        pieces, done = [self], 0
+        while done < len(pieces) <= most:
+            piece = pieces[done]
+            if steps(piece.low, piece.high) <= piece.nodes:
+                done += 1
+            else:
+                pieces[done : done + 1] = piece.finer(counts)
+        return pieces
 
 
 class Rule(NamedTuple):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -12,13 +13,14 @@ from torch import Generator, Tensor
 
 from divflow.arguments import check_count, check_positive
 from divflow.divergence import Estimator
+from divflow.divergence.field import flatten_event
 from divflow.divergence.hutchinson import standard_error_of_mean
 from divflow.likelihood.along import Along, AtNodes
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
 from divflow.likelihood.patterson import COUNTS
 from divflow.likelihood.pieces import Piece, Rule, rule_on
-from divflow.likelihood.transport import Likelihood, Transport
+from divflow.likelihood.transport import Finer, Likelihood, Transport
 from divflow.solver import Evaluations, Solver, SolverError
 
 __all__ = ["Quadrature"]
@@ -91,9 +93,8 @@ class Quadrature(Likelihood):
         stochastic it would be noise; it is then taken from an extra pass with one probe for all nodes, if
         `diagnostics` asks for it.
         """
-        chosen_later = self.tolerance is not None
-        along = Along(field, x, t_start, t_end, solver, evaluations, chosen_later)
-        pieces = [Piece(0.0, 1.0, self._counts[0])]
+        along = Along(field, x, t_start, t_end, solver, evaluations, self.tolerance is not None)
+        pieces = [Piece(low, high, self._counts[0]) for low, high in itertools.pairwise(along.knots)]
         at_nodes = None
         if self.tolerance is not None:
             # What was evaluated to choose the nodes is the result, unless it was noise, or could not keep its graph.
@@ -105,33 +106,55 @@ class Quadrature(Likelihood):
                     generator=generator,
                     penalties=penalties if useful else (),
                 )
-                pieces, evaluated = self._refine(along, self.tolerance, evaluate)
+                pieces, evaluated = self._refine(along, pieces, self.tolerance, evaluate)
             at_nodes = evaluated if useful else None
         rule = self._rule(pieces, x)
         if at_nodes is None:
             states = along.states(rule.nodes)
-            at_nodes = along.at_nodes(rule.nodes, states, estimator, generator, penalties)
-        span = t_end - t_start
-
-        quadrature_error = None
-        if not estimator.stochastic:
-            quadrature_error = _absolute_error(rule, at_nodes.divergence, span)
-        elif diagnostics:
+            at_nodes = along.at_nodes(
+                rule.nodes, states, estimator, generator, penalties, self._unresolved(along, pieces)
+            )
+        speed = along.speed(rule.nodes)
+        error, finer = None, None
+        smooth, same = at_nodes, estimator
+        if estimator.stochastic and diagnostics:
             # With probes that are the same at all nodes, which makes the integrand smooth in time.
+            same = estimator.freeze(x, generator)
             with torch.no_grad():
-                smooth = along.at_nodes(rule.nodes, states, estimator.freeze(x, generator), None)
-            quadrature_error = _absolute_error(rule, smooth.divergence, span)
+                smooth = along.at_nodes(rule.nodes, states, same, None, (), at_nodes.velocity is not None)
+        if diagnostics or not estimator.stochastic:
+            error = _absolute_error(rule, smooth, along)
+        if diagnostics:
+            finer = self._finer(along, rule, smooth, same)
         integrals = {}
         if at_nodes.penalties is not None:
-            values = span.abs() * _weighted_sum(rule.weights, at_nodes.penalties)
+            values = _weighted_sum(rule.weights * speed.abs(), at_nodes.penalties)
             integrals = dict(zip(penalties, values, strict=True))
         return Transport(
             along.final,
-            span * _weighted_sum(rule.weights, at_nodes.divergence),
-            quadrature_error,
-            _standard_error(rule, at_nodes, span, estimator.frozen),
+            _weighted_sum(rule.weights * speed, at_nodes.divergence),
+            error,
+            _standard_error(rule, at_nodes, speed, estimator.frozen),
             integrals,
+            finer,
         )
+
+    def _unresolved(self, along: Along, pieces: Sequence[Piece]) -> bool:
+        """Whether the solver took more steps than there are nodes somewhere, so that their agreement says little."""
+        return any(along.steps(piece.low, piece.high) > piece.nodes for piece in pieces)
+
+    @staticmethod
+    @torch.no_grad()
+    def _finer(along: Along, rule: Rule, at_nodes: AtNodes, estimator: Estimator) -> Finer | None:
+        if not along.x.numel():
+            return None
+        try:
+            other, states = along.finer(rule.nodes)
+        except SolverError:
+            return Finer(along.final.detach(), torch.full_like(at_nodes.divergence[0], math.inf))
+        moved = other.at_nodes(rule.nodes, states, estimator, None).divergence - at_nodes.divergence
+        along.evaluations.diagnostics += other.evaluations.forward + other.evaluations.divergence
+        return Finer(other.final, _weighted_sum(rule.weights * along.speed(rule.nodes), moved))
 
     @property
     def _counts(self) -> tuple[int, ...]:
@@ -146,11 +169,19 @@ class Quadrature(Likelihood):
         return rule_on(self._nested, tuple(pieces), x.dtype, x.device)
 
     def _refine(
-        self, along: Along, tolerance: float, evaluate: Callable[[Tensor, Tensor], AtNodes]
+        self, along: Along, pieces: list[Piece], tolerance: float, evaluate: Callable[[Tensor, Tensor], AtNodes]
     ) -> tuple[list[Piece], AtNodes]:
-        """Add nodes to intervals, or divide them, until every sample's estimated errors add up to no more than allowed."""
+        """Add nodes to intervals, or divide them.
+
+        Until every sample's estimated errors add up to no more than allowed, and no interval holds more of the solver's
+        steps than it has nodes: two rules that agree may both have overlooked what the solver has seen.
+        """
         known: dict[Piece, AtNodes] = {}
-        coarse: dict[Piece, AtNodes | None] = {Piece(0.0, 1.0, self._counts[0]): None}
+        if along.dense:
+            pieces = [
+                finer for piece in pieces for finer in piece.resolving(along.steps, self._counts, self.max_intervals)
+            ]
+        coarse: dict[Piece, AtNodes | None] = dict.fromkeys(pieces)
         while coarse:
             if len(known) + len(coarse) > self.max_intervals:
                 raise SolverError(
@@ -167,7 +198,11 @@ class Quadrature(Likelihood):
             if not finite:
                 raise SolverError("the divergence along the trajectory is not finite, so it can't be integrated")
             coarse = {}
-            for piece in itertools.compress(pieces, chosen):  # in the order of time, in which they are solved
+            for piece, chosen_for_error in zip(
+                pieces, chosen, strict=True
+            ):  # in the order of time, in which they are solved
+                if not chosen_for_error and along.steps(piece.low, piece.high) <= piece.nodes:
+                    continue
                 values = known.pop(piece)
                 for finer in piece.finer(self._counts):
                     coarse[finer] = values if finer.nodes > piece.nodes else None
@@ -190,26 +225,45 @@ class Quadrature(Likelihood):
         return found
 
     def _error(self, piece: Piece, at_nodes: AtNodes, along: Along) -> Float[Tensor, " batch"]:
-        rule = self._rule([piece], along.x)
-        return _absolute_error(rule, at_nodes.divergence, along.end - along.start)
+        return _disagreement(self._rule([piece], along.x), at_nodes.divergence, along)
 
 
-def _absolute_error(rule: Rule, divergences: Tensor, span: Tensor) -> Float[Tensor, " batch"]:
-    return (span.detach() * _weighted_sum(rule.weights - rule.lesser, divergences.detach())).abs()
+def _disagreement(rule: Rule, divergences: Tensor, along: Along) -> Float[Tensor, " batch"]:
+    speed = along.speed(rule.nodes).detach()
+    return _weighted_sum((rule.weights - rule.lesser) * speed, divergences.detach()).abs()
 
 
-def _standard_error(rule: Rule, at_nodes: AtNodes, span: Tensor, frozen: bool) -> Float[Tensor, " batch"] | None:
+def _absolute_error(rule: Rule, at_nodes: AtNodes, along: Along) -> Float[Tensor, " batch"]:
+    """What the two rules differ by; or where the solver took more steps than there are nodes, what both may miss.
+
+    The velocity is known at the nodes, too, and so is its integral: the way from the first state to the last. The share
+    of its integral that the nodes miss is taken for that of the divergence's.
+    """
+    error = _disagreement(rule, at_nodes.divergence, along)
+    if at_nodes.velocity is None:
+        return error
+    with torch.no_grad():
+        weights = rule.weights * along.speed(rule.nodes)
+        missed = flatten_event(along.final - along.x).T - _weighted_sum(weights, at_nodes.velocity)
+        length = _weighted_sum(weights.abs(), at_nodes.velocity.norm(dim=0))
+        missed, integral = missed.norm(dim=0), _weighted_sum(weights.abs(), at_nodes.divergence.abs())
+        unseen = torch.where(length > 0, missed / length * integral, torch.where(missed > 0, math.inf, 0.0))
+        return torch.maximum(error, unseen.to(error))
+
+
+def _standard_error(rule: Rule, at_nodes: AtNodes, speed: Tensor, frozen: bool) -> Float[Tensor, " batch"] | None:
     """Of the log-determinant.
 
     Independent samples are integrated first, since the errors of one of them at different nodes need not be
     independent; where each node only knows its own error, they are taken for independent, but those of one draw of
     random vectors for all nodes for equal, of which the error is not above.
     """
+    weights = speed.detach() * rule.weights
     if at_nodes.samples is not None:
-        return standard_error_of_mean(span.detach() * _weighted_sum(rule.weights, at_nodes.samples.detach()))
+        return standard_error_of_mean(_weighted_sum(weights, at_nodes.samples.detach()))
     if at_nodes.standard_error is None:
         return None
-    weights = (span.detach() * rule.weights).abs()
+    weights = weights.abs()
     if frozen:
         return _weighted_sum(weights, at_nodes.standard_error)
     return _weighted_sum(weights.square(), at_nodes.standard_error.square()).sqrt()

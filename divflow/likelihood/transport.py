@@ -10,7 +10,19 @@ from divflow.divergence import Estimator
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.solver import Evaluations, Solver
 
-__all__ = ["Likelihood", "Transport"]
+__all__ = ["Finer", "Likelihood", "Transport"]
+
+
+class Finer(NamedTuple):
+    """What steps that are half as long make of a transport: how far the solver's errors have moved it.
+
+    Attributes:
+        state: x(t_end), `(k, *event)`.
+        log_det: less that of the transport, in nats, `(k,)`; infinite where there is no finer solution.
+    """
+
+    state: Tensor
+    log_det: Tensor
 
 
 class Transport(NamedTuple):
@@ -24,6 +36,7 @@ class Transport(NamedTuple):
         standard_error: of a stochastic estimate, in nats, `(k,)`: zero where the divergence is exact, None where
             it is not known.
         penalties: by name, the integrals over time that were asked for, `(k,)`.
+        finer: by steps half as long, with the same divergences; None if not asked for, or not known.
     """
 
     state: Tensor
@@ -31,6 +44,7 @@ class Transport(NamedTuple):
     quadrature_error: Tensor | None
     standard_error: Tensor | None
     penalties: dict[str, Tensor] = {}
+    finer: Finer | None = None
 
 
 class Likelihood(ABC):

@@ -38,6 +38,10 @@ class ProbabilityFlow(nn.Module):
         drift, squared_diffusion = (broadcast(values, x) for values in self.sde.coefficients(t))
         return drift * x - squared_diffusion / 2 * checked_value(self.score(t.clone(), x.clone()), x)
 
+    def finest_scale(self, t: Tensor) -> Tensor:
+        """sigma(t): what noise has blurred, below which p_t has no details; a solver's `atol` is of this size."""
+        return self.sde.std(t)
+
     @property
     def value_and_divergence(self) -> OwnDivergence | None:
         """The velocity and its divergence D f(t) - g(t)^2 (div s)(t, x) / 2, if the score knows its own."""
