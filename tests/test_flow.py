@@ -234,7 +234,7 @@ def test_evaluations_are_counted_apart_and_correctly():
     x = torch.randn(4, 3, dtype=torch.float64)
     flow.log_prob(x)  # the first call also asks whether the velocity takes one time a sample
     calls.clear()
-    result = flow.evaluate(x)
+    result = flow.evaluate(x, diagnostics=False)
     assert result.evaluations.forward == calls.count(4)
     assert result.evaluations.divergence == 15
     assert sum(size // 4 for size in calls if size != 4) == 15
@@ -242,6 +242,11 @@ def test_evaluations_are_counted_apart_and_correctly():
     result.log_prob.sum().backward()
     assert result.evaluations.backward == calls.count(4)
     assert result.evaluations.backward > 0
+    assert result.evaluations.diagnostics == 0
+    calls.clear()
+    spent = flow.evaluate(x).evaluations
+    assert (spent.forward, spent.divergence) == (result.evaluations.forward, 15)
+    assert spent.diagnostics == sum(size // 4 for size in calls) - spent.forward - 15 > 0
     calls.clear()
     result = flow.replace(likelihood=Augmented(), solver=Solver()).evaluate(x)
     assert result.evaluations.forward == result.evaluations.divergence == len(calls)

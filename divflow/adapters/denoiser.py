@@ -75,6 +75,10 @@ class DenoisingVelocity(nn.Module):
         super().__init__()
         self.model, self.prediction, self.scaling = model, prediction, scaling
 
+    def finest_scale(self, t: Tensor) -> Tensor:
+        """R sigma, what noise has blurred at t = log sigma: a solver's tolerances are of this size."""
+        return self.scaling.factor(t) * t.exp()
+
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at t = log sigma, `()` or `(k,)`, and scaled data x `(k, *event)`."""
         p, q = PREDICTIONS[self.prediction](t)

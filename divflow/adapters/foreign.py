@@ -210,7 +210,7 @@ def adapted_flow(
     """The flow of a velocity that is made of a model, which is checked; None stands for the default of each adapter.
 
     How smooth a model is that was trained elsewhere is not known: intervals are divided to 1e-3 nats. The solver's own
-    error, which no estimate covers, is then the larger one at `Solver()` (some 1e-3 nats in 16 dimensions), and not at 1e-6.
+    error is then the larger one at `Solver()` (some 1e-3 nats in 16 dimensions), and not at 1e-6.
     The base is put where the model's parameters are, and in their precision.
     """
     model.check(event_shape)

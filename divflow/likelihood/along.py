@@ -93,6 +93,12 @@ class Along:
         taken = max(0, self._accepted.within(low, high) - outputs)
         return taken / steps_for_one(self.solver.method, self.solver.rtol)
 
+    def allowance(self) -> Tensor:
+        """What the errors of all steps may add up to in the state, by the tolerances, `(k,)`."""
+        size = flatten_event(torch.maximum(self.x.abs(), self.final.abs())).detach()
+        of_a_step = (self.solver.atol + self.solver.rtol * size).norm(dim=1)
+        return (2 + len(self._accepted)) * of_a_step
+
     def speed(self, nodes: Tensor) -> Tensor:
         """Dt / dnode at the nodes: the span, with a derivative in start and end that leaves jumps where they are."""
         if len(self.knots) == 2:
@@ -134,14 +140,13 @@ class Along:
         estimator: Estimator,
         generator: Generator | None,
         penalties: Collection[str] = (),
-        velocity: bool = False,
     ) -> "AtNodes":
-        """The divergences, and the penalties' integrands and the velocity if asked for, at all nodes."""
+        """The divergences, the velocities, and the penalties' integrands, at all nodes."""
         times, size, count = self._times(nodes), self._nodes_per_batch(estimator), len(nodes)
         bundles, parts, done = [min(size, count - i) for i in range(0, count, size)], [], 0
         for bundle, part in zip(bundles, estimator.along(self.x, bundles, generator), strict=True):
             chosen = slice(done, done + bundle)
-            parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties, velocity))
+            parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties))
             done += bundle
         return AtNodes.cat(parts)
 
@@ -176,7 +181,6 @@ class Along:
         estimator: Estimator,
         generator: Generator | None,
         penalties: Collection[str],
-        velocity: bool,
     ) -> "AtNodes":
         count, batch = states.shape[:2]
         self.evaluations.divergence += count
@@ -192,7 +196,7 @@ class Along:
             estimate.standard_error,
             estimate.samples,
             torch.stack(integrands) if integrands else None,
-            flatten_event(estimate.value.detach()).T if velocity else None,
+            flatten_event(estimate.value.detach()).T,
         )
         return AtNodes._make(None if column is None else column.unflatten(-1, (count, batch)) for column in columns)
 
@@ -208,7 +212,7 @@ class AtNodes(NamedTuple):
     standard_error: Tensor | None
     samples: Tensor | None
     penalties: Tensor | None
-    velocity: Tensor | None
+    velocity: Tensor
 
     @classmethod
     def cat(cls, parts: "Sequence[AtNodes]") -> "AtNodes":

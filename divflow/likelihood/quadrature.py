@@ -13,13 +13,13 @@ from torch import Generator, Tensor
 
 from divflow.arguments import check_count, check_positive
 from divflow.divergence import Estimator
-from divflow.divergence.field import flatten_event
 from divflow.divergence.hutchinson import standard_error_of_mean
 from divflow.likelihood.along import Along, AtNodes
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
 from divflow.likelihood.patterson import COUNTS
 from divflow.likelihood.pieces import Piece, Rule, rule_on
+from divflow.likelihood.resolved import unseen, weighted_sum
 from divflow.likelihood.transport import Finer, Likelihood, Transport
 from divflow.solver import Evaluations, Solver, SolverError
 
@@ -111,9 +111,7 @@ class Quadrature(Likelihood):
         rule = self._rule(pieces, x)
         if at_nodes is None:
             states = along.states(rule.nodes)
-            at_nodes = along.at_nodes(
-                rule.nodes, states, estimator, generator, penalties, self._unresolved(along, pieces)
-            )
+            at_nodes = along.at_nodes(rule.nodes, states, estimator, generator, penalties)
         speed = along.speed(rule.nodes)
         error, finer = None, None
         smooth, same = at_nodes, estimator
@@ -121,27 +119,23 @@ class Quadrature(Likelihood):
             # With probes that are the same at all nodes, which makes the integrand smooth in time.
             same = estimator.freeze(x, generator)
             with torch.no_grad():
-                smooth = along.at_nodes(rule.nodes, states, same, None, (), at_nodes.velocity is not None)
+                smooth = along.at_nodes(rule.nodes, states, same, None)
         if diagnostics or not estimator.stochastic:
-            error = _absolute_error(rule, smooth, along)
+            error = _disagreement(rule, smooth.divergence, along).maximum(unseen(rule, smooth, along))
         if diagnostics:
             finer = self._finer(along, rule, smooth, same)
         integrals = {}
         if at_nodes.penalties is not None:
-            values = _weighted_sum(rule.weights * speed.abs(), at_nodes.penalties)
+            values = weighted_sum(rule.weights * speed.abs(), at_nodes.penalties)
             integrals = dict(zip(penalties, values, strict=True))
         return Transport(
             along.final,
-            _weighted_sum(rule.weights * speed, at_nodes.divergence),
+            weighted_sum(rule.weights * speed, at_nodes.divergence),
             error,
             _standard_error(rule, at_nodes, speed, estimator.frozen),
             integrals,
             finer,
         )
-
-    def _unresolved(self, along: Along, pieces: Sequence[Piece]) -> bool:
-        """Whether the solver took more steps than there are nodes somewhere, so that their agreement says little."""
-        return any(along.steps(piece.low, piece.high) > piece.nodes for piece in pieces)
 
     @staticmethod
     @torch.no_grad()
@@ -154,7 +148,7 @@ class Quadrature(Likelihood):
             return Finer(along.final.detach(), torch.full_like(at_nodes.divergence[0], math.inf))
         moved = other.at_nodes(rule.nodes, states, estimator, None).divergence - at_nodes.divergence
         along.evaluations.diagnostics += other.evaluations.forward + other.evaluations.divergence
-        return Finer(other.final, _weighted_sum(rule.weights * along.speed(rule.nodes), moved))
+        return Finer(other.final, weighted_sum(rule.weights * along.speed(rule.nodes), moved))
 
     @property
     def _counts(self) -> tuple[int, ...]:
@@ -194,19 +188,26 @@ class Quadrature(Likelihood):
             total = errors.sum(dim=0)
             # Where the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
             too_coarse = ((errors > tolerance / len(pieces)) & (total > tolerance)).any(dim=1)
-            finite, *chosen = torch.cat([total.isfinite().all().view(1), too_coarse]).tolist()  # the host waits once
+            at_nodes = AtNodes.cat([known[piece] for piece in pieces])
+            missed = (unseen(self._rule(pieces, along.x), at_nodes, along) > tolerance).any()
+            finite, missed, *chosen = torch.cat(
+                [torch.stack([total.isfinite().all(), missed]), too_coarse]
+            ).tolist()  # the host waits once
             if not finite:
                 raise SolverError("the divergence along the trajectory is not finite, so it can't be integrated")
+            steps = [along.steps(piece.low, piece.high) / piece.nodes for piece in pieces]
+            if missed and not any(chosen):
+                chosen[steps.index(max(steps))] = True
             coarse = {}
-            for piece, chosen_for_error in zip(
-                pieces, chosen, strict=True
-            ):  # in the order of time, in which they are solved
-                if not chosen_for_error and along.steps(piece.low, piece.high) <= piece.nodes:
+            for piece, for_error, crowd in zip(
+                pieces, chosen, steps, strict=True
+            ):  # in time's order, as they are solved
+                if not for_error and crowd <= 1:
                     continue
                 values = known.pop(piece)
                 for finer in piece.finer(self._counts):
                     coarse[finer] = values if finer.nodes > piece.nodes else None
-        return pieces, AtNodes.cat([known[piece] for piece in pieces])
+        return pieces, at_nodes
 
     def _evaluated(
         self, along: Along, coarse: dict[Piece, AtNodes | None], evaluate: Callable[[Tensor, Tensor], AtNodes]
@@ -230,25 +231,7 @@ class Quadrature(Likelihood):
 
 def _disagreement(rule: Rule, divergences: Tensor, along: Along) -> Float[Tensor, " batch"]:
     speed = along.speed(rule.nodes).detach()
-    return _weighted_sum((rule.weights - rule.lesser) * speed, divergences.detach()).abs()
-
-
-def _absolute_error(rule: Rule, at_nodes: AtNodes, along: Along) -> Float[Tensor, " batch"]:
-    """What the two rules differ by; or where the solver took more steps than there are nodes, what both may miss.
-
-    The velocity is known at the nodes, too, and so is its integral: the way from the first state to the last. The share
-    of its integral that the nodes miss is taken for that of the divergence's.
-    """
-    error = _disagreement(rule, at_nodes.divergence, along)
-    if at_nodes.velocity is None:
-        return error
-    with torch.no_grad():
-        weights = rule.weights * along.speed(rule.nodes)
-        missed = flatten_event(along.final - along.x).T - _weighted_sum(weights, at_nodes.velocity)
-        length = _weighted_sum(weights.abs(), at_nodes.velocity.norm(dim=0))
-        missed, integral = missed.norm(dim=0), _weighted_sum(weights.abs(), at_nodes.divergence.abs())
-        unseen = torch.where(length > 0, missed / length * integral, torch.where(missed > 0, math.inf, 0.0))
-        return torch.maximum(error, unseen.to(error))
+    return weighted_sum((rule.weights - rule.lesser) * speed, divergences.detach()).abs()
 
 
 def _standard_error(rule: Rule, at_nodes: AtNodes, speed: Tensor, frozen: bool) -> Float[Tensor, " batch"] | None:
@@ -260,17 +243,10 @@ def _standard_error(rule: Rule, at_nodes: AtNodes, speed: Tensor, frozen: bool) 
     """
     weights = speed.detach() * rule.weights
     if at_nodes.samples is not None:
-        return standard_error_of_mean(_weighted_sum(weights, at_nodes.samples.detach()))
+        return standard_error_of_mean(weighted_sum(weights, at_nodes.samples.detach()))
     if at_nodes.standard_error is None:
         return None
     weights = weights.abs()
     if frozen:
-        return _weighted_sum(weights, at_nodes.standard_error)
-    return _weighted_sum(weights.square(), at_nodes.standard_error.square()).sqrt()
-
-
-def _weighted_sum(
-    weights: Float[Tensor, " nodes"], values: Float[Tensor, "*some nodes batch"]
-) -> Float[Tensor, "*some batch"]:
-    """Not a matrix product, which autocast would round to its half precision."""
-    return (weights[:, None].to(values) * values).sum(dim=-2)
+        return weighted_sum(weights, at_nodes.standard_error)
+    return weighted_sum(weights.square(), at_nodes.standard_error.square()).sqrt()

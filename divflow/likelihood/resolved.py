@@ -1,0 +1,45 @@
+"""Do the nodes of a quadrature see what the solver saw? The way that a trajectory goes is known, and so are its slopes there."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from divflow.divergence.field import flatten_event
+from divflow.likelihood.along import Along, AtNodes
+from divflow.likelihood.pieces import Rule
+
+__all__ = ["unseen", "weighted_sum"]
+
+# Of a method with steps of its own, whose error is not known, the share of the way that is not its own error.
+_OF_FIXED_STEPS = 0.1
+_SAFETY = 2.0
+
+
+@torch.no_grad()
+def unseen(rule: Rule, at_nodes: AtNodes, along: Along) -> Float[Tensor, " batch"]:
+    """What nodes may miss of the divergence's integral, in nats: the share of it that they miss of the velocity's.
+
+        |x(end) - x(start) - sum_i w_i v(t_i, x_i)|   over   sum_i |w_i v(t_i, x_i)|
+
+    Two rules that agree may both have overlooked a layer or an oscillation; of the velocity the integral is known. Zero up
+    to what is the solver's own error; infinite where the nodes see nothing of what happens. It costs no evaluation.
+    """
+    weights = rule.weights * along.speed(rule.nodes)
+    seen = weighted_sum(weights, at_nodes.velocity)
+    missed = (flatten_event(along.final - along.x).T - seen).norm(dim=0)
+    length = weighted_sum(weights.abs(), at_nodes.velocity.norm(dim=0))
+    missed = missed - along.allowance() if along.solver.adaptive else missed - _OF_FIXED_STEPS * length
+    integral = weighted_sum(weights.abs(), at_nodes.divergence.abs())
+    # By how much the state is missed, in units of itself, if it changes at the rates that its volume does.
+    change = (missed / length * integral / max(1, len(at_nodes.velocity))).nan_to_num(nan=math.inf)
+    change = torch.where(change < 1, _SAFETY * change / (1 - change), math.inf) * len(at_nodes.velocity)
+    return torch.where(missed > 0, change, 0.0).to(at_nodes.divergence)
+
+
+def weighted_sum(
+    weights: Float[Tensor, " nodes"], values: Float[Tensor, "*some nodes batch"]
+) -> Float[Tensor, "*some batch"]:
+    """Not a matrix product, which autocast would round to its half precision."""
+    return (weights[:, None].to(values) * values).sum(dim=-2)
