@@ -440,3 +440,36 @@ def test_a_run_and_its_checkpoint_on_every_device(device, overrides, tmp_path):
         )
         assert numbers[target].device.type == target
         close(numbers[target], numbers["cpu"], rtol=1e-3, atol=1e-2)
+
+
+@each_device
+def test_everything_on_the_default_device(device):
+    """Where torch's default device is the one that all is on, no device is named."""
+    torch.set_default_device(device)
+    try:
+        net, x, velocity = MLPPotential(5, hidden=(9,), quadratic_rank=1), torch.randn(4, 5), MLP(5, hidden=(9,))
+        generator = Generator(device).manual_seed(0)
+        for field in (net, velocity, lambda t, z: velocity(t, z).tanh()):
+            check_field(field, 0.5, x)
+            for estimator in (*EXACT.values(), *ESTIMATES.values(), ControlVariate(Hutchinson(2), 1)):
+                divergence(field, 0.5, x, estimator)
+                divergence(field, 0.5, x, estimator.freeze(x, generator))
+            Exact().explain(field, 0.5, x)
+        flows = [
+            ContinuousFlow(velocity, 5),
+            ContinuousFlow(lambda t, z: -z, 5),
+            probability_flow(lambda t, z: -z, VariancePreserving(event_shape=5)),
+        ]
+        for flow in flows:
+            assert flow.log_prob(x).device.type == device
+            assert flow.sample(3).device.type == device
+            assert (
+                flow.importance_weights(lambda z: -z.square().sum(dim=1), 32, generator).samples.device.type == device
+            )
+        assert operators.laplacian(lambda z: z.sin().prod(dim=1), x).device.type == device
+        density = divflow.density.FlowDensity(flows[0], divflow.transforms.Affine([0.0] * 5, 2.0))
+        assert density.log_prob(x).device.type == device
+        for objective in OBJECTIVES.values():
+            assert objective(MLP(2, hidden=(9,)), x[:, :2], generator=generator).device.type == device
+    finally:
+        torch.set_default_device(None)
