@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 from divflow.arguments import checked_event_shape
-from divflow.divergence.check import perturbed_copy
+from divflow.divergence.check import fresh_copy
 from divflow.divergence.field import Field, as_time
 from divflow.errors import DivflowError
 
@@ -77,7 +77,7 @@ class MeanFreeNormal(Distribution):
         Raises:
             BaseError: the centre moves.
         """
-        field = perturbed_copy(velocity) if isinstance(velocity, nn.Module) else velocity
+        field, _ = fresh_copy(velocity)
         v = field(as_time(t, x), x.clone())
         moved = v.mean(dim=-2).abs().amax()
         if moved > torch.finfo(v.dtype).eps ** 0.5 * v.abs().amax():

@@ -22,6 +22,7 @@ from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
 from divflow.solver import Evaluations, Solver
+from divflow.verification import severed_fields
 from divflow.verification.seeded import seeded
 
 __all__ = ["ContinuousFlow", "FlowEvaluation"]
@@ -74,6 +75,8 @@ class ContinuousFlow(nn.Module):
             with the module.
         t_base: time of the base density, a number or a (trainable) tensor.
         t_data: time of the data density; may be earlier than t_base.
+        detached: whether the velocity means what it hides from autograd (`detach`, `no_grad`), which is an error otherwise,
+            since the divergence would leave it out.
 
     Raises:
         ValueError: a base of another event shape, or t_base equal to t_data.
@@ -95,6 +98,7 @@ class ContinuousFlow(nn.Module):
         base: Distribution | None = None,
         t_base: float | Tensor = 0.0,
         t_data: float | Tensor = 1.0,
+        detached: bool = False,
     ) -> None:
         super().__init__()
         self.velocity = velocity
@@ -105,7 +109,7 @@ class ContinuousFlow(nn.Module):
         self._check()
         if _as_number(t_base) == _as_number(t_data):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
-        self.t_base, self.t_data = t_base, t_data
+        self.t_base, self.t_data, self.detached = t_base, t_data, detached
         self.base = _Base(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
         self._sample_times: bool | None = None
 
@@ -303,7 +307,7 @@ class ContinuousFlow(nn.Module):
                 states = x.detach().repeat(copies, *[1] * (x.ndim - 1))
                 self._sample_times = accepts_sample_times(alone.repeat(copies), *self.times(), states)
                 field.sample_times = self._sample_times
-            with shared_products():
+            with shared_products(), severed_fields("allow" if self.detached else "refuse"):
                 return self.likelihood.transport(
                     field,
                     x,

@@ -137,7 +137,7 @@ def _solved(
         raise ImportanceError(
             f"{flow.estimator} does not know its error, so its weights can't be corrected; use two probes at least"
         )
-    return samples, found.log_prob, found.standard_error.square(), _checked_shape(log_target(samples), count)
+    return samples, found.log_prob, found.standard_error.square(), _checked_shape(log_target(samples.clone()), count)
 
 
 def _share(noise: Tensor, log_weights: Tensor) -> Tensor:

@@ -264,7 +264,10 @@ class _Monitor:
         self.inside_field = True
         # The adjoint runs inside .backward(), outside of the caller's autocast: enter it again.
         with torch.autocast(**self._autocast) if self._backward else contextlib.nullcontext():
-            derivative = self._field(t, state) if isinstance(state, tuple) else self._field(t, (state,))[0]
+            # Copies, since a velocity may write to what it is given, and the solver goes on with it.
+            time, parts = t.clone(), tuple(part.clone() for part in (state if isinstance(state, tuple) else (state,)))
+            found = self._field(time, parts)
+            derivative = found if isinstance(state, tuple) else found[0]
         self.inside_field = False
         if self._backward and not _is_finite(derivative):
             # The norm of torchdiffeq's adjoint is a Python max, in which a NaN is lost and the step accepted.

@@ -102,6 +102,8 @@ class Foreign(nn.Module):
         Raises:
             AdapterError: in place of what the model raised.
         """
+        state, time = state.clone(), time.clone()  # which a model may write to
+        context = context.clone() if isinstance(context, Tensor) else context
         given: tuple[Tensor, ...] = (time, state) if self.time_first else (state, time)
         named = {}
         if context is not None and self.context_name is not None:

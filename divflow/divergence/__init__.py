@@ -17,6 +17,8 @@ from divflow.divergence.hutchinson import Hutchinson
 from divflow.divergence.layered.contract import shared_products
 from divflow.divergence.plan import Plan
 from divflow.divergence.sketched import HutchPlusPlus, XTrace
+from divflow.errors import FieldWarning
+from divflow.verification import severed_fields
 
 __all__ = [
     "Autograd",
@@ -26,6 +28,7 @@ __all__ = [
     "Exact",
     "Field",
     "FieldError",
+    "FieldWarning",
     "HutchPlusPlus",
     "Hutchinson",
     "Plan",
@@ -40,7 +43,9 @@ __all__ = [
 _EXACT = Exact()
 
 
-def value_and_divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT) -> ValueAndDivergence:
+def value_and_divergence(
+    g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT, *, detached: bool = False
+) -> ValueAndDivergence:
     """The value g(t, x) and its divergence, from one evaluation of the field.
 
     Args:
@@ -49,6 +54,8 @@ def value_and_divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Esti
         t: time, a scalar or one a sample `(k,)`.
         x: states `(k, *event)`, of a floating dtype; an event is a vector, an image, any tensor.
         estimator: `Exact()`, `Autograd()`, `Hutchinson()` or one of your own.
+        detached: whether the field means what it hides from autograd (`detach`, `no_grad`, numpy), which gets a warning
+            otherwise, since the divergence leaves it out.
 
     Returns:
         `ValueAndDivergence(value, divergence)` of shapes `(k, *event)` and `(k,)`. The divergence has
@@ -57,7 +64,10 @@ def value_and_divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Esti
         `torch.inference_mode` no graph is built.
 
     Raises:
-        FieldError: the field, t or x is not what the definition needs; the message says what to do.
+        FieldError: the field, t or x is not what the definition needs, or samples are mixed; the message says what to do.
+
+    Warns:
+        FieldWarning: once a field, that autograd does not see all of how it depends on x (`divflow.verification`).
 
     Example:
         >>> import torch
@@ -65,10 +75,15 @@ def value_and_divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Esti
         >>> value_and_divergence(lambda t, x: t * x**2, 0.5, x).divergence
         tensor([3., 7.])
     """
-    return estimator(g, t, x)
+    if not detached:
+        return estimator(g, t, x)
+    with severed_fields("allow"):
+        return estimator(g, t, x)
 
 
-def divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT) -> Tensor:
+def divergence(
+    g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT, *, detached: bool = False
+) -> Tensor:
     """The divergence of g at (t, x), shape `(k,)`: the second half of `value_and_divergence`.
 
     Example:
@@ -77,4 +92,4 @@ def divergence(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _E
         >>> divergence(lambda t, x: x**3, 0.0, images)
         tensor([144., 144.])
     """
-    return estimator(g, t, x).divergence
+    return value_and_divergence(g, t, x, estimator, detached=detached).divergence

@@ -1,32 +1,43 @@
-"""Does a field treat the samples of a batch independently? Every batched trace supposes it."""
+"""Is a function a field? Samples are independent, a state is not carried on, and autograd sees all that it does to x."""
 
-import copy
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from divflow.divergence.field import Field, FieldError, as_time, checked_state, checked_value
+from divflow.divergence.field import Field, as_time, checked_state, checked_value, linearize_field
+from divflow.errors import FieldError, FieldWarning
+from divflow.verification.copies import CopyError, copied
+from divflow.verification.schedule import record_of, severed_fields
 from divflow.verification.seeded import seeded
 
-__all__ = ["accepts_sample_times", "check_field", "perturbed_copy"]
+__all__ = ["accepts_sample_times", "check_field", "fresh_copy"]
 
 
 @torch.no_grad()
-def check_field(g: Field, t: Tensor | float, x: Tensor) -> None:
-    """Refuse a field that mixes the samples of a batch, or is no field at all.
+def check_field(g: Field, t: Tensor | float, x: Tensor, *, detached: bool = False) -> None:
+    """Refuse a field that mixes the samples of a batch, remembers others, or hides a derivative; or is no field at all.
 
-    Every second sample is changed; the values at the others must stay as they were. A module is
-    examined on a copy whose all-zero parameters are perturbed, since a last layer that starts at zero
-    would hide what comes before it. Costs two evaluations; call it once before training.
+    - **It mixes**: every second sample is changed; the values at the others must stay as they were. It is examined on a
+      copy whose all-zero parameters are perturbed, since a last layer that starts at zero would hide what comes before.
+    - **It remembers**: its value depends on what it was given before, as that of a recurrent network that keeps its
+      state. One that changes its own buffers whatever it is given, as a spectral normalization does in training mode, is
+      accepted, with a warning.
+    - **It hides a derivative**: something that depends on x has no graph that leads there (`detach`, `no_grad`, numpy,
+      a gradient without `create_graph`), and central differences find another derivative than autograd.
+
+    It costs some evaluations; call it once before training.
 
     Args:
         g: the field.
         t: time, a scalar or `(k,)`.
         x: states `(k, *event)` such as the field will see.
+        detached: whether the field means what it detaches, which is then not looked at.
 
     Raises:
-        FieldError: samples are mixed (the message names the module where it can be known), or shape,
-            dtype or device are wrong.
+        FieldError: one of these (the message names the module or the line where it can be known), or shape, dtype or
+            device are wrong.
     """
     x = checked_state(x)
     t = as_time(t, x)
@@ -36,19 +47,74 @@ def check_field(g: Field, t: Tensor | float, x: Tensor) -> None:
     if len(x) == 1:
         x = x.expand(2, *x.shape[1:])
         t = t if t.ndim == 0 else t.expand(2)
-    field = perturbed_copy(g) if isinstance(g, nn.Module) else g
-    noise = torch.Generator().manual_seed(0)
+    _check_samples(g, t, x)
+    with severed_fields("allow" if detached else "refuse"):
+        field, _ = fresh_copy(g)
+        record_of(field, t, x).wrong = True  # which makes the next call one that is verified
+        linearize_field(field, t, x)
+
+
+def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:
+    """That values do not depend on other samples, of the same batch or of one before."""
+    noise = torch.Generator("cpu").manual_seed(0)
     changed = x.clone()
-    changed[1::2] += torch.randn(changed[1::2].shape, generator=noise).to(x) * (1 + x.abs().max())
-    before = _same_randomness(field, t, x)[0::2]
-    after = _same_randomness(field, t, changed)[0::2]
+    steps = torch.randn(changed[1::2].shape, generator=noise, device="cpu").to(x)
+    changed[1::2] += steps * (1 + x.abs().max())
+    field, fresh = fresh_copy(g)
+    before = _same_randomness(field, t, x)
+    again = _same_randomness(field, t, x)
+    other, fresh_too = fresh_copy(g)
+    after = _same_randomness(other, t, changed)
+    changes = not _equal(before, again)
+    if not changes or (fresh and fresh_too):
+        _require_own(g, before[0::2], after[0::2])
+    if not changes:
+        return
+    if not (fresh and fresh_too):
+        warnings.warn(
+            f"{_name(g)} has another value each time that it is evaluated, and can't be copied: whether it mixes the samples "
+            "of a batch is not known. Make its state one of an nn.Module, or reset it at each call",
+            FieldWarning,
+            stacklevel=3,
+        )
+        return
+    # The same call, after one of x and after one of other states.
+    if not _equal(_same_randomness(other, t, x), again):
+        raise FieldError(
+            f"{_name(g)} remembers: its value at the same t, x and random numbers depends on the states that it was given "
+            "before, so it is no function of t and x, and has no divergence. Reset what it keeps at each call (a hidden "
+            "state, a cache, running statistics)"
+        )
+    warnings.warn(
+        f"{_name(g)} changes its own state whenever it is evaluated, as a spectral normalization does in training mode, "
+        "whatever x is: each evaluation is of a slightly other field. In eval mode it is one field",
+        FieldWarning,
+        stacklevel=3,
+    )
+
+
+def _require_own(g: Field, before: Tensor, after: Tensor) -> None:
     scale = before.abs().amax() + after.abs().amax()
     difference = (before - after).abs().amax()
-    if difference > scale * torch.finfo(x.dtype).eps ** 0.5:
+    if difference > scale * torch.finfo(before.dtype).eps ** 0.5:
         raise FieldError(
             f"the field mixes the samples of a batch: changing some samples moved the values at others by up to "
             f"{difference.item():.3g}, so a trace over the batch would be wrong. {_remedy(g)}"
         )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Up to what another order of sums may make of it."""
+    scale = a.abs().nan_to_num(0, 0, 0).amax() + b.abs().nan_to_num(0, 0, 0).amax()
+    return not bool(((a - b).abs() > 64 * torch.finfo(a.dtype).eps * scale).any())
+
+
+def fresh_copy(g: Any) -> tuple[Any, bool]:
+    """A copy in the state that g is in, its all-zero parameters perturbed, and whether it is one: else it is g itself."""
+    try:
+        return copied(g), True
+    except CopyError:
+        return g, False
 
 
 @torch.no_grad()
@@ -56,11 +122,11 @@ def accepts_sample_times(g: Field, start: float, stop: float, x: Tensor) -> bool
     """Whether `g(t, x)` with one time a sample, t `(k,)`, equals g at each of these times as a scalar.
 
     Many a network is written for a scalar t only; given `(k,)` it raises, or broadcasts t against the
-    wrong dimension where k happens to fit. Costs three evaluations, on a copy of a module.
+    wrong dimension where k happens to fit. Costs three evaluations, on a copy.
     """
-    field = perturbed_copy(g) if isinstance(g, nn.Module) else g
+    field, _ = fresh_copy(g)
     # States that are zero, or equal, would hide what t is broadcast against.
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    noise = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(x)
     x = x + 0.01 * (1 + x.abs().max()) * noise
     times = torch.linspace(start, stop, len(x), dtype=x.dtype, device=x.device)
     try:
@@ -79,21 +145,11 @@ def _same_randomness(field: Field, t: Tensor, x: Tensor) -> Tensor:
     devices = [x.device] if x.is_cuda else []
     # Without autocast, whose rounding would hide small differences, or look like some.
     with seeded(0, devices), torch.autocast(x.device.type, enabled=False):
-        return checked_value(field(t, x.clone()), x)
+        return checked_value(field(t.clone(), x.clone()), x).detach()
 
 
-@torch.no_grad()
-def perturbed_copy(module: nn.Module) -> nn.Module:
-    """A copy whose all-zero parameters are not zero, so that a last layer that starts there hides nothing."""
-    try:
-        module = copy.deepcopy(module)
-    except RuntimeError:  # it holds tensors with a history, as weight normalization does, which can't be copied
-        return module
-    noise = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        if parameter.numel() and not parameter.any():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
-    return module
+def _name(g: Field) -> str:
+    return f"the field ({type(g).__name__})" if isinstance(g, nn.Module) else "the field"
 
 
 def _remedy(g: Field) -> str:

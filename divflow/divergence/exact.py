@@ -12,6 +12,7 @@ from divflow.divergence import dense, forward_mode, local, own
 from divflow.divergence.colored import Coloring
 from divflow.divergence.estimator import Estimate, Estimator
 from divflow.divergence.field import (
+    AtTime,
     Field,
     FieldError,
     Linearization,
@@ -26,6 +27,7 @@ from divflow.divergence.plan import Plan, circumstances
 from divflow.verification.kept import Plans
 from divflow.verification.seeded import rng_states, set_rng_states
 from divflow.verification.state import state_of
+from divflow.verification.watch import watch
 
 __all__ = ["Exact"]
 
@@ -184,12 +186,12 @@ class Exact(Estimator):
 
     def _made(self, g: Field, t: Tensor, x: Tensor, choices: _Choices) -> _Made:
         """Evaluate once; what was chosen when the field did the same before, or a new choice."""
-        states, verify = rng_states(x), choices.due()
+        states, verify, watcher = rng_states(x), choices.due(), watch(AtTime(g, t), x)
         before = state_of(g) if verify else None
-        products = torch.is_grad_enabled() or verify or choices.products()
+        products = torch.is_grad_enabled() or verify or choices.products() or watcher is not None
         followed, made = None, None
         try:
-            followed = follow(g, t, x, products, verify)
+            followed = follow(g, t, x, products, verify, watcher)
             made = self._known(g, t, x, choices, followed, states, verify)
         except torch.OutOfMemoryError:
             raise

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divflow.divergence.batching import batches
 from divflow.divergence.third_derivatives import Normalizations
 from divflow.errors import FieldError
+from divflow.verification.graph import graph_of, reentrant_refused
+from divflow.verification.watch import Watch, watch
 
 __all__ = [
+    "AtTime",
     "Field",
     "FieldError",
     "Linearization",
@@ -30,7 +32,6 @@ __all__ = [
     "checked_value",
     "event_size",
     "flatten_event",
-    "graph_of",
     "linearize",
     "linearize_field",
 ]
@@ -195,7 +196,7 @@ class Linearization:
         create_graph = self.create_graph and not constant
         if create_graph and self._normalizations is None:
             self._normalizations = Normalizations(self._output, self._point)
-        with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
+        with torch.inference_mode(False), torch.set_grad_enabled(create_graph), reentrant_refused():
             (product,) = torch.autograd.grad(
                 self._output,
                 self._point,
@@ -245,8 +246,9 @@ def linearize(
     check: Callable[[Tensor, Tensor], Tensor],
     products: bool = True,
     twice: bool = False,
+    watched: Watch | bool = True,
 ) -> Linearization:
-    """Evaluate `function` once at x, ready for products with its Jacobian.
+    """Evaluate `function` once at x, ready for products with its Jacobian; at calls 1, 2, 4, 8, ... it is verified.
 
     Args:
         function: of the state alone; a field with its time bound.
@@ -254,8 +256,15 @@ def linearize(
         check: applied to the output and x, returns the output or raises `FieldError`.
         products: whether there will be any; without them, no graph from x is built that was not asked for.
         twice: whether products will be differentiated where grad is not enabled, too (`Linearization.pushforward`).
+        watched: by what the evaluation is watched, where that was begun outside; False if it is of no user's function.
+
+    Raises:
+        FieldError: what a user's function does is not what the mathematics needs (`divflow.verification`).
     """
     differentiable = torch.is_grad_enabled()
+    watcher = watch(function, x) if watched is True else watched or None
+    if watcher is not None:
+        products, function = True, watcher if watched is True else function
     with torch.inference_mode(False), torch.enable_grad():
         # An inference tensor can't enter a graph. A view of x keeps its history; the copy given to the
         # function keeps in-place code from x and from the point that is differentiated.
@@ -272,30 +281,45 @@ def linearize(
                 "the field uses a tensor made under torch.inference_mode, which torch can't differentiate; clone "
                 "it outside of inference mode, or evaluate under torch.no_grad instead"
             ) from error
+    if watcher is not None:
+        watcher.conclude(output, point)
     # If nothing of the caller's (a parameter, t, a captured tensor) would receive a gradient, no graph is kept, and
     # results can be used like any plain tensor.
     leaves = (getattr(node, "variable", point) is not point for node in graph_of(output))
     return Linearization(output, point, attached or (differentiable and any(leaves)))
 
 
-def graph_of(*outputs: Tensor) -> Iterator[Node]:
-    """The nodes of the autograd graph that leads to some tensors."""
-    nodes, seen = [output.grad_fn for output in outputs], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            nodes.extend(function for function, _ in node.next_functions)
-
-
 def linearize_field(
-    g: Field, t: Tensor | float, x: Tensor, products: bool = True, twice: bool = False
+    g: Field,
+    t: Tensor | float,
+    x: Tensor,
+    products: bool = True,
+    twice: bool = False,
+    watched: Watch | bool = True,
 ) -> Linearization:
     """`linearize` for a field at time t, with t, x and the value checked."""
     x = checked_state(x)
-    t = as_time(t, x)
-    if t.is_inference():
+    return linearize(AtTime(g, as_time(t, x)), x, checked_value, products, twice, watched)
+
+
+class AtTime:
+    """A field at one time, a function of the state; what it does to t in place is not seen outside.
+
+    Args:
+        g: the field.
+        t: time, `()` or `(k,)`.
+    """
+
+    def __init__(self, g: Field, t: Tensor) -> None:
+        self.g, self.t = g, t
+
+    @property
+    def divflow_identity(self) -> tuple[object, ...]:
+        """What it is made of, for what is kept of it."""
+        return self.g, self.t.ndim
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """g(t, x)."""
         with torch.inference_mode(False):
-            t = t.clone()
-    return linearize(lambda z: g(t, z), x, checked_value, products, twice)
+            t = self.t.clone()
+        return self.g(t, x)

@@ -6,11 +6,10 @@ again at calls 2, 4, 8, ...
 """
 
 import threading
-import types
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
@@ -31,7 +30,7 @@ from divflow.divergence.layered.decompositions import NORMALIZATIONS
 from divflow.divergence.layered.jacobian import NoRule
 from divflow.divergence.layered.operation import name_of
 from divflow.divergence.plan import circumstances
-from divflow.verification.kept import Plans, contents
+from divflow.verification.kept import Plans, kin
 from divflow.verification.seeded import rng_states, set_rng_states
 from divflow.verification.writes import NoWrites, WritesError
 
@@ -73,11 +72,15 @@ def evaluate(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAn
             set_rng_states(states)
         value, columns = _columns(g, t, x, basis(x, start, stop))
         divergence = divergence + trace_of_chunk(columns, start, stop)
-    after = rng_states(x)
-    if _due(g, t, x):
+    calls, after = _calls(g, t, x), rng_states(x)
+    number = calls.number + 1
+    if number & (number - 1) == 0:
         set_rng_states(states)
-        _verify(g, t, x, states)
-        set_rng_states(after)
+        try:
+            _verify(g, t, x, states)
+        finally:
+            set_rng_states(after)
+    calls.number = number  # a field that was refused is compared again at the next call
     return ValueAndDivergence(value, divergence)
 
 
@@ -130,17 +133,13 @@ class _WrittenOut(TorchFunctionMode):
         return value.detach() - (written.detach() - written)
 
 
-def _due(g: Field, t: Tensor, x: Tensor) -> bool:
-    """Count a call of a field; functions that the same code makes of the same modules are one."""
-    field: Any = g
-    if isinstance(g, types.FunctionType):
-        field = g.__code__, *(item for item in contents(g) if isinstance(item, nn.Module))
+def _calls(g: Field, t: Tensor, x: Tensor) -> _Calls:
+    field = kin(g)
     calls = _CALLS.get(field, *circumstances(t, x))
     if calls is None:
         calls = _Calls()
         _CALLS.keep(calls, field, *circumstances(t, x))
-    number = calls.number = calls.number + 1
-    return number & (number - 1) == 0
+    return calls
 
 
 def _verify(g: Field, t: Tensor, x: Tensor, states: list[Tensor]) -> None:

@@ -88,7 +88,7 @@ def _refusing() -> Iterator[None]:
 def _evaluated(g: Field, t: Tensor, x: Tensor, states: list[Tensor], verify: bool) -> Held:
     set_rng_states(states)
     take = Take(x, verify)
-    first = linearize_field(lambda t, z: take.value(g, t, z), t, x)
+    first = linearize_field(lambda t, z: take.value(g, t, z), t, x, watched=False)
     if not take.statistics:
         many = f"{take.refused} statistics of normalizations for {event_size(x)} dimensions are too many to hold"
         raise NotLocal(many if take.refused else "it has no statistics to hold")
@@ -113,9 +113,9 @@ def _held(g: Field, t: Tensor, x: Tensor, statistics: Tensor, take: Take) -> Hel
 
     def field(t: Tensor, z: Tensor) -> Tensor:
         at = torch.cat([flatten_event(z), statistics.detach()], dim=1)
-        return linearize_field(extended, t, at).value[:, :size].reshape(x.shape)
+        return linearize_field(extended, t, at, watched=False).value[:, :size].reshape(x.shape)
 
-    graph = linearize_field(extended, t, torch.cat([flatten_event(x), statistics], dim=1)).create_graph
+    graph = linearize_field(extended, t, torch.cat([flatten_event(x), statistics], dim=1), watched=False).create_graph
     value, z, state, held, again = found
     inner = [Linearization(statistic, z, graph) for statistic in again]
     local, outer = Linearization(value, state, graph), Linearization(value, held, graph)

@@ -21,10 +21,10 @@ from divflow.divergence.field import (
     checked_value,
     event_size,
     flatten_event,
-    graph_of,
     linearize_field,
 )
 from divflow.divergence.plan import Plan, circumstances
+from divflow.verification.graph import graph_of
 from divflow.verification.kept import Plans
 from divflow.verification.seeded import rng_states, set_rng_states
 
@@ -120,7 +120,7 @@ def _call(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
     own, differentiable = own_divergence(g), torch.is_grad_enabled()
     assert own is not None
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-        result = own(t.clone() if t.is_inference() else t, x.clone())
+        result = own(t.clone(), x.clone())
     if not isinstance(result, tuple) or len(result) != 2:
         raise FieldError(
             f"value_and_divergence must return two tensors, of shapes {tuple(x.shape)} and ({len(x)},), but returned a "

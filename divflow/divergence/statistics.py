@@ -9,11 +9,12 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from divflow.divergence.colored import NotLocal
-from divflow.divergence.field import Field, event_size, flatten_event, graph_of
+from divflow.divergence.field import Field, event_size, flatten_event
 from divflow.divergence.layered.decompositions import NORMALIZATIONS
 from divflow.divergence.layered.jacobian import NoRule
 from divflow.divergence.layered.operation import name_of
 from divflow.divergence.layered.verify import require_equal
+from divflow.verification.graph import graph_of
 
 __all__ = ["Put", "Take", "require_value"]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from divflow.divergence import dense
 from divflow.divergence.field import (
+    AtTime,
     FieldError,
     Linearization,
     as_time,
@@ -26,6 +27,7 @@ from divflow.laplacian.verify import require_equal, verify_operation
 from divflow.verification.kept import Plans
 from divflow.verification.recent import Recent
 from divflow.verification.seeded import rng_states, set_rng_states
+from divflow.verification.watch import watch
 
 __all__ = ["Scalar", "ValueGradientLaplacian", "explain", "one_number_a_sample", "value_gradient_laplacian"]
 
@@ -239,21 +241,21 @@ def _evaluated(f: Scalar, t: Tensor, x: Tensor, products: bool, verify: bool = F
         products: whether a graph from x is needed, for the gradient by autograd.
         verify: whether every operation is compared with autograd.
     """
+    at_time = AtTime(f, t)
+    watcher = watch(at_time, x)
+    products = products or watcher is not None
     differentiable, wanted = products or torch.is_grad_enabled(), torch.is_grad_enabled()
-    if t.is_inference():
-        with torch.inference_mode(False):
-            t = t.clone()
     seen: list[tuple[Tensor, Tensor, Tape]] = []
 
-    def watched(z: Tensor) -> Tensor:
+    def followed(z: Tensor) -> Tensor:
         tape = Tape([z], RULES, differentiable, verify_operation if verify else None)
         with tape:
-            output = f(t, z)
+            output = at_time(z) if watcher is None else watcher(z)
         seen.append((z, output, tape))
         return output
 
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-        at = linearize(watched, x, one_number_a_sample, products)
+        at = linearize(followed, x, one_number_a_sample, products, watched=watcher or False)
     return _Followed(*seen[0], create_graph=wanted and at.create_graph)
 
 

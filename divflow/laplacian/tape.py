@@ -3,6 +3,7 @@
 The tape is made once, with the values; jets are sent along it afterwards, as many at a time as memory allows.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,12 +12,24 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from divflow.divergence.field import graph_of
 from divflow.divergence.layered import NoRule
-from divflow.divergence.layered.operation import HOOKS, METADATA, Operation, described, name_of, tensors_in, version
+from divflow.divergence.layered.operation import (
+    HOOKS,
+    METADATA,
+    Operation,
+    described,
+    name_of,
+    saved_tensors_hook,
+    saved_whole,
+    tensors_in,
+    version,
+)
 from divflow.laplacian.jet import Jet
+from divflow.verification.graph import graph_of
 
 __all__ = ["Push", "Rule", "Tape", "at_places"]
+
+_NOTHING = contextlib.nullcontext()
 
 Push = Callable[..., Jet]
 Rule = Callable[["Tape", Operation], Any]
@@ -74,6 +87,7 @@ class Tape(TorchFunctionMode):
         self.signature: list[tuple[Hashable, ...]] = []
         self.widest = 0
         self._starts = {root.grad_fn for root in roots if root.grad_fn is not None}
+        self._hook = saved_tensors_hook()
         self._steps: list[_Step] = []
         self._known: dict[int, _Known] = {}
         self._constants: list[Tensor] = []
@@ -149,9 +163,12 @@ class Tape(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Evaluate, and apply the rule of the operation where a root takes part."""
+        """Evaluate, and apply the rule of the operation where a root takes part; within a checkpoint, too."""
+        with saved_whole() if saved_tensors_hook() is not self._hook else _NOTHING:
+            return self._evaluated(func, args, kwargs or {})
+
+    def _evaluated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = name_of(func)
-        kwargs = kwargs or {}
         tensors: list[Tensor] = []
         if name in METADATA:
             return func(*args, **kwargs)

@@ -11,7 +11,7 @@ __all__ = ["ConditionedField", "check_context"]
 
 
 class ConditionedField(nn.Module):
-    """The field `g(t, x) = velocity(t, x)`, or `velocity(t, x, context)` where there is a context.
+    """The field `g(t, x) = velocity(t, x)`, or `velocity(t, x, context)` where there is a context, of which it gets a copy.
 
     Attributes:
         velocity: a module or function.
@@ -30,14 +30,14 @@ class ConditionedField(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The velocity at time t, `()` or `(k,)`, and state x, in x's dtype."""
-        value = self.velocity(t, x) if self.context is None else self.velocity(t, x, self.context)
+        value = self.velocity(t, x) if self.context is None else self.velocity(t, x, self.context.clone())
         return checked_value(value, x)
 
     @property
     def value_and_divergence(self) -> OwnDivergence | None:
         """The velocity's own divergence, if it has one: `value_and_divergence(t, x)`, or `(t, x, context)`."""
         own, context = own_divergence(self.velocity), self.context
-        return own if own is None or context is None else lambda t, x: own(t, x, context)
+        return own if own is None or context is None else lambda t, x: own(t, x, context.clone())
 
     def divflow_rows(self, rows: list[int]) -> "ConditionedField":
         """The field for some samples of the batch."""

@@ -90,7 +90,7 @@ class ConditionalFlowMatching:
             check_times(t)
         check_context(context, x)
         point = self.path(t, self.coupling(noise, x, context), x)
-        error = ConditionedField(velocity, context)(t, point.x) - point.velocity
+        error = ConditionedField(velocity, context)(t.clone(), point.x.clone()) - point.velocity
         entries = flatten_event(error).to(accumulation_dtype(error))
         return entries.square().sum(dim=1) / max(1, entries.shape[1])
 

@@ -86,12 +86,12 @@ def parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
 
 
 def evaluate(score: Field, t: Tensor, x: Tensor) -> Tensor:
-    """The score's value, refused unless it is of x's shape, dtype and device; x is safe from scores that work in place.
+    """The score's value, refused unless it is of x's shape, dtype and device; t and x are safe from scores that work in place.
 
     Raises:
         FieldError: naming both shapes, dtypes or devices.
     """
-    return checked_value(score(t, x.clone()), x)
+    return checked_value(score(t.clone(), x.clone()), x)
 
 
 def tensor_settings(score: Score) -> dict[str, Any]:

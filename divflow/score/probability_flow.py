@@ -36,7 +36,7 @@ class ProbabilityFlow(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The velocity at time t, `()` or `(k,)`, and state x `(k, *event)`."""
         drift, squared_diffusion = (broadcast(values, x) for values in self.sde.coefficients(t))
-        return drift * x - squared_diffusion / 2 * checked_value(self.score(t, x), x)
+        return drift * x - squared_diffusion / 2 * checked_value(self.score(t.clone(), x.clone()), x)
 
     @property
     def value_and_divergence(self) -> OwnDivergence | None:
@@ -45,7 +45,7 @@ class ProbabilityFlow(nn.Module):
         return None if own is None else functools.partial(self._linear_in, own)
 
     def _linear_in(self, own: OwnDivergence, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        coefficients, (score, divergence) = self.sde.coefficients(t), own(t, x)
+        coefficients, (score, divergence) = self.sde.coefficients(t), own(t.clone(), x.clone())
         drift, squared_diffusion = (broadcast(values, x) for values in coefficients)
         value = drift * x - squared_diffusion / 2 * checked_value(score, x)
         return value, event_size(x) * coefficients.drift - coefficients.squared_diffusion / 2 * divergence

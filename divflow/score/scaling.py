@@ -45,9 +45,9 @@ class ScaledScore(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         """The score at time t and state x."""
         if self.data_std is None:
-            return checked_value(self.network(t, x), x) / broadcast(self.sde.std(t), x)
+            return checked_value(self.network(t.clone(), x), x) / broadcast(self.sde.std(t), x)
         time, variance, root, gain = self._scales(t, self.data_std)
-        value = checked_value(self.network(time, x / broadcast(root, x)), x)
+        value = checked_value(self.network(time.clone(), x / broadcast(root, x)), x)
         return broadcast(gain, x) * value - x / broadcast(variance, x)
 
     @property
@@ -58,10 +58,10 @@ class ScaledScore(nn.Module):
 
     def _linear_in(self, own: OwnDivergence, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.data_std is None:
-            (value, divergence), sigma = own(t, x), self.sde.std(t)
+            (value, divergence), sigma = own(t.clone(), x), self.sde.std(t)
             return checked_value(value, x) / broadcast(sigma, x), divergence / sigma
         time, variance, root, gain = self._scales(t, self.data_std)
-        value, divergence = own(time, x / broadcast(root, x))
+        value, divergence = own(time.clone(), x / broadcast(root, x))
         score = broadcast(gain, x) * checked_value(value, x) - x / broadcast(variance, x)
         return score, gain / root * divergence - event_size(x) / variance
 

@@ -5,13 +5,13 @@ import functools
 import types
 import weakref
 from collections.abc import Hashable
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from divflow.verification.recent import Recent
 
-__all__ = ["Plans", "contents"]
+__all__ = ["Plans", "contents", "kin"]
 
 Kept = TypeVar("Kept")
 
@@ -47,7 +47,7 @@ def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
     """What tells a field from another: a hashable, in which objects count by identity, and these objects.
 
     Two functions of the same code over the same objects are one field, such as a lambda made in each training step;
-    a module that is made anew for each call tells by a property `divflow_identity`, a tuple, what it is made of.
+    an object that is made anew for each call tells by a property `divflow_identity`, a tuple, what it is made of.
     """
     if isinstance(g, (int, float, str, bool, bytes, type(None))):
         return (type(g), g), []
@@ -61,9 +61,9 @@ def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
             return _joined("partial", [], [g.func, g.args, tuple(g.keywords.items())], depth)
         if isinstance(g, tuple):
             return _joined("tuple", [], list(g), depth)
+        if hasattr(type(g), "divflow_identity"):
+            return _joined(type(g), [], list(cast(Any, g).divflow_identity), depth)
         if isinstance(g, nn.Module):
-            if hasattr(type(g), "divflow_identity"):
-                return _joined(type(g), [], list(cast(tuple[object, ...], g.divflow_identity)), depth)
             return (id(g), g.training), [g]
     return id(g), [g]
 
@@ -82,3 +82,21 @@ def contents(function: types.FunctionType) -> list[object]:
         with contextlib.suppress(ValueError):
             found.append(cell.cell_contents)
     return found
+
+
+def kin(g: object, depth: int = 0) -> object:
+    """What a field has in common with those that the same code makes at other calls: all but the tensors in its closure.
+
+    A lambda that is made in each step over a new tensor is another field each time, but is written in the same way.
+    """
+    if isinstance(g, types.FunctionType) and depth < 8:
+        return (g.__code__, *(kin(item, depth + 1) for item in (*contents(g), *(g.__defaults__ or ()))))
+    if isinstance(g, types.MethodType):
+        return g.__func__.__code__ if isinstance(g.__func__, types.FunctionType) else g, kin(g.__self__, depth + 1)
+    if isinstance(g, functools.partial) and depth < 8:
+        return (kin(g.func, depth + 1), *(kin(item, depth + 1) for item in (*g.args, *g.keywords.values())))
+    if hasattr(type(g), "divflow_identity") and depth < 8:
+        return (type(g), *(kin(item, depth + 1) for item in cast(Any, g).divflow_identity))
+    if isinstance(g, nn.Module) or (callable(g) and not isinstance(g, Tensor)):
+        return g
+    return type(g)

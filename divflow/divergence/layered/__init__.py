@@ -18,13 +18,22 @@ import torch
 from torch import Tensor
 
 from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import Field, Linearization, event_size, flatten_event, linearize_field
+from divflow.divergence.field import (
+    AtTime,
+    Field,
+    Linearization,
+    checked_value,
+    event_size,
+    flatten_event,
+    linearize,
+)
 from divflow.divergence.layered import contract
 from divflow.divergence.layered.choose import choose, cost
 from divflow.divergence.layered.contract import Contraction
 from divflow.divergence.layered.jacobian import NoRule, apply
 from divflow.divergence.layered.trace import Trace
 from divflow.divergence.layered.verify import require_equal
+from divflow.verification.watch import Watch
 
 __all__ = ["Contraction", "Followed", "NoRule", "follow"]
 
@@ -122,7 +131,9 @@ def _without_batch(summary: Hashable) -> Hashable:
     return tuple(map(_without_batch, summary)) if isinstance(summary, tuple) else summary
 
 
-def follow(g: Field, t: Tensor | float, x: Tensor, products: bool, verify: bool = False) -> Followed:
+def follow(
+    g: Field, t: Tensor, x: Tensor, products: bool, verify: bool = False, watcher: Watch | None = None
+) -> Followed:
     """Evaluate a field at (t, x), following what it does to x.
 
     Args:
@@ -131,15 +142,17 @@ def follow(g: Field, t: Tensor | float, x: Tensor, products: bool, verify: bool 
         x: states `(k, *event)`.
         products: whether the value's graph from x is needed, for `Followed.verify` and for products with the Jacobian.
         verify: whether what is known of each operation is compared with autograd.
+        watcher: of this evaluation, which then needs `products`.
     """
     differentiable = products or torch.is_grad_enabled()
+    at = AtTime(g, t) if watcher is None else watcher
     seen: list[tuple[Tensor, Trace]] = []
 
-    def watched(t: Tensor, z: Tensor) -> Tensor:
+    def followed(z: Tensor) -> Tensor:
         trace = Trace(z, differentiable, verify)
         with trace:
-            output = g(t, z)
+            output = at(z)
         seen.append((output, trace))
         return output
 
-    return Followed(linearize_field(watched, t, x, products), *seen[0])
+    return Followed(linearize(followed, x, checked_value, products, watched=watcher or False), *seen[0])

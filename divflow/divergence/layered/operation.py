@@ -1,15 +1,26 @@
 """A torch function at its arguments, as a `TorchFunctionMode` sees it: its name, its tensors, its structure."""
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Container, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HOOKS", "METADATA", "Operation", "described", "indices", "name_of", "tensors_in", "version"]
+__all__ = [
+    "HOOKS",
+    "METADATA",
+    "Operation",
+    "described",
+    "indices",
+    "name_of",
+    "saved_tensors_hook",
+    "tensors_in",
+    "version",
+]
 
 HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
 """Operations that may change gradients."""
@@ -131,6 +142,33 @@ class Operation(NamedTuple):
 def version(tensor: Tensor) -> int:
     """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def saved_tensors_hook() -> object:
+    """What packs the tensors that are saved for a backward pass: within a checkpoint the hook of that; None for none."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
+@contextlib.contextmanager
+def saved_whole() -> Iterator[None]:
+    """Within it tensors are saved as they are, out of a checkpoint's sight.
+
+    A checkpoint counts what is saved in its forward pass, and again when it is computed once more, where no one follows.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        yield
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor.detach(), version(tensor)  # detached, since an operation's own result would keep itself alive
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    tensor, number = packed
+    if version(tensor) != number:
+        raise RuntimeError("a tensor that the backward pass needs was changed in place")
+    return tensor
 
 
 def tensors_in(value: object) -> list[Tensor]:

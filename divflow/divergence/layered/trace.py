@@ -1,5 +1,6 @@
 """Watching a field as it is evaluated: the Jacobian of every value that it computes from x."""
 
+import contextlib
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -7,15 +8,27 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from divflow.divergence.field import graph_of
 from divflow.divergence.layered.decompositions import DECOMPOSED
 from divflow.divergence.layered.jacobian import NoRule
-from divflow.divergence.layered.operation import HOOKS, METADATA, Operation, described, indices, name_of, tensors_in
+from divflow.divergence.layered.operation import (
+    HOOKS,
+    METADATA,
+    Operation,
+    described,
+    indices,
+    name_of,
+    saved_tensors_hook,
+    saved_whole,
+    tensors_in,
+)
 from divflow.divergence.layered.rules import CHOOSING, RULES, SAME_EVERYWHERE
 from divflow.divergence.layered.values import Values
 from divflow.divergence.layered.verify import verify_operation
+from divflow.verification.graph import graph_of
 
 __all__ = ["Trace"]
+
+_NOTHING = contextlib.nullcontext()
 
 
 # Besides elementwise functions and movements, operations through which a NaN shows what is seen, whatever the numbers.
@@ -59,7 +72,7 @@ class Trace(Values, TorchFunctionMode):
     def __init__(self, x: Tensor, differentiable: bool, verify: bool = False) -> None:
         TorchFunctionMode.__init__(self)
         Values.__init__(self, x, differentiable)
-        self.start, self._verify = x.grad_fn, verify
+        self.start, self._verify, self._hook = x.grad_fn, verify, saved_tensors_hook()
         self.signature: list[tuple[Hashable, ...]] = []
         self.constants: list[Tensor] = []
         self.choices: list[str] = []
@@ -69,9 +82,12 @@ class Trace(Values, TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Evaluate, and apply the rule of the operation where x takes part."""
+        """Evaluate, and apply the rule of the operation where x takes part; within a checkpoint, too."""
+        with saved_whole() if saved_tensors_hook() is not self._hook else _NOTHING:
+            return self._evaluated(func, args, kwargs or {})
+
+    def _evaluated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = name_of(func)
-        kwargs = kwargs or {}
         tensors: list[Tensor] = []
         if name in METADATA:
             return func(*args, **kwargs)

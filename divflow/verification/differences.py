@@ -1,0 +1,170 @@
+"""A field's derivative along one direction by central differences, beside autograd's: what decides where autograd is suspect.
+
+In float64, on a copy, the difference has some eight digits, and a step so small crosses no kink. In float32 it has two, and
+the kinks of a network of ReLUs lie within its step: it can tell of nothing but a derivative that is missing altogether.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from divflow.verification.copies import CopyError, copied
+from divflow.verification.seeded import seeded
+from divflow.verification.writes import NoWrites, WritesError
+
+__all__ = ["Difference", "compare"]
+
+Function = Callable[[Tensor], Tensor]
+
+# Steps in units of the state, in the order in which they are tried.
+_STEPS = {torch.float64: (1e-6, 1e-5, 1e-7, 1e-4, 1e-3, 1e-8), torch.float32: (1e-2, 3e-3, 3e-2)}
+# Shares of a directional derivative that are agreement, and that two differences may be apart by to be believed.
+_AGREES = {torch.float64: 1e-5, torch.float32: 2e-2}
+_CONSISTENT = 0.1
+# How much of the state the point is moved by, away from kinks that data lie on, such as zero.
+_MOVED = 1e-3
+
+
+class Difference(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+        verdict: "right", "wrong", or "unknown" where nothing could be compared.
+        certain: whether a wrong one was found in float64, or is one that autograd finds nothing of.
+        telling: whether a right one is of a derivative that is not zero.
+        missed: the share of the directional derivative that autograd misses.
+        difference: w^T J v by the difference, of the sample that it misses most of.
+        autograd: by autograd.
+        why: what kept it from being known.
+    """
+
+    verdict: str
+    certain: bool = False
+    telling: bool = False
+    missed: float = 0.0
+    difference: float = 0.0
+    autograd: float = 0.0
+    why: str = ""
+
+
+def compare(function: Function, x: Tensor) -> Difference:
+    """The derivative of a function of each sample along one random direction, by autograd and by central differences.
+
+    Args:
+        function: of the state alone; evaluated on a copy, or where it can't be copied, kept from writing.
+        x: states `(k, *event)`.
+    """
+    try:
+        return _compared(copied(function, double=True), x.detach().double(), certain=True)
+    except torch.OutOfMemoryError:
+        return Difference("unknown", why="it takes too much memory")
+    except _UnlikeError as error:
+        if str(error):
+            return Difference("unknown", why=str(error))
+    except Exception:  # it can't be copied, or computes in one precision only
+        pass
+    if x.dtype not in (torch.float32, torch.float64):
+        return Difference("unknown", why="it can't be evaluated in float64")
+    try:
+        try:
+            function = copied(function)
+        except CopyError:
+            with NoWrites([]):
+                return _compared(function, x.detach(), certain=False)
+        return _compared(function, x.detach(), certain=False)
+    except WritesError:
+        return Difference("unknown", why="it keeps a state")
+    except _UnlikeError as error:
+        return Difference("unknown", why=str(error) or "its precision is another")
+    except Exception as error:
+        return Difference("unknown", why=f"{type(error).__name__} when it is evaluated again")
+
+
+class _UnlikeError(Exception):
+    """Values that can't be compared: for a reason, or without one if another precision may do."""
+
+
+def _compared(function: Function, x: Tensor, certain: bool) -> Difference:
+    noise = torch.Generator("cpu").manual_seed(0)
+    directions = torch.randn((2, *x.shape), generator=noise, dtype=torch.float64, device="cpu").to(x)
+    size = x.abs().amax()
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+    for moved in (_MOVED, 0.0):  # where a field is not defined beside its data, at these
+        try:
+            point = x + moved * size * directions[1]
+            value = _value(function, point)
+        except _UnlikeError:
+            raise
+        except Exception:
+            if moved == 0.0:
+                raise
+            continue
+        if value.isfinite().all():
+            break
+    if not torch.equal(_value(function, point).nan_to_num(), value.nan_to_num()):
+        raise _UnlikeError("it keeps a state, or has another value each time")
+    weights = torch.randn(value.shape, generator=noise, dtype=torch.float64, device="cpu").to(value)
+    known = _by_autograd(function, point, directions[0], weights)
+    return _verdict(function, point, directions[0], weights, known, value, size, certain)
+
+
+def _verdict(
+    function: Function, x: Tensor, v: Tensor, w: Tensor, known: Tensor, value: Tensor, size: Tensor, certain: bool
+) -> Difference:
+    """Right where one step agrees with autograd; wrong where none does, and two of them agree with each other."""
+    found: list[Tensor] = []
+    rounding = torch.finfo(x.dtype).eps * _per_sample(value.abs() * w.abs())
+    agrees = _AGREES[x.dtype]
+    for step in _STEPS[x.dtype]:
+        h = step * size
+        difference = _per_sample(w * (_value(function, x + h * v) - _value(function, x - h * v))) / (2 * h)
+        usable = difference.isfinite() & known.isfinite()
+        if not usable.any():
+            continue
+        d, a, slack = (torch.where(usable, it, 0.0) for it in (difference, known, rounding / h))
+        scale = (d.abs() + a.abs()).sum()
+        if (d - a).abs().sum() <= agrees * scale + 8 * slack.sum():
+            return Difference("right", telling=bool(d.any()))
+        for other in found:
+            miss = (d - a).abs().sum()
+            if (d - torch.where(usable, other, 0.0)).abs().sum() <= _CONSISTENT * miss:
+                worst = (d - a).abs().argmax()
+                nothing = not bool(a.any()) and float(miss) > 0.5 * float(scale)
+                return Difference(
+                    "wrong",
+                    certain or nothing,
+                    missed=float(miss / scale.clamp_min(1e-300)),
+                    difference=float(d[worst]),
+                    autograd=float(a[worst]),
+                )
+        found.append(torch.where(usable, d, torch.inf))
+    return Difference("unknown", why="its differences do not settle")
+
+
+def _by_autograd(function: Function, x: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    z = x.clone().requires_grad_()
+    value = _value(function, z, graph=True)
+    if not value.requires_grad:
+        return x.new_zeros(len(x))
+    (gradient,) = torch.autograd.grad(value, z, w, allow_unused=True)
+    return x.new_zeros(len(x)) if gradient is None else _per_sample(gradient * v)
+
+
+def _value(function: Function, x: Tensor, graph: bool = False) -> Tensor:
+    """With the same random numbers each time, outside of autocast, whose rounding would pass for a difference."""
+    with (
+        seeded(0, [x.device] if x.is_cuda else []),
+        torch.enable_grad(),  # as it is evaluated, since a field may ask for it
+        torch.autocast(x.device.type, enabled=False),
+    ):
+        z = x.clone() if graph else x.clone().requires_grad_()
+        value = function(z)
+    if value.dtype != x.dtype:
+        raise _UnlikeError
+    return value if graph else value.detach()
+
+
+def _per_sample(z: Tensor) -> Tensor:
+    return z.reshape(len(z), -1).sum(dim=1)

@@ -1,0 +1,117 @@
+"""One verified evaluation of a user's function: what it did is watched, and what autograd makes of it is then judged."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from divflow.errors import FieldError, FieldWarning
+from divflow.verification.differences import compare
+from divflow.verification.graph import graph_of, reentrant_refused
+from divflow.verification.mixing import mixed_by
+from divflow.verification.schedule import Record, answer, due, verifying
+from divflow.verification.severed import Following
+
+__all__ = ["Watch", "watch"]
+
+Function = Callable[[Tensor], Tensor]
+# After how many comparisons that found it right a suspicion is not looked into any more.
+_ENOUGH = 2
+_REMEDY = (
+    "Keep the graph (create_graph=True; no detach, no_grad or numpy between x and the value), or say that it is meant: by "
+    "detached=True, or within divflow.verification.severed_fields('allow')"
+)
+
+
+def watch(
+    function: Function, x: Tensor, g: Callable[..., object] | None = None, t: Tensor | None = None
+) -> "Watch | None":
+    """What watches the evaluation of a function that is about to come, or None if this call is not verified.
+
+    Args:
+        function: of the state alone.
+        x: states `(k, *event)`.
+        g: by which the calls are counted, if not by the function.
+        t: time, if g has one.
+    """
+    record = due(function if g is None else g, t, x)
+    return None if record is None else Watch(function, x, record)
+
+
+class Watch:
+    """A function that is watched while it is evaluated.
+
+    Args:
+        function: of the state alone.
+        x: states `(k, *event)`.
+        record: of its calls.
+    """
+
+    def __init__(self, function: Function, x: Tensor, record: Record) -> None:
+        self._function, self._x, self._record = function, x.detach(), record
+        self._following: Following | None = None
+        self._output: object = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The function's value at the state z, which requires grad."""
+        self._following = Following(z)
+        with self._following:
+            output = self._function(z)
+        self._output = output
+        return output
+
+    def conclude(self, output: Tensor, point: Tensor) -> None:
+        """Judge what was seen.
+
+        Args:
+            output: the value, as it was checked, with its graph.
+            point: the state that its graph starts from.
+
+        Raises:
+            FieldError: samples are mixed; or something is severed, where that is refused.
+        """
+        record = self._record
+        with verifying(), reentrant_refused():
+            mixed = mixed_by(output, point, record.calls)
+        if mixed is not None:
+            record.wrong = True
+            raise FieldError(
+                f"the field mixes the samples of a batch: of {len(point)} samples, values at some depend on states of "
+                f"others (a gradient of {float(mixed):.2g} of their own), so a trace over the batch would be wrong. "
+                "Look for normalization (BatchNorm in training mode), attention, statistics or edges over dimension 0; "
+                "evaluate samples that belong together as one event"
+            )
+        record.wrong = False
+        self._judge(output)
+
+    def _judge(self, output: Tensor) -> None:
+        record = self._record
+        if self._following is None or not isinstance(self._output, Tensor) or answer() == "allow":
+            return
+        suspicion = self._following.suspicion(self._output, graph_of(output))
+        if suspicion is None or record.right.get(suspicion, 0) >= _ENOUGH:
+            return
+        with verifying(), torch.inference_mode(False):
+            found = compare(self._function, self._x)
+        if found.verdict == "right" and found.telling:
+            record.right[suspicion] = record.right.get(suspicion, 0) + 1
+        elif found.verdict == "unknown":
+            record.note = f"not compared with differences, though {suspicion}: {found.why}"
+            if not output.requires_grad and "severed" in suspicion:
+                self._tell(f"autograd sees nothing of how the field depends on x: {suspicion}. {_REMEDY}", False)
+        elif found.verdict == "wrong":
+            record.wrong = True
+            self._tell(
+                f"autograd does not see all of how the field depends on x: {suspicion}. A derivative is "
+                f"{found.difference:.4g} by central differences and {found.autograd:.4g} by autograd, so its divergence "
+                f"would be wrong. {_REMEDY}",
+                found.certain,
+            )
+
+    def _tell(self, message: str, certain: bool) -> None:
+        if certain and answer() == "refuse":
+            raise FieldError(message)
+        if not self._record.warned:
+            self._record.warned = True
+            warnings.warn(message, FieldWarning, stacklevel=2)
