@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from divflow.divergence.compiled import eagerly
+from divflow.divergence.estimator import Estimator
 from divflow.divergence.field import AtTime, Field, as_time, checked_state, checked_value, linearize_field
+from divflow.divergence.hutchinson import Hutchinson
 from divflow.divergence.transformed import refuse_transforms
 from divflow.errors import FieldError, FieldWarning
 from divflow.verification.copies import CopyError, copied
+from divflow.verification.gradients import check_gradient
 from divflow.verification.schedule import record_of, severed_fields
 from divflow.verification.seeded import seeded
 
@@ -19,7 +22,15 @@ __all__ = ["accepts_sample_times", "check_field", "fresh_copy"]
 
 @eagerly
 @torch.no_grad()
-def check_field(g: Field, t: Tensor | float, x: Tensor, *, detached: bool = False) -> None:
+def check_field(
+    g: Field,
+    t: Tensor | float,
+    x: Tensor,
+    *,
+    detached: bool = False,
+    gradient: bool = False,
+    estimator: Estimator | None = None,
+) -> None:
     """Refuse a field that mixes the samples of a batch, remembers others, or hides a derivative; or is no field at all.
 
     - **It mixes**: every second sample is changed; the values at the others must stay as they were. It is examined on a
@@ -37,6 +48,11 @@ def check_field(g: Field, t: Tensor | float, x: Tensor, *, detached: bool = Fals
         t: time, a scalar or `(k,)`.
         x: states `(k, *event)` such as the field will see.
         detached: whether the field means what it detaches, which is then not looked at.
+        gradient: whether derivatives of the field and of its divergence are compared with central differences, too, as
+            tasks do before the first training step: an operation's second derivative may be wrong where its first is
+            right (see `divflow.verification.gradients`).
+        estimator: of that divergence. Of a stochastic one the gradient need not be that of the estimate, so one
+            probe of `Hutchinson` is taken in its place, and where there is none.
 
     Raises:
         FieldError: one of these (the message names the module or the line where it can be known), or shape, dtype or
@@ -56,6 +72,9 @@ def check_field(g: Field, t: Tensor | float, x: Tensor, *, detached: bool = Fals
         field, _ = fresh_copy(g)
         record_of(AtTime(field, t), x).wrong = True  # which makes the next call one that is verified
         linearize_field(field, t, x)
+        if gradient:
+            estimated = estimator is None or estimator.stochastic or estimator.frozen
+            check_gradient(g, t, x, Hutchinson() if estimator is None or estimated else estimator)
 
 
 def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:

@@ -3,32 +3,21 @@
 Only diagonal entries are kept: no `(k, D, D)` tensor exists, and `chunk_size` bounds the memory.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from divflow.divergence.estimator import ValueAndDivergence, accumulation_dtype
-from divflow.divergence.field import (
-    Field,
-    FieldError,
-    Linearization,
-    as_time,
-    checked_state,
-    checked_value,
-    event_size,
-    flatten_event,
-)
+from divflow.divergence.estimator import accumulation_dtype
+from divflow.divergence.field import Linearization, event_size, flatten_event
 from divflow.divergence.transformed import transformed
-from divflow.verification.seeded import rng_states, set_rng_states
 
 __all__ = [
+    "basis",
+    "bounds",
     "chunks",
-    "forward",
     "products_per_pass",
     "reverse",
     "sum_of_chunks",
@@ -38,10 +27,6 @@ __all__ = [
 # Sizes of one bundle of products. On a CPU larger ones fall out of the cache, and their double backward slows
 # down several times (measured, D = 43, 256 hidden units, 3,840 rows: 4.8 s with 43 a pass, 1.1 s with one).
 _CPU_ROWS, _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**12, 2**20, 2**24
-
-# Torch's levels of forward mode are one process's, not one thread's (2.13): two threads in it at once get each other's
-# derivatives.
-_FORWARD_MODE = threading.RLock()
 
 
 def products_per_pass(x: Tensor, activations: int = 1) -> int:
@@ -64,7 +49,7 @@ def reverse(field: Linearization, x: Tensor, chunk_size: int, recompute: bool) -
     not evaluated again), so that training, too, holds one chunk at a time.
     """
     return sum_of_chunks(
-        field, lambda start, stop: _basis(x, start, stop), trace_of_chunk, x, event_size(x), chunk_size, recompute
+        field, lambda start, stop: basis(x, start, stop), trace_of_chunk, x, event_size(x), chunk_size, recompute
     )
 
 
@@ -101,7 +86,7 @@ def chunks(
         chosen = vectors(start, stop)
         return part(field.pullback(field.before(chosen) if recompute else chosen), start, stop)
 
-    for start, stop in _chunks(count, chunk_size):
+    for start, stop in bounds(count, chunk_size):
         if recompute:
             field.batches(stop - start)  # decided here, for the first computation and the second
             yield checkpoint(computed, start, stop, use_reentrant=False, preserve_rng_state=False)
@@ -109,59 +94,16 @@ def chunks(
             yield computed(start, stop)
 
 
-def forward(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAndDivergence:
-    """Forward mode: columns J e_i, `chunk_size` of them a pass, each pass with one evaluation of the field.
-
-    A field that draws random numbers (dropout) draws the same ones in every pass. It keeps no graph of
-    the evaluation, which makes it the leanest where no gradient is wanted; the field needs forward-mode
-    and batching rules for all of its operations.
-
-    It is the derivative that torch's forward mode takes, which is not always autograd's: it ignores hooks, and
-    `torch.no_grad` within a field, and its own derivative is wrong for `layer_norm` (torch 2.13).
-
-    Raises:
-        FieldError: an operation has no rule.
-    """
-    x = checked_state(x)
-    t = as_time(t, x)
-    value, divergence = x, x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
-    if event_size(x) == 0 or x.shape[0] == 0:
-        return ValueAndDivergence(checked_value(g(t, x.clone()), x), divergence)
-    states, create_graph = rng_states(x), torch.is_grad_enabled()
-
-    def product(vector: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(lambda z: checked_value(g(t, z.clone()), x), (x,), (vector,))[:2]
-
-    for start, stop in _chunks(event_size(x), chunk_size):
-        if start:
-            set_rng_states(states)
-        try:
-            # Before torch 2.12 inference mode has no batching rule for dual tensors.
-            with _FORWARD_MODE, torch.inference_mode(False), torch.set_grad_enabled(create_graph):
-                # None is allowed, but not within a vmap of the caller's.
-                out_dims = 0 if transformed() else (None, 0)
-                products = vmap(product, out_dims=out_dims, randomness="same")  # type: ignore[arg-type]
-                value, columns = products(_basis(x, start, stop))
-                value = value[0] if transformed() else value
-        except (RuntimeError, NotImplementedError) as error:
-            if not any(word in str(error) for word in ("forward", "vmap", "jvp", "functorch", "functional transform")):
-                raise  # the field's own
-            raise FieldError(
-                f"method='forward' does not apply to this field: {str(error).splitlines()[0]}; use method='reverse'"
-            ) from error
-        divergence = divergence + trace_of_chunk(columns, start, stop)
-    return ValueAndDivergence(value, divergence)
-
-
-def _chunks(size: int, chunk_size: int) -> list[tuple[int, int]]:
+def bounds(size: int, chunk_size: int) -> list[tuple[int, int]]:
+    """First and last but one of the vectors in each pass."""
     return [(start, min(size, start + chunk_size)) for start in range(0, size, chunk_size)]
 
 
-def _basis(x: Tensor, start: int, stop: int) -> Float[Tensor, "chunk batch *event"]:
+def basis(x: Tensor, start: int, stop: int) -> Float[Tensor, "chunk batch *event"]:
     """The basis vectors e_start, ..., e_(stop-1) of the event space, the same for every sample."""
-    basis = x.new_zeros(stop - start, event_size(x))
-    basis.diagonal(start).fill_(1)
-    return basis.view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
+    vectors = x.new_zeros(stop - start, event_size(x))
+    vectors.diagonal(start).fill_(1)
+    return vectors.view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
 
 
 def trace_of_chunk(products: Float[Tensor, "chunk batch *event"], start: int, stop: int) -> Float[Tensor, " batch"]:

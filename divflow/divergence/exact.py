@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.arguments import check_count
-from divflow.divergence import dense, local, own
+from divflow.divergence import dense, forward_mode, local, own
 from divflow.divergence.colored import Coloring
 from divflow.divergence.compiled import eagerly
 from divflow.divergence.estimator import Estimate, Estimator
@@ -125,7 +125,7 @@ class Exact(Estimator):
             `divflow.divergence.colored`), and two for each statistic of the normalizations in it, such as GroupNorm,
             evaluating it three times (see `divflow.divergence.normalized`); "reverse" takes rows of the Jacobian from one evaluation of the
             field; "forward" takes columns (`torch.func.jvp`), for fields with forward-mode rules, evaluating
-            once a pass; torch's rules for it are believed, and not compared with autograd (see `dense.forward`). "auto" takes the cheapest that applies (`explain` says which and why): the choice is
+            once a pass; torch's rules for it are compared with products in reverse (see `divflow.divergence.forward_mode`). "auto" takes the cheapest that applies (`explain` says which and why): the choice is
             made at the first call for a field and shape of x, which takes longer than the following ones.
         chunk_size: basis vectors a pass; None takes what suits the device. Peak memory grows with it and
             not with D; where it is given, that holds in training too: each chunk is then computed again
@@ -177,7 +177,7 @@ class Exact(Estimator):
         if own.applies(self.method, g, x):
             return _exactly(*own.evaluate(g, t, x))
         if self.method == "forward":
-            return _exactly(*dense.forward(g, t, x, self._chunk_size(x, event_size(x))))
+            return _exactly(*forward_mode.evaluate(g, t, x, self._chunk_size(x, event_size(x))))
         choices = self._choices(g, t, x)
         always = choices.get(None)
         if always is not None:

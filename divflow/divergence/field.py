@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divflow.divergence.batching import batches
 from divflow.divergence.compiled import eagerly
+from divflow.divergence.third_derivatives import Normalizations
 from divflow.divergence.transformed import Transformed, transformed
 from divflow.errors import FieldError
 from divflow.verification.graph import graph_of, reentrant_refused
@@ -120,6 +121,7 @@ class Linearization:
     def __init__(self, output: Tensor, point: Tensor, create_graph: bool) -> None:
         self._output, self._point, self.create_graph = output, point, create_graph
         self._batches: dict[tuple[int, bool], bool] = {}
+        self._normalizations: Normalizations | None = None
         self.value = output if create_graph else output.detach()
 
     def pullback(
@@ -194,6 +196,8 @@ class Linearization:
 
     def _grad(self, vectors: Tensor, batched: bool, constant: bool) -> Tensor:
         create_graph = self.create_graph and not constant
+        if create_graph and self._normalizations is None:
+            self._normalizations = Normalizations(self._output, self._point)
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph), reentrant_refused():
             (product,) = torch.autograd.grad(
                 self._output,
@@ -204,8 +208,9 @@ class Linearization:
                 is_grads_batched=batched,
                 allow_unused=True,
             )
-        # materialize_grads would do this, but forgets the batch of vectors.
-        return vectors.new_zeros((*vectors.shape[:batched], *self._point.shape)) if product is None else product
+        if product is None:  # materialize_grads would do this, but forgets the batch of vectors
+            return vectors.new_zeros((*vectors.shape[:batched], *self._point.shape))
+        return self._normalizations.correct(product, batched) if create_graph and self._normalizations else product
 
 
 class _Before(torch.autograd.Function):

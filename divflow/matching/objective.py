@@ -108,7 +108,7 @@ class ConditionalFlowMatching:
         x = checked_state(x)
         check_context(context, x)
         field = ConditionedField(velocity, context)
-        check_field(field, 0.5, x)
+        check_field(field, 0.5, x, gradient=True)
         if len(x) == 1:  # one sample has one time, which a velocity of scalar times takes, too
             field, x = field.repeat(2), x.repeat(2, *[1] * (x.ndim - 1))
         if len(x) and not accepts_sample_times(field, 0.0, 1.0, x):

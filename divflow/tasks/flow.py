@@ -73,9 +73,10 @@ class FlowTask(FlowDensityTask):
         self._last: FlowEvaluation | None = None
 
     def check(self, batch: Batch) -> None:
-        """Before the first step: the velocity must be a field, and treat the samples independently."""
+        """Before the first step: the velocity must be a field, treat the samples independently, and have right derivatives."""
         flow, (x, context) = self.density.flow, self.transformed(batch)
-        check_field(flow.field(context), flow.times()[0], x)
+        field, t = flow.field(context), flow.times()[0]
+        check_field(field, t, x, detached=flow.detached, gradient=True, estimator=flow.estimator)
         self.check_base(x, context)
 
     def loss(self, batch: Batch) -> Tensor:

@@ -74,7 +74,7 @@ class ScoreTask(Task):
         return density.with_flow(flow) if isinstance(density, ScoreDensity) and flow is not None else density
 
     def check(self, batch: Batch) -> None:
-        """Before the first step: the score must be a field, and treat the samples independently.
+        """Before the first step: the score must be a field, treat the samples independently, and have right derivatives.
 
         Raises:
             TrainingError: the data have a context, which scores do not take.
@@ -82,7 +82,8 @@ class ScoreTask(Task):
         y = self._transformed(batch)
         objective = self.objective
         time = objective.draw_times(y).t if isinstance(objective, TimeConditionalScoreMatching) else 0.5
-        check_field(self.density.score_field, time, y)
+        estimator = getattr(objective, "estimator", None)
+        check_field(self.density.score_field, time, y, gradient=True, estimator=estimator)
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean of the objective over a batch."""

@@ -1,8 +1,6 @@
 """Fields over vectors of 6 entries for the tests of the layered method: as many kinds of network as users write."""
 
-import contextlib
 import math
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -290,30 +288,6 @@ class Channels(nn.Module):
     def forward(self, t, x):
         h = self.norm(self.first(x).unflatten(1, self.event))
         return self.last(torch.sin(h.flatten(1)))
-
-
-@contextlib.contextmanager
-def by_parts():
-    """Within it, layers normalize by simple operations, whose derivatives autograd has right to any order."""
-
-    def standardized(h, dims, weight, bias, eps):
-        h = (h - h.mean(dims, keepdim=True)) / (h.var(dims, correction=0, keepdim=True) + eps).sqrt()
-        return h * (1 if weight is None else weight) + (0 if bias is None else bias)
-
-    def layer_norm(h, shape, weight=None, bias=None, eps=1e-5):
-        return standardized(h, [*range(-len(shape), 0)], weight, bias, eps)
-
-    def instance_norm(
-        h, running_mean, running_var, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
-    ):
-        if not use_input_stats:
-            return instance(h, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-        weight, bias = (p if p is None else p.view(-1, *[1] * (h.ndim - 2)) for p in (weight, bias))
-        return standardized(h, [*range(2, h.ndim)], weight, bias, eps)
-
-    instance = F.instance_norm
-    with mock.patch.object(F, "layer_norm", layer_norm), mock.patch.object(F, "instance_norm", instance_norm):
-        yield
 
 
 class ResidualNormalized(nn.Module):

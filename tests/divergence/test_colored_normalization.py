@@ -1,10 +1,7 @@
 """Local fields with normalizations between: a local part by colours, statistics beside, and the same divergence as the loop's."""
 
-import contextlib
-
 import pytest
 import torch
-from layered_networks import by_parts
 from torch import nn
 from torch.nn import functional as F
 
@@ -114,11 +111,9 @@ def test_value_divergence_and_derivatives(name, t):
     assert least <= plan.products - 2 * count <= most
     inputs, results = [x, t, *field.parameters()], []
     for estimator in (Exact(), Exact("auto", chunk_size=3), Autograd()):
-        # Torch's third derivatives of some normalizations are wrong.
-        with by_parts() if isinstance(estimator, Autograd) else contextlib.nullcontext():
-            value, div = estimator(field, t, x)
-            first = torch.autograd.grad((div**2).sum(), inputs, create_graph=True, materialize_grads=True)
-            second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True)
+        value, div = estimator(field, t, x)
+        first = torch.autograd.grad((div**2).sum(), inputs, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True)
         results.append(((value,), (div,), first, second))
     for result in results[:-1]:
         for actual, expected in zip(result, results[-1], strict=True):

@@ -1,12 +1,11 @@
 """The layered method against the loop over dimensions: values, first and second derivatives, on every kind of network."""
 
-import contextlib
 import itertools
 
 import pytest
 import torch
 from catalogue import true_jacobian
-from layered_networks import ACTIVATIONS, NETWORKS, D, Plain, by_parts
+from layered_networks import ACTIVATIONS, NETWORKS, D, Plain
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, FieldError, divergence
@@ -65,8 +64,7 @@ def test_first_and_second_derivatives(name, time):
     weights = torch.randn(len(x), dtype=torch.float64)
     results = []
     for estimator in (Autograd(), LAYERED):
-        with by_parts() if isinstance(estimator, Autograd) else contextlib.nullcontext():
-            value, div = estimator(field, t, x)
+        value, div = estimator(field, t, x)
         objective = (weights * div).sum() + (value**2).sum()
         first = torch.autograd.grad(objective, [x, t, *parameters], create_graph=True, materialize_grads=True)
         second = torch.autograd.grad(

@@ -42,8 +42,7 @@ def test_value_gradient_and_laplacian(name, dtype, tolerance):
     assert explain_laplacian(f, x).method == FORWARD
 
 
-# Torch's own third derivative of layer_norm is wrong (2.13): see the next test.
-@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"layer normalization"}))
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_first_and_second_derivatives(name):
     f, x = make(name)
     x.requires_grad_()

@@ -1,0 +1,239 @@
+"""Third derivatives of normalizations, which torch has wrong (2.13; pytorch#175754, #186256): written out where they are taken.
+
+The kernels of layer and batch normalization keep the mean and the deviation that they found. Their backward pass knows how
+both depend on the input, and so does its derivative; but to the derivative of that they are constants. So where a second
+derivative is to be differentiated again, it is taken through the backward pass written out by simple operations, which is right
+to any order. Whatever name the normalization was called by, its node in the graph is found; values, first and second
+derivatives stay torch's own, and cost a look at the graph.
+"""
+
+import functools
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointError
+
+__all__ = ["Normalizations"]
+
+
+class Normalizations:
+    """The normalizations on the way to a field's value, and in the products with its Jacobian.
+
+    Args:
+        output: the value.
+        point: the state that it is a function of.
+    """
+
+    def __init__(self, output: Tensor, point: Tensor) -> None:
+        self._known: set[Node] = set() if point.grad_fn is None else {point.grad_fn}
+        self._orders: set[_Order] = set()
+        self._look(output)
+
+    def correct(self, product: Tensor, batched: bool) -> Tensor:
+        """The product with its graph, whose derivatives of every order are right.
+
+        Args:
+            product: with the Jacobian.
+            batched: whether it is several, by batching rules, whose nodes are not seen when they are made.
+        """
+        if _Order.HIDDEN in self._orders or (batched and self._orders):
+            self._look(product)
+        return product
+
+    def _look(self, output: Tensor) -> None:
+        nodes = [output.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in self._known:
+                self._known.add(node)
+                order = _order(type(node))
+                if order is not None:
+                    self._orders.add(order)
+                    _hook(node, order)
+                nodes.extend(function for function, _ in node.next_functions)
+
+
+class _Order(Enum):
+    """What a node is to normalizations."""
+
+    FIRST = "the backward pass of one"
+    SECOND = "the derivative of that"
+    HIDDEN = "differentiated by Python or TorchScript, of which nothing is known"
+
+
+@functools.lru_cache(1024)
+def _order(kind: type) -> _Order | None:
+    name = kind.__name__
+    if name in _WRITTEN_OUT:
+        return _Order.SECOND
+    if name in _FIRST:
+        return _Order.FIRST
+    hidden = name == "CppFunction" or issubclass(kind, torch.autograd.function.BackwardCFunction)
+    return _Order.HIDDEN if hidden else None
+
+
+def _hook(node: Node, order: _Order | None) -> None:
+    """Once for each node, however often it is met."""
+    hook = {_Order.FIRST: _followed, _Order.SECOND: _written_out}.get(order)  # type: ignore[arg-type]
+    if hook is not None and not node.metadata.get(__name__):
+        node.metadata[__name__] = True
+        node.register_hook(hook)
+
+
+def _followed(gradients: tuple[Any, ...], cotangents: tuple[Any, ...]) -> None:
+    """A hook of a backward pass: where it is to be differentiated, its derivative gets one, too."""
+    if torch.is_grad_enabled():
+        for gradient in gradients:
+            node = gradient.grad_fn if isinstance(gradient, Tensor) else None
+            if node is not None and _order(type(node)) is _Order.SECOND:
+                _hook(node, _Order.SECOND)
+
+
+class _Backward(NamedTuple):
+    """A normalization's backward pass, written out.
+
+    Attributes:
+        inputs: by their place among those of the node: the gradient of the value, the input, and the weight if there is one.
+        outputs: the gradients of the input, of the weight and of the bias.
+    """
+
+    inputs: dict[int, Tensor]
+    outputs: tuple[Tensor, ...]
+
+
+def _written_out(gradients: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The second derivatives that have right derivatives, in the place of torch's own.
+
+    A hook of the node, after it ran, that asks torch for the node: one that held it would keep the graph alive.
+    """
+    if not torch.is_grad_enabled():
+        return None  # they are not differentiated again, and right
+    node: Any = torch._C._current_autograd_node()
+    written = _saved(_WRITTEN_OUT[type(node).__name__], node)
+    given = zip(written.outputs, cotangents, strict=False)
+    pairs = [(output.to(z.dtype), z) for output, z in given if z is not None and output.requires_grad]
+    wanted = {place: z for place, z in written.inputs.items() if gradients[place] is not None and z.requires_grad}
+    if not wanted or not pairs:
+        return None
+    outputs, weights = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, [*wanted.values()], weights, create_graph=True, allow_unused=True)
+    right = {
+        place: torch.zeros_like(gradients[place]) if z is None else z for place, z in zip(wanted, found, strict=True)
+    }
+    return tuple(right.get(place, gradient) for place, gradient in enumerate(gradients))
+
+
+def _saved(write: Callable[[Any], _Backward], node: Any) -> _Backward:
+    """What was saved, written out."""
+    try:
+        return write(node)
+    except CheckpointError:
+        pass
+    # Under `torch.utils.checkpoint` it is to be had once a backward pass, and the node has had it: so in another pass.
+    found: list[_Backward] = []
+
+    def again(gradient: Tensor) -> None:
+        with torch.enable_grad():
+            found.append(write(node))
+
+    start = torch.zeros((), device="cpu", requires_grad=True)
+    end = start.clone()
+    end.register_hook(again)
+    torch.autograd.grad(end, start)
+    return found[0]
+
+
+def _layer_norm(node: Any) -> _Backward:
+    g, x, weight = _aliases(node._saved_grad_out, node._saved_input, node._saved_weight)
+    last = x.ndim - len(node._saved_normalized_shape)
+    outputs = _gradients(g, x, weight, [*range(last, x.ndim)], [*range(last)], _found(node._saved_rstd))
+    return _Backward(_present({0: g, 1: x, 4: weight}), outputs)
+
+
+def _rms_norm(node: Any) -> _Backward:
+    g, x, weight = _aliases(node._saved_grad_out, node._saved_input, node._saved_weight)
+    last = x.ndim - len(node._saved_normalized_shape)
+    rstd = _found(node._saved_rstd)
+    outputs = _gradients(g, x, weight, [*range(last, x.ndim)], [*range(last)], rstd, centred=False)
+    return _Backward(_present({0: g, 1: x, 3: weight}), outputs)
+
+
+def _batch_norm(node: Any) -> _Backward:
+    """Of statistics of the batch; where those are constants torch's derivatives are right."""
+    if not getattr(node, "_saved_train", getattr(node, "_saved_update", True)):
+        return _Backward({}, ())
+    # The kernels of cuDNN and MIOpen have other names for these, and take the input first.
+    others = type(node).__name__.startswith(("Cudnn", "Miopen"))
+    g, eps = (node._saved_grad_output, node._saved_epsilon) if others else (node._saved_grad_out, node._saved_eps)
+    g, x, weight = _aliases(g, node._saved_input, node._saved_weight)
+    dims = [0, *range(2, x.ndim)]
+    scale = None if weight is None else weight.view(-1, *[1] * (x.ndim - 2))
+    outputs = _gradients(g, x, scale, dims, dims, lambda variance: (variance + eps).rsqrt())
+    return _Backward(_present({0: x, 1: g, 2: weight} if others else {0: g, 1: x, 2: weight}), outputs)
+
+
+_WRITTEN_OUT: dict[str, Callable[[Any], _Backward]] = {
+    "NativeLayerNormBackwardBackward0": _layer_norm,
+    "FusedRmsNormBackwardBackward0": _rms_norm,
+    "NativeBatchNormBackwardBackward0": _batch_norm,
+    "CudnnBatchNormBackwardBackward0": _batch_norm,
+    "MiopenBatchNormBackwardBackward0": _batch_norm,
+    "BatchNormBackwardBackward0": _batch_norm,
+}
+"""By the name of the node."""
+_FIRST = {name.replace("BackwardBackward0", "Backward0") for name in _WRITTEN_OUT} | {
+    "NativeBatchNormLegitBackward0",
+    "NativeBatchNormLegitBackward1",
+    "BatchNormWithUpdateBackward0",
+}
+
+
+def _aliases(*tensors: Tensor | None) -> list[Any]:
+    """The tensors under other names, at which a derivative ends though they have a history."""
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+
+
+def _present(inputs: dict[int, Tensor | None]) -> dict[int, Tensor]:
+    return {place: tensor for place, tensor in inputs.items() if tensor is not None}
+
+
+def _found(rstd: Tensor) -> Callable[[Tensor], Tensor]:
+    """The reciprocal deviation that a kernel found, as a function of the variance: its eps was not kept."""
+    return lambda variance: (variance - variance.detach() + rstd.detach().to(variance).pow(-2)).rsqrt()
+
+
+def _gradients(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    dims: list[int],
+    samples: list[int],
+    rstd: Callable[[Tensor], Tensor],
+    centred: bool = True,
+) -> tuple[Tensor, ...]:
+    """The gradients of input, weight and bias of (x - mean) * rstd * weight + bias.
+
+    Args:
+        g: the gradient of the value.
+        x: the input.
+        weight: broadcast with it.
+        dims: over which mean and variance are taken.
+        samples: over which weight and bias are the same.
+        rstd: the reciprocal deviation for a variance.
+        centred: whether there is a mean.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)  # lower precision is normalized in a higher one
+    g, x = g.to(dtype), x.to(dtype)
+    x = x - x.mean(dims, keepdim=True) if centred else x
+    scale = rstd(x.square().mean(dims, keepdim=True))
+    value = x * scale
+    weighted = g if weight is None else g * weight.to(dtype)
+    along = value * (weighted * value).mean(dims, keepdim=True)
+    mean = weighted.mean(dims, keepdim=True) if centred else 0.0
+    of_input = scale * (weighted - mean - along)
+    of_weight, of_bias = (z.sum(samples) if samples else z for z in (g * value, g))
+    return of_input, of_weight, of_bias
