@@ -120,3 +120,14 @@ def test_a_kernel_without_second_derivatives_is_refused_where_these_are_needed(n
         with torch.no_grad():
             found.append(divergence(lambda t, x, kernels=kernels: field(t, x, kernels), 0.0, x, ESTIMATORS[name]))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_refuses_a_checkpoint_where_a_gradient_is_wanted():
+    field, x = Checkpointed(), torch.randn(4, 6)
+    for _ in range(3):
+        with pytest.raises(FieldError, match="can't be checkpointed; use method='reverse'"):
+            divergence(field, 0.0, x, Exact("forward"))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                divergence(field, 0.0, x, Exact("forward")), divergence(field, 0.0, x), rtol=1e-4, atol=1e-5
+            )
