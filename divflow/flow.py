@@ -38,7 +38,8 @@ class FlowEvaluation(NamedTuple):
         latent: the state at t_base, `(k, *event)`.
         log_det: log |det d latent / d x| = -integral from t_base to t_data of div v dt, in nats, `(k,)`.
         quadrature_error: estimated absolute error of that integral, in nats, `(k,)`; None if not known.
-        standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known.
+        standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known. From m
+            probes it has m - 1 degrees of freedom: two of it hold 71 % of errors with 2 probes, and 93 % with 8.
         evaluations: of the field; `backward` grows when an adjoint gradient is taken.
         penalties: the integrals over time that were asked for, by name, `(k,)`.
     """
