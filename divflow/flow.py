@@ -48,7 +48,8 @@ class FlowEvaluation(NamedTuple):
         log_det: log |det d latent / d x| = -integral from t_base to t_data of div v dt, in nats, `(k,)`.
         quadrature_error: estimated absolute error of log_prob, in nats, `(k,)`; None if not known. It is that of the
             integral at its nodes and, where further evaluations were allowed (`diagnostics`), that of the trajectory.
-        standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known.
+        standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known. From m
+            probes it has m - 1 degrees of freedom: two of it hold 71 % of errors with 2 probes, and 93 % with 8.
         evaluations: of the field; `backward` grows when an adjoint gradient is taken.
         penalties: the integrals over time that were asked for, by name, `(k,)`.
         trajectory_error: the part of quadrature_error that the solver's steps have made, `(k,)`: twice what log_prob

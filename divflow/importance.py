@@ -68,7 +68,9 @@ def importance_weights(
     no number of samples shows it (arXiv 2601.21177). It is refused, unless it is to be corrected: then w_i is multiplied by
     exp(-s_i^2 / 2), s_i the standard error of log p(x_i). The assumption is that e is normal, as the sum over many nodes
     and dimensions nearly is, and that s_i^2 is known: from m probes it has m - 1 degrees of freedom, and log Z stays
-    too large by about s^4 / (4 (m - 1)).
+    too large by about s^4 / (4 (m - 1)). That s_i is unbiased matters, too: `XTrace`'s is too large where its terms are few.
+    Two standard errors hold the error of log Z for 95 % of runs with an exact divergence, and corrected
+    (200 samples) for 94 % with 8 probes (s = 0.4), 90 % with 2 (s = 0.8), and 91 % by `XTrace(8)` (s = 0.5).
 
     **Few effective samples**: standard errors know only what the flow has reached. Where one weight outweighs all, that of log Z is
     at most 1 however far off log Z is, and that of an expectation by the delta method, sqrt(sum_i W_i^2 (h_i - mean)^2), tends to zero.

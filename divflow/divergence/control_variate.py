@@ -40,7 +40,8 @@ class ControlVariate(Estimator):
     C(t) is the mean Jacobian of reference samples at time t, so that the variance counts only how a sample differs from
     them: for Rademacher probes it is `2 * sum_{i != j} S_ij^2` with S the symmetric part of J - C. The probes are
     independent of C, which may therefore depend on the very samples that are estimated: that is no bias. Standard errors
-    are those of the rest, all that is estimated.
+    are those of the rest, all that is estimated, and as often right as the wrapped estimator's. Products that are not
+    finite are no part of C.
 
     **References of the batch** (a number) cost `references * D / k` products a sample and no evaluation of the field:
     each sample gives a few rows of its own Jacobian, the next sample the next rows, so that every row of C is the mean

@@ -24,6 +24,9 @@ class Hutchinson(Estimator):
     Rademacher `2 * sum_{i != j} S_ij^2`, Gaussian `2 * |S|_F^2`; the sphere's probes (uniform, of norm
     sqrt(D)) have `2 D / (D + 2) * (|S|_F^2 - tr(S)^2 / D)`. It falls as 1 / num_probes.
 
+    The standard error is known from num_probes values: two of it hold the error for 71, 86 and 94 % of draws with 2, 4 and
+    16 probes (measured: 68 to 76, 83 to 90, 92 to 95), as Student's t does with num_probes - 1 degrees of freedom.
+
     Args:
         num_probes: vector-Jacobian products a call, at least 1.
         distribution: "rademacher" (the least variance where J has a heavy diagonal), "gaussian" or "sphere".
