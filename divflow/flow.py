@@ -10,15 +10,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, Transform
+from torch.distributions import Distribution, Independent, Normal
 
-from divflow.arguments import check_count, check_generator, checked_event_shape
-from divflow.bases import MeanFreeNormal
+from divflow.arguments import checked_event_shape
+from divflow.base_density import BaseDensity
 from divflow.distribution import FlowDistribution
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
 from divflow.divergence.field import checked_state
-from divflow.divergence.seeded import seeded
 from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
@@ -106,7 +105,7 @@ class ContinuousFlow(nn.Module):
         if _as_number(t_base) == _as_number(t_data):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data = t_base, t_data
-        self.base = _Base(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
+        self.base = BaseDensity(_standard_normal(self.event_shape) if base is None else base, self.event_shape)
         self._sample_times: bool | None = None
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
@@ -185,7 +184,7 @@ class ContinuousFlow(nn.Module):
         self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None
     ) -> tuple[Tensor, FlowEvaluation]:
         """Samples `(num_samples, *event)` and what is known of their log-densities, from one solve; see `rsample_and_log_prob`."""
-        z, evaluations = self.base.sample(num_samples, generator), Evaluations()
+        z, evaluations = self.sample_base(num_samples, generator), Evaluations()
         carried = self._transport(
             z, context, self.t_base, self.t_data, generator, evaluations=evaluations, diagnostics=False
         )
@@ -216,7 +215,19 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples `(num_samples, *event)`, without gradient; `context` has one row a sample."""
-        return self.decode(self.base.sample(num_samples, generator), context)
+        return self.decode(self.sample_base(num_samples, generator), context)
+
+    def sample_base(self, num_samples: int, generator: Generator | None = None) -> Tensor:
+        """Draws of the base `(num_samples, *event)`, in the dtype of the velocity's parameters, if they are of one.
+
+        In float32 where that is a coarser one, in which no trajectory can be solved.
+        """
+        module = self.velocity if isinstance(self.velocity, nn.Module) else nn.Module()
+        dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else self.base.dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            dtype = torch.promote_types(self.base.dtype, torch.float32)
+        return self.base.sample(num_samples, generator, dtype)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent z `(k, *event)` at t_base of data x at t_data."""
@@ -353,88 +364,6 @@ def _outside_inference_mode() -> Iterator[None]:
             yield
     else:
         yield
-
-
-class _Base(nn.Module):
-    """A base distribution as a module: its tensors are buffers, so they move and are saved with the flow."""
-
-    def __init__(self, distribution: Distribution, event_shape: torch.Size) -> None:
-        super().__init__()
-        if not isinstance(distribution, Distribution):
-            raise ValueError(f"base must be a torch.distributions.Distribution, but is a {type(distribution).__name__}")
-        if distribution.batch_shape or distribution.event_shape != event_shape:
-            raise ValueError(
-                f"the base must have event shape {tuple(event_shape)} and no batch shape, but has event shape "
-                f"{tuple(distribution.event_shape)} and batch shape {tuple(distribution.batch_shape)}; wrap it in "
-                "torch.distributions.Independent(base, n) to make n batch dimensions part of the event"
-            )
-        if any(tensor.requires_grad for *_, tensor in _tensors(distribution)):
-            raise ValueError(
-                "the base's tensors require grad, but would not be among the flow's parameters; detach them"
-            )
-        self.distribution = copy.deepcopy(distribution)
-        self._buffer_of: dict[tuple[str | int, ...], str] = {}
-        for path, place, key, tensor in list(_tensors(self.distribution)):
-            self._buffer_of[path] = name = "_".join(map(str, path))
-            # A clone, since broadcast parameters share memory that a checkpoint could not be loaded into.
-            self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
-            place[key] = getattr(self, name)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """In z's precision, whatever autocast makes of the matrix products inside."""
-        if len(z) == 0:  # which torch's Independent can't reshape
-            return z.new_zeros(0)
-        with torch.autocast(z.device.type, enabled=False):
-            return self.distribution.log_prob(z)
-
-    def check_states(self, x: Tensor) -> None:
-        """Refuse states that the base, or a flow of it, has no density of: particles whose centre of mass is not zero."""
-        if isinstance(self.distribution, MeanFreeNormal):
-            self.distribution.check_states(x)
-
-    def sample(self, num_samples: int, generator: Generator | None) -> Tensor:
-        """Draws `(num_samples, *event)`.
-
-        Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
-        threads may draw from, too; normal draws, of the base that most flows have, need it not.
-        """
-        check_count("num_samples", num_samples, least=0)
-        check_generator(generator)
-        if generator is None:
-            return self.distribution.sample((num_samples,))
-        normal = getattr(self.distribution, "base_dist", None)
-        if isinstance(self.distribution, Independent) and type(normal) is Normal:
-            noise = torch.randn(
-                (num_samples, *self.distribution.event_shape),
-                generator=generator,
-                dtype=normal.loc.dtype,
-                device=generator.device,
-            )
-            return (normal.loc + normal.scale * noise.to(normal.loc.device)).detach()
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
-        with seeded(seed, devices):
-            return self.distribution.sample((num_samples,))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        for path, place, key, tensor in list(_tensors(self.distribution)):
-            # What is no buffer was computed by the distribution itself, and cached.
-            place[key] = getattr(self, self._buffer_of[path]) if path in self._buffer_of else fn(tensor)
-        return self
-
-
-def _tensors(distribution: object) -> Iterator[tuple[tuple[str | int, ...], dict, str, Tensor]]:
-    """Every tensor that a distribution, and the distributions and transforms inside it, hold: path, place, key, tensor."""
-    objects: list[tuple[tuple[str | int, ...], object]] = [((), distribution)]
-    while objects:
-        path, current = objects.pop()
-        for key, value in vars(current).items():
-            if isinstance(value, Tensor):
-                yield (*path, key), vars(current), key, value
-            for i, part in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(part, Distribution | Transform):
-                    objects.append(((*path, key, i), part))
 
 
 def _standard_normal(event_shape: torch.Size) -> Distribution:

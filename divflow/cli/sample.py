@@ -82,7 +82,7 @@ def _drawn(
 
     device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
     if isinstance(density, FlowDensity) and getattr(density, "sampler", None) is None:
-        noise = density.flow.base.sample(number, Generator(device).manual_seed(seed))
+        noise = density.flow.sample_base(number, Generator(device).manual_seed(seed))
 
         def draw(part: slice, index: int) -> Tensor:
             z = noise[part]
