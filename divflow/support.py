@@ -43,8 +43,13 @@ def log_density(distribution: Distribution, value: Tensor) -> Tensor:
     if isinstance(distribution, Independent) and kind is Independent.log_prob:
         return _summed(log_density(distribution.base_dist, value), distribution.reinterpreted_batch_ndims)
     if isinstance(distribution, MixtureSameFamily) and kind is MixtureSameFamily.log_prob:
-        parts = log_density(distribution.component_distribution, value.unsqueeze(-1 - len(distribution.event_shape)))
-        return (parts + distribution.mixture_distribution.logits.log_softmax(dim=-1)).logsumexp(dim=-1)
+        padded = value.unsqueeze(-1 - len(distribution.event_shape))
+        parts = log_density(distribution.component_distribution, padded)
+        beyond = parts.isneginf().all(dim=-1)  # where the derivative of logsumexp is NaN
+        parts = torch.where(beyond[..., None], 0.0, parts) + distribution.mixture_distribution.logits.log_softmax(
+            dim=-1
+        )
+        return torch.where(beyond, -torch.inf, parts.logsumexp(dim=-1))
     if isinstance(distribution, TransformedDistribution) and kind is TransformedDistribution.log_prob:
         return _transformed(distribution, value)
     return _inside(_support(distribution), value, distribution.log_prob)
@@ -77,8 +82,9 @@ def _transformed(distribution: TransformedDistribution, value: Tensor) -> Tensor
     """As torch takes it, transform by transform, but that each is asked for what it can't have made."""
 
     def density(y: Tensor) -> Tensor:
-        total, dims = torch.zeros((), dtype=y.dtype, device=y.device), len(distribution.event_shape)
-        beyond = torch.zeros((), dtype=torch.bool, device=y.device)
+        dims = len(distribution.event_shape)
+        total, missing = y.new_zeros(()), _any(y.isnan(), dims)
+        beyond = torch.zeros_like(missing)
         for transform in reversed(distribution.transforms):
             domain, codomain = transform.domain, transform.codomain
             outside, y = _moved_inside(codomain, y)
@@ -89,26 +95,24 @@ def _transformed(distribution: TransformedDistribution, value: Tensor) -> Tensor
             total = total - _summed(transform.log_abs_det_jacobian(x, y), dims - domain.event_dim)
             y = x
         total = total + _summed(log_density(distribution.base_dist, y), dims - len(distribution.base_dist.event_shape))
-        return torch.where(beyond, -torch.inf, total)
+        return torch.where(missing, torch.nan, torch.where(beyond, -torch.inf, total))
 
     return _inside(_support(distribution), value, density)
 
 
 def _inside(support: Constraint | None, value: Tensor, log_prob: Callable[[Tensor], Tensor]) -> Tensor:
-    outside, value = _moved_inside(support, value)
-    found = log_prob(value)
-    return found if outside is None else torch.where(outside, -torch.inf, found)
+    outside, point = _moved_inside(support, value)
+    if support is None or outside is None:
+        return log_prob(value)
+    found = torch.where(outside, -torch.inf, log_prob(point))
+    return torch.where(_any(value.isnan(), support.event_dim), torch.nan, found)
 
 
 def _moved_inside(support: Constraint | None, value: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Which values lie outside, `(*sample, *batch)`, None where there is no outside; and these replaced by some inside.
-
-    What is NaN stays so, and so does its density.
-    """
+    """Which values lie outside, `(*sample, *batch)`, None where there is no outside; and these replaced by some inside."""
     if support is None or constraints.is_dependent(support) or _unbounded(support):
         return None, value
-    missing = value.isnan()
-    outside = ~support.check(value) & ~(_any(missing, support.event_dim) if support.event_dim else missing)
+    outside = ~support.check(value)
     try:
         within = transform_to(support)(torch.zeros_like(value))
     except NotImplementedError:  # no map to the support is known to torch
