@@ -6,7 +6,15 @@ from numbers import Integral, Real
 
 from torch import Generator, Tensor
 
-__all__ = ["check_count", "check_generator", "check_numbers", "check_positive", "checked_event_shape", "listed_rows"]
+__all__ = [
+    "check_count",
+    "check_generator",
+    "check_numbers",
+    "check_positive",
+    "checked_event_shape",
+    "checked_range",
+    "listed_rows",
+]
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -65,6 +73,21 @@ def checked_event_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     for size in sizes:
         check_count("a size in event_shape", size, least=0)
     return tuple(int(size) for size in sizes)
+
+
+def checked_range(name: str, ends: Sequence[float]) -> tuple[float, float]:
+    """A range as two numbers, the lower one first.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    try:
+        low, high = (float(end) for end in ends)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and low < high < math.inf):
+        raise ValueError(f"{name} must be a range (low, high), such as (-1, 1), but is {ends!r}")
+    return low, high
 
 
 def listed_rows(bad: Tensor) -> str:

@@ -112,7 +112,7 @@ class BaseDensity(nn.Module):
     def _current(self, dtype: torch.dtype | None) -> Distribution:
         """The distribution with the present buffers in it, floating ones in `dtype`, and nothing that was computed from others."""
         for path, part in _parts(self._distribution):
-            if isinstance(part, Transform) and getattr(part, "_cache_size", 0):
+            if isinstance(part, Transform) and getattr(part, "_cache_size", False):
                 part._cached_x_y = None, None
             for key in [key for key, value in vars(part).items() if isinstance(value, Tensor)]:
                 if (*path, key) in self._buffer_of:

@@ -21,7 +21,8 @@ from divflow.divergence.field import checked_state
 from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
-from divflow.solver import Evaluations, Solver
+from divflow.rows import check_finite_rows
+from divflow.solver import Evaluations, Solver, SolverError
 
 __all__ = ["ContinuousFlow", "FlowEvaluation"]
 
@@ -112,7 +113,7 @@ class ContinuousFlow(nn.Module):
         """The log-density of x `(k, *event)` in nats, `(k,)`; `generator` draws a stochastic estimator's probes.
 
         Raises:
-            FieldError: x, the context or the velocity's value has a wrong shape, dtype or device.
+            FieldError: x, the context or the velocity's value has a wrong shape, dtype or device; rows that are not finite.
             SolverError: the trajectory could not be computed.
         """
         return self.evaluate(x, context, generator, diagnostics=False).log_prob
@@ -243,7 +244,7 @@ class ContinuousFlow(nn.Module):
         """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
         if not isinstance(times, Sequence | Tensor) or len(times) == 0:
             raise ValueError(f"times must hold at least that of x, but is {times!r}")
-        with _outside_inference_mode():
+        with _outside_inference_mode(), _rows_named(x, context):
             x, field = self._prepare(x, context)
             (states,) = self.solver.solve(
                 lambda t, state: (field(t, state[0]),),
@@ -305,7 +306,7 @@ class ContinuousFlow(nn.Module):
         evaluations: Evaluations | None = None,
         penalties: Collection[str] = (),
     ) -> Transport:
-        with _outside_inference_mode():
+        with _outside_inference_mode(), _rows_named(x, context):
             x, field = self._prepare(x, context)
             if self._sample_times is None and len(x):
                 alone = self.field(None if context is None else context.detach())
@@ -364,6 +365,18 @@ def _outside_inference_mode() -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def _rows_named(x: Tensor, context: Tensor | None) -> Iterator[None]:
+    """Where a solve fails, say which rows are not finite; their values are not read before, for which the host would wait."""
+    try:
+        yield
+    except SolverError:
+        check_finite_rows(x)
+        if context is not None:
+            check_finite_rows(context, "the context")
+        raise
 
 
 def _standard_normal(event_shape: torch.Size) -> Distribution:
