@@ -4,9 +4,17 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
-from torch import Generator
+from torch import Generator, Tensor
 
-__all__ = ["check_count", "check_generator", "check_numbers", "check_positive", "checked_event_shape"]
+__all__ = [
+    "check_count",
+    "check_generator",
+    "check_numbers",
+    "check_positive",
+    "checked_event_shape",
+    "checked_range",
+    "listed_rows",
+]
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -65,3 +73,25 @@ def checked_event_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     for size in sizes:
         check_count("a size in event_shape", size, least=0)
     return tuple(int(size) for size in sizes)
+
+
+def checked_range(name: str, ends: Sequence[float]) -> tuple[float, float]:
+    """A range as two numbers, the lower one first.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    try:
+        low, high = (float(end) for end in ends)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and low < high < math.inf):
+        raise ValueError(f"{name} must be a range (low, high), such as (-1, 1), but is {ends!r}")
+    return low, high
+
+
+def listed_rows(bad: Tensor) -> str:
+    """The numbers of the first rows where `bad`, `(n,)`, is true, in words: `row 3, 4 of 10, counted from 0`."""
+    rows = bad.nonzero().flatten().tolist()
+    more = f" and {len(rows) - 10:,} more" if len(rows) > 10 else ""
+    return f"row {', '.join(map(str, rows[:10]))}{more} of {len(bad):,}, counted from 0"

@@ -86,6 +86,8 @@ def rebuild(
     density = build_density(config)
     load_state(density, _density_state(checkpoint), path)
     density.columns = columns
+    if isinstance(density, FlowDensity):
+        density.watch_units = True
     return density.eval()
 
 

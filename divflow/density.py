@@ -1,21 +1,26 @@
 """What tasks train and `divflow.load` returns: densities of data, through the preprocessing of the data."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
-from divflow.divergence.field import Field, FieldError, checked_state
+from divflow.divergence.field import Field, FieldError
+from divflow.errors import DivflowError
 from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.importance import ImportanceWeights
+from divflow.rows import check_finite_rows, checked_rows
 from divflow.score.field import AtTime, Score, as_field, tensor_settings
 from divflow.score.probability_flow import ProbabilityFlow
 from divflow.score.sampling import ProbabilityFlowODE, Sampler
 from divflow.score.sde import SDE
 from divflow.transforms import Affine, Transform
+from divflow.units import warn_of_far_data
 
-__all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity"]
+__all__ = ["FlowDensity", "ScoreDensity", "UnnormalizedDensity", "in_units"]
+
+_Density = TypeVar("_Density", bound="FlowDensity")
 
 
 class FlowDensity(nn.Module):
@@ -30,9 +35,12 @@ class FlowDensity(nn.Module):
 
     Attributes:
         columns: the names of the data's columns, where it was loaded back and these have names; else None.
+        watch_units: whether `evaluate` with diagnostics warns of data that are farther from the base than the model's own samples, as
+            it does where the density was loaded back: what is being trained is far from its data at first.
     """
 
     columns: list[str] | None = None
+    watch_units: bool = False
 
     def __init__(self, flow: ContinuousFlow, transform: Transform, context_transform: Affine | None = None) -> None:
         super().__init__()
@@ -42,6 +50,23 @@ class FlowDensity(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that the flow computes in."""
         return _dtype(self.flow)
+
+    @property
+    def data_range(self) -> tuple[Tensor, Tensor] | None:
+        """The least and the largest data that it takes, which broadcast to the event; None where no bounds are known.
+
+        Those of its transform, or those that an adapted model was trained on, in the units of the data.
+        """
+        ends, model = self.transform.data_range, getattr(self.flow, "data_range", None)
+        if ends is not None or model is None or not isinstance(self.transform, Affine):
+            return ends
+        low, high = (end * self.transform.scale + self.transform.shift for end in model)
+        return torch.minimum(low, high), torch.maximum(low, high)
+
+    def extra_repr(self) -> str:
+        """The range of the data, if it is known."""
+        ends = self.data_range
+        return "" if ends is None else f"data_range=({ends[0].min().item():g}, {ends[1].max().item():g})"
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """The log-density of data x `(k, *event)` in nats, `(k,)`."""
@@ -64,18 +89,33 @@ class FlowDensity(nn.Module):
             generator: of a stochastic estimator's probes.
             diagnostics: estimate the errors even where that takes further evaluations.
             penalties: integrals to take along the trajectory, as `ContinuousFlow.evaluate`.
+
+        Raises:
+            FieldError: x is no floating-point tensor `(k, *event)`, or has rows that are not finite or out of the range that the
+                density takes.
         """
-        y, log_det = self.transform(x)
-        y, log_det = y.to(self.dtype), log_det.to(self.dtype)
-        result = self.flow.evaluate(
-            y, self.flow_context(context), generator, diagnostics=diagnostics, penalties=penalties
-        )
+        x, flow_context = checked_rows(x, self.flow.event_shape), self.flow_context(context)
+        try:
+            y, log_det = self.transform(x, values=False)
+            y, log_det = y.to(self.dtype), log_det.to(self.dtype)
+            result = self.flow.evaluate(y, flow_context, generator, diagnostics=diagnostics, penalties=penalties)
+        except DivflowError:  # values are read where they failed alone, lest a training step waits for its device
+            self.transform.check_values(x)
+            if context is not None:
+                check_finite_rows(context, "the context")
+            raise
+        if self.watch_units and diagnostics:
+            warn_of_far_data(self.flow.base, result.latent)
         return result._replace(log_prob=result.log_prob + log_det, log_det=result.log_det + log_det)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples of the data `(num_samples, *event)`, without gradient; `context` has one row a sample, in its own units."""
-        return self.transform.inverse(self.flow.sample(num_samples, self.flow_context(context), generator))
+        """Samples of the data `(num_samples, *event)` in float64, without gradient; `context` has one row a sample, in its own units.
+
+        Raises:
+            FieldError: samples that are not finite in the units of the data.
+        """
+        return in_units(self.transform, self.flow.sample(num_samples, self.flow_context(context), generator))
 
     def flow_context(self, context: Tensor | None) -> Tensor | None:
         """A context as the flow takes it, S(c) in its dtype.
@@ -91,7 +131,7 @@ class FlowDensity(nn.Module):
             raise FieldError(
                 f"the context must be a tensor (k, {', '.join(map(str, features))}), a row a sample, but is {what}"
             )
-        return self.context_transform(context)[0].to(self.dtype)
+        return self.context_transform(checked_rows(context, name="the context"), values=False)[0].to(self.dtype)
 
     def importance_weights(
         self,
@@ -106,7 +146,7 @@ class FlowDensity(nn.Module):
         """Samples of the data weighted towards a target of the data, as `divflow.importance.importance_weights` of the flow.
 
         Args:
-            log_target: of data `(n, *event)`, `(n,)`, in nats; log Z is of its units.
+            log_target: of data `(n, *event)` in float64, `(n,)`, in nats; log Z is of its units.
             num_samples: n, at least 2.
             generator: of the samples.
             context: one row a sample, in its own units.
@@ -115,8 +155,11 @@ class FlowDensity(nn.Module):
         """
 
         def of_transformed(y: Tensor) -> Tensor:
-            x = self.transform.inverse(y)
-            return log_target(x) - self.transform(x)[1].to(y)
+            x = in_units(self.transform, y)
+            target = log_target(x.clone())
+            # What is no value a sample is refused as it is; broadcast, it might look like one.
+            fits = isinstance(target, Tensor) and target.shape == (len(x),)
+            return target - self.transform(x)[1] if fits else target
 
         found = self.flow.importance_weights(
             of_transformed,
@@ -126,11 +169,15 @@ class FlowDensity(nn.Module):
             correct=correct,
             batch_size=batch_size,
         )
-        return found._replace(samples=self.transform.inverse(found.samples))
+        return found._replace(samples=in_units(self.transform, found.samples))
 
     def with_flow(self, flow: ContinuousFlow) -> "FlowDensity":
         """The same density, evaluated by another flow, such as one of another estimator."""
-        return FlowDensity(flow, self.transform, self.context_transform)
+        return self._like_this(FlowDensity(flow, self.transform, self.context_transform))
+
+    def _like_this(self, other: _Density) -> _Density:
+        other.columns, other.watch_units = self.columns, self.watch_units
+        return other
 
 
 class ScoreDensity(FlowDensity):
@@ -164,17 +211,18 @@ class ScoreDensity(FlowDensity):
 
     def score(self, x: Tensor) -> Tensor:
         """The score of the data, grad log p(x), `(k, *event)`: the model's at its earliest time, sde.epsilon."""
+        checked_rows(x, self.flow.event_shape)
         return _score_of_data(self.score_field, self.sde.epsilon, x, self.transform, self.dtype)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples of the data `(num_samples, *event)` by the sampler, without gradient; scores take no context."""
+        """Samples of the data `(num_samples, *event)` in float64, by the sampler, without gradient; scores take no context."""
         sampler = self.sampler or ProbabilityFlowODE(self.sde, self.flow.solver)
-        return self.transform.inverse(sampler(self.score_field, num_samples, generator).samples)
+        return in_units(self.transform, sampler(self.score_field, num_samples, generator).samples)
 
     def with_flow(self, flow: ContinuousFlow) -> "ScoreDensity":
         """The same density, evaluated by another flow, such as one of another estimator."""
-        return ScoreDensity(flow, self.transform, self.sampler)
+        return self._like_this(ScoreDensity(flow, self.transform, self.sampler))
 
 
 class UnnormalizedDensity(nn.Module):
@@ -216,7 +264,7 @@ class UnnormalizedDensity(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples of the data `(num_samples, *event)` by the sampler, without gradient; scores take no context.
+        """Samples of the data `(num_samples, *event)` in float64, by the sampler, without gradient; scores take no context.
 
         Raises:
             ValueError: there is no sampler.
@@ -226,14 +274,15 @@ class UnnormalizedDensity(nn.Module):
                 "this score has no sampler: build the UnnormalizedDensity with one, such as AnnealedLangevin(2, [0.5, 0.1])"
             )
         score = AtTime(self.score_field, 0.0) if self.levels is None else self.score_field
-        return self.transform.inverse(self.sampler(score, num_samples, generator).samples)
+        return in_units(self.transform, self.sampler(score, num_samples, generator).samples)
 
 
 def _score_of_data(score: Field, t: float, x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
     """grad_x log p(x) = (dT/dx)^T s(t, T(x)) + grad_x log |det dT/dx|."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = checked_state(x).detach().clone().requires_grad_()
-        y, log_det = transform(x)
+        transform.check_values(transform.checked(checked_rows(x)))
+        x = x.detach().clone().requires_grad_()
+        y, log_det = transform(x, values=False)
         with torch.no_grad():
             y_score = score(torch.tensor(t, dtype=dtype, device=y.device), y.detach().to(dtype))
         (gradient,) = torch.autograd.grad((y * y_score.to(y)).sum() + log_det.sum(), x)
@@ -241,4 +290,14 @@ def _score_of_data(score: Field, t: float, x: Tensor, transform: Transform, dtyp
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
-    return tensor_settings(module).get("dtype", torch.get_default_dtype())
+    dtype = tensor_settings(module).get("dtype", torch.get_default_dtype())
+    return torch.promote_types(dtype, torch.float32)  # in which a network in half precision is solved, under autocast
+
+
+def in_units(transform: Transform, y: Tensor) -> Tensor:
+    """Samples in the units of the data, refused where these are beyond float64."""
+    x = transform.inverse(y)
+    check_finite_rows(
+        x, "the samples", "the scale of the data's transform is beyond what float64 holds; rescale the data"
+    )
+    return x

@@ -111,7 +111,7 @@ class FlowDistribution(Distribution):
         """Samples `(*sample_shape, *batch, *event)`, differentiable in the parameters and the context."""
         shape = Size(sample_shape) + self.batch_shape
         # The base has no parameters, so that its samples are noise, whatever their distribution.
-        z = self.flow.base.sample(shape.numel(), None)
+        z = self.flow.sample_base(shape.numel())
         return self.flow.decode(z, self._contexts(shape)).view(shape + self.event_shape)
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, Transform
+from torch.distributions import Distribution, Independent, Normal
 
-from divflow.arguments import check_count, check_generator, checked_event_shape
-from divflow.bases import MeanFreeNormal
+from divflow.arguments import checked_event_shape
+from divflow.base_density import BaseDensity
 from divflow.distribution import FlowDistribution
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
@@ -24,10 +24,10 @@ from divflow.divergence.transformed import refuse_transforms
 from divflow.importance import ImportanceWeights, importance_weights
 from divflow.likelihood import PENALTIES, ConditionedField, Finer, Likelihood, Quadrature, Transport, check_context
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
-from divflow.solver import Evaluations, Solver
+from divflow.rows import check_finite_rows
+from divflow.solver import Evaluations, Solver, SolverError
 from divflow.step_control import METHOD_ORDERS
 from divflow.verification import severed_fields
-from divflow.verification.seeded import seeded
 
 __all__ = ["ContinuousFlow", "FlowEvaluation"]
 
@@ -124,7 +124,8 @@ class ContinuousFlow(nn.Module):
             raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
         self.t_base, self.t_data, self.detached = t_base, t_data, detached
         settings = _settings_of(velocity)
-        self.base = _Base(_standard_normal(self.event_shape, **settings) if base is None else base, self.event_shape)
+        normal = _standard_normal(self.event_shape, **settings) if base is None else base
+        self.base = BaseDensity(normal, self.event_shape)
         self.base.to(settings.get("device"))  # which torch's default device, where a base is made, need not be
         self._sample_times: bool | None = None
 
@@ -132,7 +133,7 @@ class ContinuousFlow(nn.Module):
         """The log-density of x `(k, *event)` in nats, `(k,)`; `generator` draws a stochastic estimator's probes.
 
         Raises:
-            FieldError: x, the context or the velocity's value has a wrong shape, dtype or device.
+            FieldError: x, the context or the velocity's value has a wrong shape, dtype or device; rows that are not finite.
             SolverError: the trajectory could not be computed.
         """
         return self.evaluate(x, context, generator, diagnostics=False).log_prob
@@ -218,7 +219,7 @@ class ContinuousFlow(nn.Module):
         self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None
     ) -> tuple[Tensor, FlowEvaluation]:
         """Samples `(num_samples, *event)` and what is known of their log-densities, from one solve; see `rsample_and_log_prob`."""
-        z, evaluations = self.base.sample(num_samples, generator), Evaluations()
+        z, evaluations = self.sample_base(num_samples, generator), Evaluations()
         carried = self._transport(
             z, context, self.t_base, self.t_data, generator, evaluations=evaluations, diagnostics=False
         )
@@ -249,7 +250,19 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Samples `(num_samples, *event)`, without gradient; `context` has one row a sample."""
-        return self.decode(self.base.sample(num_samples, generator), context)
+        return self.decode(self.sample_base(num_samples, generator), context)
+
+    def sample_base(self, num_samples: int, generator: Generator | None = None) -> Tensor:
+        """Draws of the base `(num_samples, *event)`, in the dtype of the velocity's parameters, if they are of one.
+
+        In float32 where that is a coarser one, in which no trajectory can be solved.
+        """
+        module = self.velocity if isinstance(self.velocity, nn.Module) else nn.Module()
+        dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else self.base.dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            dtype = torch.promote_types(self.base.dtype, torch.float32)
+        return self.base.sample(num_samples, generator, dtype)
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The latent z `(k, *event)` at t_base of data x at t_data."""
@@ -266,7 +279,7 @@ class ContinuousFlow(nn.Module):
         """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
         if not isinstance(times, Sequence | Tensor) or len(times) == 0:
             raise ValueError(f"times must hold at least that of x, but is {times!r}")
-        with _outside_inference_mode():
+        with _outside_inference_mode(), _rows_named(x, context):
             x, field = self._prepare(x, context)
             (states,) = self.solver.solve(
                 lambda t, state: (field(t, state[0]),),
@@ -329,7 +342,7 @@ class ContinuousFlow(nn.Module):
         evaluations: Evaluations | None = None,
         penalties: Collection[str] = (),
     ) -> Transport:
-        with _outside_inference_mode():
+        with _outside_inference_mode(), _rows_named(x, context):
             x, field = self._prepare(x, context)
             if self._sample_times is None and len(x):
                 alone = self.field(None if context is None else context.detach())
@@ -391,89 +404,16 @@ def _outside_inference_mode() -> Iterator[None]:
         yield
 
 
-class _Base(nn.Module):
-    """A base distribution as a module: its tensors are buffers, so they move and are saved with the flow."""
-
-    def __init__(self, distribution: Distribution, event_shape: torch.Size) -> None:
-        super().__init__()
-        if not isinstance(distribution, Distribution):
-            raise ValueError(f"base must be a torch.distributions.Distribution, but is a {type(distribution).__name__}")
-        if distribution.batch_shape or distribution.event_shape != event_shape:
-            raise ValueError(
-                f"the base must have event shape {tuple(event_shape)} and no batch shape, but has event shape "
-                f"{tuple(distribution.event_shape)} and batch shape {tuple(distribution.batch_shape)}; wrap it in "
-                "torch.distributions.Independent(base, n) to make n batch dimensions part of the event"
-            )
-        if any(tensor.requires_grad for *_, tensor in _tensors(distribution)):
-            raise ValueError(
-                "the base's tensors require grad, but would not be among the flow's parameters; detach them"
-            )
-        self.distribution = copy.deepcopy(distribution)
-        self._buffer_of: dict[tuple[str | int, ...], str] = {}
-        for path, place, key, tensor in list(_tensors(self.distribution)):
-            self._buffer_of[path] = name = "_".join(map(str, path))
-            # A clone, since broadcast parameters share memory that a checkpoint could not be loaded into.
-            self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
-            place[key] = getattr(self, name)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """In z's precision, whatever autocast makes of the matrix products inside."""
-        if len(z) == 0:  # which torch's Independent can't reshape
-            return z.new_zeros(0)
-        if any(buffer.device != z.device for buffer in self.buffers()):  # as that of a function without tensors may be
-            return copy.deepcopy(self).to(z.device).log_prob(z)
-        with torch.autocast(z.device.type, enabled=False):
-            return self.distribution.log_prob(z)
-
-    def check_states(self, x: Tensor) -> None:
-        """Refuse states that the base, or a flow of it, has no density of: particles whose centre of mass is not zero."""
-        if isinstance(self.distribution, MeanFreeNormal):
-            self.distribution.check_states(x)
-
-    def sample(self, num_samples: int, generator: Generator | None) -> Tensor:
-        """Draws `(num_samples, *event)`.
-
-        Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
-        threads may draw from, too; normal draws, of the base that most flows have, need it not.
-        """
-        refuse_transforms("samples of a flow", "draw all of them at once", only_vmap=True)
-        check_count("num_samples", num_samples, least=0)
-        check_generator(generator)
-        if generator is None:
-            return self.distribution.sample((num_samples,))
-        normal = getattr(self.distribution, "base_dist", None)
-        if isinstance(self.distribution, Independent) and type(normal) is Normal:
-            noise = torch.randn(
-                (num_samples, *self.distribution.event_shape),
-                generator=generator,
-                dtype=normal.loc.dtype,
-                device=generator.device,
-            )
-            return (normal.loc + normal.scale * noise.to(normal.loc.device)).detach()
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
-        with seeded(seed, devices):
-            return self.distribution.sample((num_samples,))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        for path, place, key, tensor in list(_tensors(self.distribution)):
-            # What is no buffer was computed by the distribution itself, and cached.
-            place[key] = getattr(self, self._buffer_of[path]) if path in self._buffer_of else fn(tensor)
-        return self
-
-
-def _tensors(distribution: object) -> Iterator[tuple[tuple[str | int, ...], dict, str, Tensor]]:
-    """Every tensor that a distribution, and the distributions and transforms inside it, hold: path, place, key, tensor."""
-    objects: list[tuple[tuple[str | int, ...], object]] = [((), distribution)]
-    while objects:
-        path, current = objects.pop()
-        for key, value in vars(current).items():
-            if isinstance(value, Tensor):
-                yield (*path, key), vars(current), key, value
-            for i, part in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(part, Distribution | Transform):
-                    objects.append(((*path, key, i), part))
+@contextlib.contextmanager
+def _rows_named(x: Tensor, context: Tensor | None) -> Iterator[None]:
+    """Where a solve fails, say which rows are not finite; their values are not read before, for which the host would wait."""
+    try:
+        yield
+    except SolverError:
+        check_finite_rows(x)
+        if context is not None:
+            check_finite_rows(context, "the context")
+        raise
 
 
 def _standard_normal(event_shape: torch.Size, **settings: Any) -> Distribution:

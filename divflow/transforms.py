@@ -1,7 +1,6 @@
 """Invertible preprocessing with its log-determinant, so that densities are those of the data themselves."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,23 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from divflow.arguments import checked_range
+from divflow.divergence.field import FieldError
+from divflow.rows import check_broadcast, check_range
+from divflow.transform import Transform, at_least_float32
+
 __all__ = ["Affine", "Bounded", "Compose", "Logit", "MeanFreeScale", "Transform"]
-
-
-class Transform(nn.Module, ABC):
-    """An invertible map from data to what a flow models; its tensors are buffers, saved with the flow."""
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Y = T(x), `(k, *event)`, and log |det dT/dx| in nats, `(k,)`."""
-
-    @abstractmethod
-    def inverse(self, y: Tensor) -> Tensor:
-        """X = T^-1(y), `(k, *event)`."""
-
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Plain values to rebuild it from: `_target_`, the class, and its arguments."""
 
 
 class Affine(Transform):
@@ -33,6 +21,9 @@ class Affine(Transform):
 
     Standardization, with the mean and standard deviation of the training data. Both are kept in float64, since
     columns such as dates differ from their mean in digits that float32 does not have.
+
+    Raises:
+        ValueError: a shift or scale that is not finite, or a scale of zero.
     """
 
     shift: Tensor
@@ -43,15 +34,37 @@ class Affine(Transform):
         device = _device_for(shift, scale)
         self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64, device=device))
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64, device=device))
+        if not (self.shift.isfinite().all() and (self.scale.isfinite() & (self.scale != 0)).all()):
+            raise ValueError(
+                f"shift and scale must be finite, and scale not zero, but they are {_shown(self.shift)} and {_shown(self.scale)}"
+            )
+
+    @classmethod
+    def between(cls, data: Sequence[float | int], model: Sequence[float | int]) -> "Affine":
+        """From one range to another: data from 0 to 1 for a model of -1 to 1 take `Affine.between((0, 1), (-1, 1))`.
+
+        Raises:
+            ValueError: a range that is none.
+        """
+        (low, high), (start, end) = checked_range("data", data), checked_range("model", model)
+        scale = (high - low) / (end - start)
+        return cls(low - start * scale, scale)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """The standardized data and -sum log |scale|."""
         log_scale = self.scale.abs().log().expand(x.shape[1:]).sum()
-        return ((x - self.shift) / self.scale).to(x.dtype), -log_scale.to(x).expand(x.shape[0])
+        dtype = at_least_float32(x)
+        return ((x.double() - self.shift) / self.scale).to(dtype), -log_scale.to(dtype).expand(x.shape[0])
+
+    def checked(self, x: Tensor) -> Tensor:
+        """X, refused unless it is of events that shift and scale broadcast to."""
+        x = super().checked(x)
+        check_broadcast(x, shift=self.shift, scale=self.scale)
+        return x
 
     def inverse(self, y: Tensor) -> Tensor:
         """X = y * scale + shift."""
-        return (y * self.scale + self.shift).to(y.dtype)
+        return self.checked(y).double() * self.scale + self.shift
 
     def config(self) -> dict[str, Any]:
         """The class, shift and scale."""
@@ -77,14 +90,24 @@ class Logit(Transform):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """The logits and sum log((1 - 2 margin) / (s (1 - s))) over the event, s = margin + (1 - 2 margin) x."""
-        s = self.margin + (1 - 2 * self.margin) * x
+        s = self.margin + (1 - 2 * self.margin) * x.to(at_least_float32(x))
         log_s, log_not_s = s.log(), torch.log1p(-s)
         log_slope = math.log(1 - 2 * self.margin) - log_s - log_not_s
         return log_s - log_not_s, log_slope.flatten(1).sum(dim=1)
 
     def inverse(self, y: Tensor) -> Tensor:
         """X = (sigmoid(y) - margin) / (1 - 2 margin)."""
-        return (y.sigmoid() - self.margin) / (1 - 2 * self.margin)
+        return (self.checked(y).double().sigmoid() - self.margin) / (1 - 2 * self.margin)
+
+    @property
+    def data_range(self) -> tuple[Tensor, Tensor]:
+        """Zero and one."""
+        return torch.zeros(()), torch.ones(())
+
+    def check_values(self, x: Tensor) -> None:
+        """Refuse rows that are not finite, or so far out of the unit cube that they have no logit."""
+        super().check_values(x)
+        check_range(x, 0.0, 1.0, slack=self.margin / (1 - 2 * self.margin))
 
     def config(self) -> dict[str, Any]:
         """The class and the margin."""
@@ -120,6 +143,7 @@ class Bounded(Transform):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """The unbounded data, and sum log dy/dx over the event."""
+        x = x.to(at_least_float32(x))
         has_low, has_high = self.low.isfinite(), self.high.isfinite()
         outside = (x <= self.low) | (x >= self.high)
         inside = torch.where(outside, self._within(), x)
@@ -133,14 +157,24 @@ class Bounded(Transform):
     def inverse(self, y: Tensor) -> Tensor:
         """X, within the bounds also where rounding would take it to them."""
         has_low, has_high = self.low.isfinite(), self.high.isfinite()
-        both, one = has_low & has_high, has_low ^ has_high
+        both, one, y = has_low & has_high, has_low ^ has_high, self.checked(y).double()
         between = torch.where(both, self.low, 0.0) + torch.where(both, self.high - self.low, 0.0) * y.sigmoid()
         sign = torch.where(has_low, 1.0, -1.0)
         beside = torch.where(has_low, self.low, self.high) + sign * (sign * torch.where(one, y, 0.0)).exp()
-        x = torch.where(both, between, torch.where(one, beside, y)).to(y.dtype)
-        low, high = self.low.to(y.dtype), self.high.to(y.dtype)
-        least = torch.where(has_low, low.nextafter(high), low)
-        return x.clamp(least, torch.where(has_high, high.nextafter(low), high))
+        x = torch.where(both, between, torch.where(one, beside, y))
+        least = torch.where(has_low, self.low.nextafter(self.high), self.low)
+        return x.clamp(least, torch.where(has_high, self.high.nextafter(self.low), self.high))
+
+    def checked(self, x: Tensor) -> Tensor:
+        """X, refused unless it is of events that the bounds broadcast to."""
+        x = super().checked(x)
+        check_broadcast(x, low=self.low, high=self.high)
+        return x
+
+    @property
+    def data_range(self) -> tuple[Tensor, Tensor]:
+        """The bounds; beyond them the density is zero."""
+        return self.low, self.high
 
     def config(self) -> dict[str, Any]:
         """The class and the bounds, None where there is none."""
@@ -176,12 +210,19 @@ class MeanFreeScale(Transform):
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """The scaled particles and -(n - 1) d log(scale)."""
         particles, dimensions = x.shape[1:]
-        log_det = -(particles - 1) * dimensions * self.scale.log()
-        return (x / self.scale).to(x.dtype), log_det.to(x).expand(x.shape[0])
+        dtype, log_det = at_least_float32(x), -(particles - 1) * dimensions * self.scale.log()
+        return (x.double() / self.scale).to(dtype), log_det.to(dtype).expand(x.shape[0])
+
+    def checked(self, x: Tensor) -> Tensor:
+        """X, refused unless its events are particles `(n, d)`."""
+        x = super().checked(x)
+        if x.ndim != 3:
+            raise FieldError(f"x must be particles (k, n, d), but has shape {tuple(x.shape)}")
+        return x
 
     def inverse(self, y: Tensor) -> Tensor:
         """X = y * scale."""
-        return (y * self.scale).to(y.dtype)
+        return self.checked(y).double() * self.scale
 
     def config(self) -> dict[str, Any]:
         """The class and the scale."""
@@ -197,11 +238,32 @@ class Compose(Transform):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
         """The last transform's output and the sum of all log-determinants."""
-        total = x.new_zeros(x.shape[0])
+        total = x.new_zeros(x.shape[0], dtype=at_least_float32(x))
         for part in self.parts:
-            x, log_det = part(x)
+            x, log_det = part(x, values=False)
             total = total + log_det
         return x, total
+
+    @property
+    def data_range(self) -> tuple[Tensor, Tensor] | None:
+        """That of the first part that has one, as far as the parts before it are affine."""
+        before: list[Affine] = []
+        for part in self.parts:
+            if (ends := part.data_range) is not None:
+                low, high = ends
+                for earlier in reversed(before):
+                    low, high = (end * earlier.scale + earlier.shift for end in (low, high))
+                return torch.minimum(low, high), torch.maximum(low, high)
+            if not isinstance(part, Affine):
+                return None
+            before.append(part)
+        return None
+
+    def check_values(self, x: Tensor) -> None:
+        """Refuse rows that are not finite, or out of the range of a part."""
+        for part in self.parts:
+            part.check_values(x)
+            x, _ = part(x, values=False)
 
     def inverse(self, y: Tensor) -> Tensor:
         """The inverses, from the last to the first."""
@@ -238,3 +300,8 @@ def _plain(bound: Any) -> Any:
     if isinstance(bound, list):
         return [_plain(entry) for entry in bound]
     return bound if math.isfinite(bound) else None
+
+
+def _shown(values: Tensor) -> str:
+    """The least and the largest of many, or the one."""
+    return f"{values.item():g}" if values.numel() == 1 else f"{values.min().item():g} to {values.max().item():g}"

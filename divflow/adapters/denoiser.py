@@ -111,6 +111,7 @@ def from_denoiser(
     estimator: Estimator | None = None,
     likelihood: Likelihood | None = None,
     solver: Solver | None = None,
+    data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
     """The density of a denoiser D(x, sigma), the mean of the data given them with noise (Karras et al. 2022, arXiv:2206.00364).
 
@@ -136,8 +137,12 @@ def from_denoiser(
         estimator: of the divergence; `Exact()` if None.
         likelihood: `Quadrature(tolerance=1e-3)` if None.
         solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
+        data_range: least and largest values of the data that the model was trained on, (-1, 1) for most models of images; kept as
+            `flow.data_range`, by which data of other units are warned of, and `divflow evaluate` takes images to the model's.
+            `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data from 0 to 1.
 
     Raises:
+        ValueError: a data_range that is none.
         AdapterError: not 0 < sigma_min < sigma_max, a negative data_std, the other order of arguments, a value of
             another shape, or dropout or batch normalization in training mode.
 
@@ -163,6 +168,7 @@ def from_denoiser(
         estimator=estimator,
         likelihood=likelihood,
         solver=solver,
+        data_range=data_range,
     )
 
 
@@ -176,6 +182,7 @@ def denoising_flow(
     estimator: Estimator | None,
     likelihood: Likelihood | None,
     solver: Solver | None,
+    data_range: tuple[float, float] | None,
 ) -> ContinuousFlow:
     """The flow of a model over the log sigma that it knows, from noisy data y of standard deviation `base_std`."""
     t_data, t_base = model.times
@@ -193,4 +200,5 @@ def denoising_flow(
         estimator=estimator,
         likelihood=likelihood,
         solver=solver,
+        data_range=data_range,
     )

@@ -30,6 +30,7 @@ def from_diffusers(
     estimator: Estimator | None = None,
     likelihood: Likelihood | None = None,
     solver: Solver | None = None,
+    data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
     """The density of a network trained with a scheduler of diffusers, as `unet(sample, timestep, context)`.
 
@@ -74,14 +75,23 @@ def from_diffusers(
             more than some hundred.
         likelihood: `Quadrature(tolerance=1e-3)` if None.
         solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
+        data_range: least and largest values of the data that the model was trained on, (-1, 1) for most models of images; kept as
+            `flow.data_range`, by which data of other units are warned of, and `divflow evaluate` takes images to the model's.
+            `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data from 0 to 1.
 
     Raises:
+        ValueError: a data_range that is none.
         AdapterError: a scheduler or prediction type of another kind, the other order of arguments, another number of
             channels, a value of another shape, guidance without `unconditional`, or dropout or batch normalization in
             training mode.
     """
     shape = checked_event_shape(event_shape)
-    settings: dict[str, Any] = {"estimator": estimator, "likelihood": likelihood, "solver": solver}
+    settings: dict[str, Any] = {
+        "estimator": estimator,
+        "likelihood": likelihood,
+        "solver": solver,
+        "data_range": data_range,
+    }
     guidance = guidance_scale, unconditional, context_name
     prediction = _prediction_type(scheduler)
     if prediction == "flow_prediction":

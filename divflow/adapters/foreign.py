@@ -1,22 +1,24 @@
 """A model trained elsewhere as a field f(t, x): called as its own library calls it, and refused where that fails."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
+from divflow.arguments import checked_range
 from divflow.divergence import Estimator, FieldError
 from divflow.divergence.field import checked_value
 from divflow.errors import DivflowError
-from divflow.flow import ContinuousFlow
+from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.likelihood import Likelihood, Quadrature
 from divflow.score.field import parameters_of, tensor_settings
 from divflow.solver import Solver
+from divflow.units import warn_of_far_data, warn_of_range
 from divflow.verification.seeded import seeded
 
-__all__ = ["AdapterError", "Foreign", "adapted_flow"]
+__all__ = ["AdaptedFlow", "AdapterError", "Foreign", "adapted_flow"]
 
 # Names of a time among a model's arguments.
 _TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
@@ -195,6 +197,36 @@ class Foreign(nn.Module):
         )
 
 
+class AdaptedFlow(ContinuousFlow):
+    """The flow of a model that was trained elsewhere, whose data it has never seen: of what is in other units it warns.
+
+    Attributes:
+        data_range: least and largest values of the data that the model was trained on, such as (-1, 1); None where it is not known.
+    """
+
+    data_range: tuple[float, float] | None = None
+
+    def evaluate(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        generator: Generator | None = None,
+        *,
+        diagnostics: bool = True,
+        penalties: Collection[str] = (),
+    ) -> FlowEvaluation:
+        """`ContinuousFlow.evaluate`, with a `UnitsWarning` of data out of the model's range, or farther from the base than its samples."""
+        result = super().evaluate(x, context, generator, diagnostics=diagnostics, penalties=penalties)
+        if self.data_range is not None:
+            warn_of_range(x, self.data_range)
+        warn_of_far_data(self.base, result.latent)
+        return result
+
+    def extra_repr(self) -> str:
+        """Everything but the submodules."""
+        return f"{super().extra_repr()}, data_range={self.data_range}"
+
+
 def adapted_flow(
     model: Foreign,
     velocity: nn.Module,
@@ -206,15 +238,17 @@ def adapted_flow(
     estimator: Estimator | None,
     likelihood: Likelihood | None,
     solver: Solver | None,
-) -> ContinuousFlow:
+    data_range: tuple[float, float] | None,
+) -> AdaptedFlow:
     """The flow of a velocity that is made of a model, which is checked; None stands for the default of each adapter.
 
     How smooth a model is that was trained elsewhere is not known: intervals are divided to 1e-3 nats. The solver's own
     error is then the larger one at `Solver()` (some 1e-3 nats in 16 dimensions), and not at 1e-6.
     The base is put where the model's parameters are, and in their precision.
     """
+    ends = None if data_range is None else checked_range("data_range", data_range)
     model.check(event_shape)
-    flow = ContinuousFlow(
+    flow = AdaptedFlow(
         velocity,
         event_shape,
         estimator=estimator,
@@ -224,6 +258,7 @@ def adapted_flow(
         t_base=t_base,
         t_data=t_data,
     )
+    flow.data_range = ends
     settings = tensor_settings(model.model)
     if settings:
         dtype = torch.promote_types(settings["dtype"], torch.float32)  # in which a model in half precision is solved

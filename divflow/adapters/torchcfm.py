@@ -29,6 +29,7 @@ def from_torchcfm(
     estimator: Estimator | None = None,
     likelihood: Likelihood | None = None,
     solver: Solver | None = None,
+    data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
     """The density of a model trained by torchcfm (Tong et al. 2023, arXiv:2302.00482).
 
@@ -50,8 +51,12 @@ def from_torchcfm(
         estimator: of the divergence; `Exact()` if None.
         likelihood: `Quadrature(tolerance=1e-3)` if None.
         solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
+        data_range: least and largest values of the data that the model was trained on, (-1, 1) for most models of images; kept as
+            `flow.data_range`, by which data of other units are warned of, and `divflow evaluate` takes images to the model's.
+            `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data from 0 to 1.
 
     Raises:
+        ValueError: a data_range that is none.
         AdapterError: the other order of arguments, a value of another shape, or dropout or batch normalization in
             training mode.
 
@@ -70,4 +75,5 @@ def from_torchcfm(
         estimator=estimator,
         likelihood=likelihood,
         solver=solver,
+        data_range=data_range,
     )

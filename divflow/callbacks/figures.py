@@ -134,6 +134,6 @@ def _log_weights(density: FlowDensity, data: TensorDataModule, samples: Tensor) 
 def _paths(density: FlowDensity, count: int = 60) -> Tensor:
     """Trajectories of the density's flow from base to data, `(times, count, 2)`, in the data's units."""
     flow = density.flow
-    z = flow.base.sample(count, Generator(next(density.parameters()).device).manual_seed(0))
+    z = flow.sample_base(count, Generator(next(density.parameters()).device).manual_seed(0))
     states = flow.trajectory(z, torch.linspace(*flow.times(), 40, device="cpu").tolist())
     return torch.stack([density.transform.inverse(state) for state in states])

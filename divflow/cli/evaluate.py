@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from divflow.build import ConfigError
 from divflow.cli.output import batches, check_output, write_table
-from divflow.cli.trained import check_model, data_config, launched, load_trained, named_device
+from divflow.cli.trained import check_model, data_config, launched, load_trained, named_device, scaled_to_model
 from divflow.density import FlowDensity, UnnormalizedDensity
 from divflow.report import metrics_table
 
@@ -43,6 +43,7 @@ def run(config: DictConfig) -> float:
         raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density; sample from it instead")
     settings = data_config(config, trained.columns)
     rows, context, data = _rows(settings, config.split)
+    density = scaled_to_model(trained.density, config.data_range, None if data is None else data.levels, trained.name)
     shape = tuple(trained.density.flow.event_shape)
     if tuple(rows.shape[1:]) != shape:
         raise ConfigError(
@@ -51,7 +52,7 @@ def run(config: DictConfig) -> float:
         )
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
     fabric = launched(config.device)
-    values = _judged(fabric, trained.density, (rows, context), data, size, config.seed)
+    values = _judged(fabric, density, (rows, context), data, size, config.seed)
     metrics = _metrics(values, None if data is None else data.bit_per_dim)
     if fabric.is_global_zero:
         names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]

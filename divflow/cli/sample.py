@@ -12,8 +12,15 @@ from torch import Generator, Tensor
 
 from divflow.build import ConfigError
 from divflow.cli.output import batches, check_output, write_figure, write_table
-from divflow.cli.trained import check_least, check_model, data_config, load_trained, named_device
-from divflow.density import FlowDensity, ScoreDensity, UnnormalizedDensity
+from divflow.cli.trained import (
+    check_least,
+    check_model,
+    data_config,
+    load_trained,
+    named_device,
+    scaled_to_model,
+)
+from divflow.density import FlowDensity, ScoreDensity, UnnormalizedDensity, in_units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +68,9 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Tensor
     if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
         raise ConfigError(f"scores take no context, but context={numbers}")
     try:
-        context = torch.tensor([float(number) for number in numbers], dtype=density.dtype, device="cpu")
+        # In the digits that it is given in, where it is standardized first.
+        dtype = density.dtype if standardized is None else torch.float64
+        context = torch.tensor([float(number) for number in numbers], dtype=dtype, device="cpu")
     except (TypeError, ValueError):
         context = torch.tensor([math.nan], device="cpu")
     if not context.isfinite().all():
@@ -82,12 +91,12 @@ def _drawn(
 
     device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
     if isinstance(density, FlowDensity) and getattr(density, "sampler", None) is None:
-        noise = density.flow.base.sample(number, Generator(device).manual_seed(seed))
+        noise = density.flow.sample_base(number, Generator(device).manual_seed(seed))
 
         def draw(part: slice, index: int) -> Tensor:
             z = noise[part]
             given = None if context is None else density.flow_context(context.to(z.device).expand(len(z), -1))
-            return density.transform.inverse(density.flow.decode(z, given))
+            return in_units(density.transform, density.flow.decode(z, given))
     else:
 
         def draw(part: slice, index: int) -> Tensor:
@@ -113,6 +122,10 @@ def _figure(
     data.setup("test")
     rows = data.test.__getitems__(list(range(min(len(samples), len(data.test)))))
     if data.images:
+        if isinstance(density, FlowDensity):
+            unit = scaled_to_model(density, None, data.levels, "the model")
+            if unit is not density:  # of a model whose pixels are not between 0 and 1
+                samples = unit.transform.inverse(samples)
         return plot_images(rows, samples)
     if tuple(data.event_shape) == (2,):
         device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))

@@ -1,6 +1,6 @@
 """What the commands on a trained density share: the density, the data that it was trained on, and where it runs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +10,8 @@ from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from divflow.arguments import check_count
+from divflow.adapters.foreign import AdaptedFlow
+from divflow.arguments import check_count, checked_range
 from divflow.build import ConfigError, build_ways, check_paths
 from divflow.checkpoint import CheckpointError, read_checkpoint, rebuild, which_weights
 from divflow.density import FlowDensity, UnnormalizedDensity
@@ -20,7 +21,16 @@ from divflow.transforms import Affine
 if TYPE_CHECKING:  # it imports Lightning, and mistakes are told before
     from lightning.fabric import Fabric
 
-__all__ = ["Trained", "check_least", "check_model", "data_config", "launched", "load_trained", "named_device"]
+__all__ = [
+    "Trained",
+    "check_least",
+    "check_model",
+    "data_config",
+    "launched",
+    "load_trained",
+    "named_device",
+    "scaled_to_model",
+]
 
 _OF_DATA = ("divflow.data.", "divflow.energies.")
 
@@ -179,13 +189,51 @@ def _is_ours(target: Any) -> bool:
 def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
     made: nn.Module = instantiate(model, _convert_="all")
     if isinstance(made, ContinuousFlow):
-        return FlowDensity(made, Affine())
+        made = FlowDensity(made, Affine())
+    if isinstance(made, FlowDensity):
+        made.watch_units = not isinstance(made.flow, AdaptedFlow)  # which watches them by itself
     if not isinstance(made, FlowDensity | UnnormalizedDensity):
         raise ConfigError(
             f"model._target_={model._target_} made a {type(made).__name__}; it must make a ContinuousFlow or a density of "
             "divflow.density"
         )
     return made
+
+
+def scaled_to_model(
+    density: FlowDensity, data_range: Sequence[float] | None, levels: int | None, name: str
+) -> FlowDensity:
+    """The density of discrete data, which are scaled to lie between 0 and 1, under a model of data in another range.
+
+    Args:
+        density: of the data as the model takes them.
+        data_range: what the model was trained on, [low, high]; that which an adapter was given if None.
+        levels: of discrete data; None for others.
+        name: of the model, for messages.
+
+    Raises:
+        ConfigError: a range that is none; one for data that are not discrete, or for a density with a transform of its own.
+    """
+    try:
+        given = None if data_range is None else checked_range("data_range", data_range)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    known = given or getattr(density.flow, "data_range", None)
+    bare = type(density) is FlowDensity and density.transform.config() == Affine().config()
+    if known is None or (given is None and not (bare and levels)):
+        return density
+    if levels is None:
+        raise ConfigError(
+            f"data_range={list(known)} says where the pixels of a model lie, for discrete data between 0 and 1, but these data are not "
+            "discrete: bring them to the model's units by the transform of a FlowDensity in model._target_"
+        )
+    if not bare:
+        raise ConfigError(
+            f"{name} has a transform of its own from the data to its model, which data_range={list(known)} would be beside; leave it out"
+        )
+    scaled = FlowDensity(density.flow, Affine.between((0, 1), known)).train(density.training)
+    scaled.columns, scaled.watch_units = density.columns, density.watch_units
+    return scaled
 
 
 def launched(device: DictConfig) -> "Fabric":

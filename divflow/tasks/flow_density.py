@@ -87,7 +87,7 @@ class FlowDensityTask(Task):
     def transformed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What the flow models, T(x) of the data x of a batch, and their context, in the flow's dtype."""
         x, context = split_context(batch)
-        y, _ = self.density.transform(x)
+        y, _ = self.density.transform(x, values=False)
         dtype = self.density.dtype
         context = self.density.flow_context(context)
         return y.to(dtype), None if context is None else context.to(dtype)

@@ -79,7 +79,7 @@ class FlowMatchingTask(FlowDensityTask):
         flow, (x, context) = self.density.flow, self.transformed(batch)
         x = _repeated(x, self.draws)
         context = None if context is None else _repeated(context, self.draws)
-        noise = flow.base.sample(len(x), None).to(x)
+        noise = flow.sample_base(len(x)).to(x)
         loss = self.objective(flow.velocity, x, noise=noise, context=context).mean()
         self.log("train/loss", loss.detach())
         return loss

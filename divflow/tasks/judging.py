@@ -63,7 +63,9 @@ def judge_likelihood(
 def _judge(
     density: FlowDensity, x: Tensor, context: Tensor | None, data: TensorDataModule | None, generator: Generator | None
 ) -> Values:
-    result = density.evaluate(x, None if context is None else context.to(density.dtype), generator)
+    if context is not None and density.context_transform is None:  # which takes it in all its digits
+        context = context.to(density.dtype)
+    result = density.evaluate(x, context, generator)
     truth = None if data is None else data.log_prob(x)
     nll, errors = -result.log_prob, result.standard_error
     return {

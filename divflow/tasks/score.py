@@ -111,7 +111,7 @@ class ScoreTask(Task):
             raise TrainingError(
                 "scores take no context, but the data have one; train a flow: task=flow or task=flow_matching"
             )
-        y, _ = self.density.transform(x)
+        y, _ = self.density.transform(x, values=False)
         parameter = next(self.parameters(), None)
         return y if parameter is None else y.to(parameter.dtype)
 

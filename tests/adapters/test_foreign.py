@@ -1,17 +1,22 @@
 """What all adapters refuse, and what they leave as it is."""
 
+import math
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Generator, nn
 
 import divflow
 from divflow.adapters import AdapterError, from_denoiser, from_diffusers, from_flow_matching, from_torchcfm
-from divflow.divergence import FieldError
+from divflow.density import FlowDensity
+from divflow.divergence import Exact, FieldError
 from divflow.errors import DivflowError
+from divflow.transforms import Affine
+from divflow.units import UnitsWarning
 
 SCHEDULER = SimpleNamespace(
     alphas_cumprod=torch.linspace(0.99, 0.01, 10).double(), config=SimpleNamespace(prediction_type="sample")
@@ -227,6 +232,47 @@ def test_samples_are_in_the_models_precision(name):
     for dtype in (torch.float32, torch.float64):
         model = Net(nn.Linear(3, 3), nn.Tanh(), time_first=name == "torchcfm").to(dtype)
         assert ADAPTERS[name](model, 3).sample(2).dtype == dtype
+
+
+@each
+def test_the_range_of_their_data(name):
+    """Pixels of a model from -1 to 1, which a picture of 0 to 1 fills by half."""
+    flow = ADAPTERS[name](called(name, lambda x, t: -x / 20), 9, data_range=(-1, 1))
+    assert flow.data_range == (-1, 1)
+    assert "data_range=(-1.0, 1.0)" in repr(flow)
+    assert flow.replace(estimator=Exact()).data_range == (-1, 1)
+    pixels = torch.rand(12, 9, dtype=torch.float64, generator=Generator().manual_seed(0))
+    density = FlowDensity(flow, Affine.between((0, 1), flow.data_range))
+    assert [end.item() for end in density.data_range] == [0, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnitsWarning)
+        warnings.filterwarnings("error", "the model was trained on data", UnitsWarning)
+        expected = flow.log_prob(2 * pixels - 1) + 9 * math.log(2)  # of pixels twice as dense
+        torch.testing.assert_close(density.log_prob(pixels).double(), expected, rtol=1e-4, atol=1e-3)
+        flow.log_prob(pixels[:7])  # a few pictures may be bright
+        flow.log_prob(pixels[:0])
+        flow.sample(2)
+        with pytest.raises(
+            UnitsWarning, match=r"from -1 to 1, but these are from 0\.\d+ to 0\.\d+, which fill no more than half"
+        ):
+            flow.log_prob(pixels)
+        with pytest.raises(UnitsWarning, match=r"these are from \S+ to 2\d\d\.\d+, which reach beyond that"):
+            flow.log_prob(255 * pixels)
+    for wrong in ((1, -1), (0, math.inf), 3, "wide", (0, 1, 2)):
+        with pytest.raises(ValueError, match=r"data_range must be a range \(low, high\), such as \(-1, 1\), but is"):
+            ADAPTERS[name](called(name, lambda x, t: -x), 9, data_range=wrong)
+
+
+@each
+def test_data_far_from_the_base_are_warned_of(name):
+    flow = ADAPTERS[name](called(name, lambda x, t: -x / 20), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnitsWarning)
+        flow.log_prob(flow.sample(20, generator=Generator().manual_seed(0)))
+        flow.log_prob(torch.zeros(20, 3))
+        flow.log_prob(1e4 * torch.ones(7, 3))  # which may be asked for
+    with pytest.warns(UnitsWarning, match="most of the 20 rows are farther from the base than any of 1,000 samples"):
+        flow.log_prob(1e4 * torch.ones(20, 3))
 
 
 @each

@@ -5,6 +5,7 @@ the share of networks where any sample's was larger, and the evaluations in the 
 """
 
 import argparse
+import itertools
 import math
 
 import torch
@@ -35,7 +36,7 @@ class RandomVelocity(nn.Module):
         )
         sizes = [self.dimension + 3, *[width] * depth, self.dimension]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        for inputs, outputs in itertools.pairwise(sizes):
             layer = nn.Linear(inputs, outputs)
             with torch.no_grad():
                 layer.weight.copy_(gain * torch.randn(layer.weight.shape, generator=draw) / math.sqrt(inputs))

@@ -18,6 +18,7 @@ from run import FAST, ROOT, SMALL_TOY, config
 import divflow
 from divflow.cli import main
 from divflow.experiment import train
+from divflow.units import UnitsWarning
 
 ROWS = torch.tensor([[150 + i * 7 % 13, 50 + i % 7 + i * 3 % 5] for i in range(60)], dtype=torch.float64)
 
@@ -168,6 +169,88 @@ def test_a_function_of_ones_own_makes_the_density(best, tmp_path):
     np.testing.assert_allclose(read("log_prob.csv")[1][:, 0], expected, rtol=1e-4)
     assert "made a dict" in refused("sample", "model._target_=builtins.dict", "out=x.npy")
     assert "own_density" in refused("sample", "model._target_=own_density.nothing", "out=x.npy")
+
+
+_PIXELS = """
+from divflow.adapters import from_flow_matching
+from divflow.density import FlowDensity
+from divflow.transforms import Affine
+
+def bare(**options):
+    return from_flow_matching(lambda x, t: -x, (1, 8, 8), **options)
+
+def told():
+    return bare(data_range=(-1, 1))
+
+def scaled():
+    return FlowDensity(bare(), Affine.between((0, 1), (-1, 1)))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::divflow.units.UnitsWarning")
+def test_images_are_brought_to_the_range_of_a_model_trained_elsewhere(best, tmp_path):
+    """N(0, e^-2) of pixels from -1 to 1 is that of pixels from 0 to 1 with 64 log 2 more."""
+    (tmp_path / "own_pixels.py").write_text(_PIXELS)
+    digits = ["data=digits", "data.event_shape=[1,8,8]"]
+
+    def evaluated(name, *settings, data=digits):
+        main(["evaluate", f"model._target_=own_pixels.{name}", *data, "out=a.csv", "overwrite=true", *settings])
+        return read("a.csv")
+
+    names, expected = evaluated("scaled")
+    assert "bits_per_dim" in names
+    for values in (evaluated("told"), evaluated("bare", "data_range=[-1,1]"), evaluated("told", "data_range=[-1,1]")):
+        np.testing.assert_allclose(values[1], expected, rtol=1e-6)
+    x = torch.cat([part.rows for part in [divflow.data.Digits((1, 8, 8)).test]])
+    truth = torch.distributions.Normal(0.0, np.exp(-1.0)).log_prob(2 * x - 1).sum(dim=(1, 2, 3)) + 64 * np.log(2)
+    np.testing.assert_allclose(expected[:, 0], truth, rtol=1e-4)
+    bits = np.log2(17) - truth.numpy() / 64 / np.log(2)
+    np.testing.assert_allclose(expected[:, names.index("bits_per_dim")], bits, rtol=1e-4)
+    assert (evaluated("bare")[1][:, 0] > expected[:, 0]).all()  # of other pixels, which are less far from its mode
+    run = ["evaluate", "overwrite=true"]
+    assert "transform of its own" in refused(*run, "model._target_=own_pixels.scaled", *digits, "data_range=[-1,1]")
+    assert "data_range must be a range" in refused(*run, "model._target_=own_pixels.bare", *digits, "data_range=[1,-1]")
+    assert "not discrete" in refused(*run, "model._target_=own_pixels.bare", "data=two_moons", "data_range=[-1,1]")
+    main(["sample", "model._target_=own_pixels.told", "num_samples=4", "out=a.png", *digits])
+    main(["sample", "model._target_=own_pixels.told", "num_samples=4", "out=a.npy"])
+    assert np.load("a.npy").dtype == np.float64
+
+
+def test_rows_in_other_units_are_warned_of(best, run_folder):
+    main(["evaluate", f"ckpt_path={best}"])
+    np.save("grams.npy", ROWS.numpy() * [1, 1000])
+    with pytest.warns(UnitsWarning, match="most of the 60 rows are farther from the base"):
+        main(["evaluate", f"ckpt_path={best}", "split=all", "+data.path=grams.npy", "out=grams.csv"])
+
+
+def test_samples_have_the_digits_of_the_table(tmp_path, monkeypatch):
+    """Of a column of dates, which differ in the ninth digit."""
+    monkeypatch.chdir(tmp_path)
+    dates = 2.46e6 + 0.1 * np.random.default_rng(0).standard_normal(100)
+    Path("dates.csv").write_text("date\n" + "".join(f"{date!r}\n" for date in dates.tolist()))
+    train(config(*FAST, "data=table", "data.path=dates.csv", "output_dir=run"))
+    for out in ("a.csv", "a.npy"):
+        main(["sample", "ckpt_path=run/checkpoints/best.ckpt", "num_samples=500", f"out={out}"])
+        samples = read(out)[1] if out == "a.csv" else np.load(out)
+        assert len(np.unique(samples)) == 500
+        assert abs(samples.mean() - 2.46e6) < 0.1
+    assert len(np.unique(np.load("run/samples.npy"))) > 200
+    assert divflow.load("run/checkpoints/best.ckpt").sample(3).dtype == torch.float64
+
+
+def test_what_is_not_finite_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_wide.py").write_text(
+        "from divflow.flow import ContinuousFlow\nfrom divflow.density import FlowDensity\nfrom divflow.transforms import Affine\n"
+        "def wide(scale):\n    return FlowDensity(ContinuousFlow(lambda t, x: -x, 1), Affine([0.0], [float(scale)]))\n"
+    )
+    main(["sample", "model._target_=own_wide.wide", "+model.scale=1e39", "out=a.csv", "num_samples=200"])
+    assert np.isfinite(read("a.csv")[1]).all()
+    assert "the samples must be finite" in refused(
+        "sample", "model._target_=own_wide.wide", "+model.scale=1.5e308", "out=b.csv", "num_samples=2000"
+    )
+    assert not Path("b.csv").exists()
 
 
 def test_samples_are_those_of_the_density_whatever_the_batches(best):

@@ -99,7 +99,7 @@ def test_the_data_module(tmp_path):
     torch.testing.assert_close(y.mean(dim=0), torch.zeros(3, 5, 7), rtol=0, atol=0.3)
     assert log_det.shape == (12,)
     linear = Images(tmp_path / "images", margin=None, val_fraction=0.2, test_fraction=0.2)
-    torch.testing.assert_close(linear.transform.inverse(linear.transform(batch)[0]), batch)
+    torch.testing.assert_close(linear.transform.inverse(linear.transform(batch)[0]), batch.double())
 
 
 def corrupt(path):

@@ -67,7 +67,7 @@ def test_a_flow_that_is_the_density_of_the_data_has_no_gap():
     """A normal density on the subspace, scaled: what the scale's log-determinant must be there."""
     transform = MeanFreeScale(0.5)
     density = FlowDensity(ContinuousFlow(lambda t, x: 0 * x, (4, 2), base=MeanFreeNormal((4, 2))), transform)
-    x = density.sample(20)
+    x = density.sample(20).float()
     expected = -x.square().sum(dim=(1, 2)) / (2 * 0.25) - 6 / 2 * math.log(2 * math.pi * 0.25)
     torch.testing.assert_close(density.log_prob(x), expected)
     torch.testing.assert_close(transform.inverse(transform(x)[0]), x)
