@@ -26,6 +26,8 @@ from divflow.solver import Evaluations, Solver, SolverError
 __all__ = ["Quadrature"]
 
 _NODES = 15
+# The share of a way that nodes may miss, as long as their rules agree.
+_MISSED = 0.01
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class Quadrature(Likelihood):
                 finer for piece in pieces for finer in piece.resolving(along.steps, self._counts, self.max_intervals)
             ]
         coarse: dict[Piece, AtNodes | None] = dict.fromkeys(pieces)
+        before = math.inf
         while coarse:
             if len(known) + len(coarse) > self.max_intervals:
                 raise SolverError(
@@ -189,15 +192,15 @@ class Quadrature(Likelihood):
             # Where the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
             too_coarse = ((errors > tolerance / len(pieces)) & (total > tolerance)).any(dim=1)
             at_nodes = AtNodes.cat([known[piece] for piece in pieces])
-            missed = (unseen(self._rule(pieces, along.x), at_nodes, along) > tolerance).any()
-            finite, missed, *chosen = torch.cat(
-                [torch.stack([total.isfinite().all(), missed]), too_coarse]
-            ).tolist()  # the host waits once
+            missed = unseen(self._rule(pieces, along.x), at_nodes, along, _MISSED).amax() if along.x.numel() else total.sum()
+            facts = torch.stack([total.isfinite().all().to(missed), missed])
+            finite, missed, *chosen = torch.cat([facts, too_coarse.to(missed)]).tolist()  # the host waits once
             if not finite:
                 raise SolverError("the divergence along the trajectory is not finite, so it can't be integrated")
             steps = [along.steps(piece.low, piece.high) / piece.nodes for piece in pieces]
-            if missed and not any(chosen):
-                chosen[steps.index(max(steps))] = True
+            # What no further node helps against is the solver's own error.
+            if missed > tolerance and not any(chosen) and (missed < before / 2 or math.isinf(missed)):
+                chosen[steps.index(max(steps))], before = True, missed
             coarse = {}
             for piece, for_error, crowd in zip(
                 pieces, chosen, steps, strict=True

@@ -12,25 +12,33 @@ from divflow.likelihood.pieces import Rule
 
 __all__ = ["unseen", "weighted_sum"]
 
-# Of a method with steps of its own, whose error is not known, the share of the way that is not its own error.
+# Of a method that does not follow a tolerance, the share of the way that is taken for its own error.
 _OF_FIXED_STEPS = 0.1
 _SAFETY = 2.0
 
 
 @torch.no_grad()
-def unseen(rule: Rule, at_nodes: AtNodes, along: Along) -> Float[Tensor, " batch"]:
+def unseen(rule: Rule, at_nodes: AtNodes, along: Along, ignored: float = 0.0) -> Float[Tensor, " batch"]:
     """What nodes may miss of the divergence's integral, in nats: the share of it that they miss of the velocity's.
 
         |x(end) - x(start) - sum_i w_i v(t_i, x_i)|   over   sum_i |w_i v(t_i, x_i)|
 
     Two rules that agree may both have overlooked a layer or an oscillation; of the velocity the integral is known. Zero up
     to what is the solver's own error; infinite where the nodes see nothing of what happens. It costs no evaluation.
+
+    Args:
+        rule: of the nodes.
+        at_nodes: what is known there.
+        along: the trajectory.
+        ignored: a share of the way that may be missed.
     """
     weights = rule.weights * along.speed(rule.nodes)
     seen = weighted_sum(weights, at_nodes.velocity)
     missed = (flatten_event(along.final - along.x).T - seen).norm(dim=0)
     length = weighted_sum(weights.abs(), at_nodes.velocity.norm(dim=0))
-    missed = missed - along.allowance() if along.solver.adaptive else missed - _OF_FIXED_STEPS * length
+    ignored = ignored if along.solver.adaptive else max(ignored, _OF_FIXED_STEPS)
+    own = torch.maximum(along.allowance(), ignored * length) if along.solver.adaptive else ignored * length
+    missed = missed - own
     integral = weighted_sum(weights.abs(), at_nodes.divergence.abs())
     # By how much the state is missed, in units of itself, if it changes at the rates that its volume does.
     change = (missed / length * integral / max(1, len(at_nodes.velocity))).nan_to_num(nan=math.inf)
