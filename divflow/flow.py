@@ -73,7 +73,8 @@ class ContinuousFlow(nn.Module):
 
     with x_t the trajectory through x at t_data and z its state at t_base (Chen et al. 2018). Everything is
     differentiable in x, the context, the parameters and the two times (where they are tensors), to any order
-    with `Solver(gradient="direct")`.
+    with `Solver(gradient="direct")`. Within `torch.func`'s `grad`, `jacrev` and `jvp` a solver of fixed steps is needed; `vmap`
+    is refused, since a batch of samples is taken anyway.
 
     Args:
         velocity: a module or function `v(t, x)`, or `v(t, x, context)` for a conditional flow; returns a tensor
@@ -85,7 +86,7 @@ class ContinuousFlow(nn.Module):
         solver: of the trajectory.
         base: a `torch.distributions.Distribution` of this event shape and no batch shape (see
             `torch.distributions.Independent`); the standard normal if None. Its tensors move and are saved
-            with the module.
+            with the module, and start where the velocity's are.
         t_base: time of the base density, a number or a (trainable) tensor.
         t_data: time of the data density; may be earlier than t_base.
         detached: whether the velocity means what it hides from autograd (`detach`, `no_grad`), which is an error otherwise,

@@ -1,8 +1,11 @@
 """Derivatives of plain functions, per sample and for tensors of any shape.
 
 Each function takes the function to differentiate, not its result, so nothing can be "not in the graph";
-it leaves its arguments alone (no `.grad`, no `requires_grad_`), works under `torch.no_grad` and
-`torch.inference_mode`, and with grad enabled is differentiable again.
+it leaves its arguments alone (no `.grad`, no `requires_grad_`, whatever the function writes to what it is given), works
+under `torch.no_grad` and `torch.inference_mode`, and with grad enabled is differentiable again.
+
+Arguments are real. Of a complex function, such as a wave function, the derivatives of both parts are taken, and returned as
+complex ones: d/dx (u + i v) = du/dx + i dv/dx.
 """
 
 import math
@@ -132,7 +135,7 @@ def laplacian(f: Callable[[Tensor], Tensor], x: Tensor, estimator: Estimator | N
     `explain_laplacian` says which, and why. Differentiable in x and parameters.
 
     Args:
-        f: `f(x) -> (k,)`.
+        f: `f(x) -> (k,)`; real where there is an estimator.
         x: states `(k, *event)`.
         estimator: of the divergence of the gradient; the exact Laplacian if None.
 
@@ -252,8 +255,8 @@ def parameter_jacobian(
         name: `(k, *out, *parameter)`.
 
     Raises:
-        FieldError: no parameters, no input with a batch, inputs of different batch sizes, or samples
-            without one value each.
+        FieldError: no parameters, names that are none of the module's parameters or buffers, parameters that are not of a
+            floating dtype, no input with a batch, inputs of different batch sizes, or samples without one value each.
 
     Example:
         >>> x = torch.tensor([3.0, 5.0])

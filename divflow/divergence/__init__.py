@@ -61,7 +61,9 @@ def value_and_divergence(
         `ValueAndDivergence(value, divergence)` of shapes `(k, *event)` and `(k,)`. The divergence has
         x's dtype, or float32 where that is a half precision. With grad enabled both are differentiable
         in x, t and all parameters, to any order that the field supports; under `torch.no_grad` and
-        `torch.inference_mode` no graph is built.
+        `torch.inference_mode` no graph is built. Within the transforms of `torch.func` (`grad`, `jacrev`, `jvp`, `vmap` of
+        single samples) it is taken by dense products of their kind, and nothing is verified; within `torch.compile` it runs
+        eagerly, between two graphs.
 
     Raises:
         FieldError: the field, t or x is not what the definition needs, or samples are mixed; the message says what to do.

@@ -34,7 +34,7 @@ class Potential(nn.Module):
 
     Raises:
         NetworkError: another sign.
-        FieldError: by a call, where phi does not return one number a sample.
+        FieldError: by a call, where phi does not return one number a sample, or a complex one.
 
     Example:
         >>> class Bowl(nn.Module):
