@@ -13,8 +13,8 @@ from divflow.divergence import (
     Exact,
     FieldError,
     FieldWarning,
-    HutchPlusPlus,
     Hutchinson,
+    HutchPlusPlus,
     XTrace,
     check_field,
     divergence,
@@ -109,12 +109,25 @@ ESTIMATORS = [
 def test_a_function_that_keeps_an_intermediate_is_refused(estimator):
     field = net()
     check_field(field, 0.3, X)  # its divergence is right
-    torch.testing.assert_close(
-        divergence(field, 0.3, X), divergence(net(Saved), 0.3, X), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(divergence(field, 0.3, X), divergence(net(Saved), 0.3, X), rtol=1e-4, atol=1e-5)
     with pytest.raises(FieldError, match="gradient of its divergence is wrong.* by central differences.*It calls Kept"):
         check_field(field, 0.3, X, gradient=True, estimator=estimator)
     check_field(net(Saved), 0.3, X, gradient=True, estimator=estimator)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_conditional_fields(count):
+    """Bound to a context of a row a sample, whether the field says which rows are whose, or a function holds them."""
+    context = torch.randn(count, 4)
+    for function, right in ((Saved, True), (Kept, False)):
+        velocity = lambda t, x, c, function=function: function.apply(0.3 * x * c)  # noqa: E731
+        flow = ContinuousFlow(velocity, 4)
+        for field in (flow.field(context), lambda t, x, v=velocity: v(t, x, context)):
+            if right:
+                check_field(field, 0.0, X[:count], gradient=True)
+            else:
+                with severed_fields("refuse"), pytest.raises(FieldError, match="gradient of its divergence is wrong"):
+                    check_gradient(field, 0.0, X[:count], Exact())
 
 
 def test_both_numbers_are_said():
@@ -164,9 +177,9 @@ def task_of(kind, field):
 
 @pytest.mark.parametrize("kind", ["flow", "flow matching", "score"])
 def test_no_task_begins_with_it(kind):
-    task_of(kind, net(Saved)).check([X])
+    task_of(kind, net(Saved)).check(X)
     with pytest.raises(FieldError, match="gradient of its divergence is wrong"):
-        task_of(kind, net()).check([X])
+        task_of(kind, net()).check(X)
 
 
 class Memory(nn.Module):
@@ -279,8 +292,22 @@ def generated(seed):
     width = size
     for _ in range(choose([1, 2, 3])):
         hidden = choose([8, 32, 64])
-        kinds = [nn.ReLU, nn.SiLU, nn.LeakyReLU, nn.GELU, nn.ELU, nn.Hardtanh, nn.Hardswish, nn.Tanh, nn.Softplus, nn.Hardshrink]
-        layers += [nn.Linear(width, hidden), choose([*kinds, nn.Softshrink, nn.Mish, nn.PReLU, lambda: nn.Dropout(0.3)])()]
+        kinds = [
+            nn.ReLU,
+            nn.SiLU,
+            nn.LeakyReLU,
+            nn.GELU,
+            nn.ELU,
+            nn.Hardtanh,
+            nn.Hardswish,
+            nn.Tanh,
+            nn.Softplus,
+            nn.Hardshrink,
+        ]
+        layers += [
+            nn.Linear(width, hidden),
+            choose([*kinds, nn.Softshrink, nn.Mish, nn.PReLU, lambda: nn.Dropout(0.3)])(),
+        ]
         layers += choose([[], [], [nn.LayerNorm(hidden)], [nn.GroupNorm(2, hidden)], [nn.RMSNorm(hidden)]])
         width = hidden
     network, scale = nn.Sequential(*layers, nn.Linear(width, size)), choose([0.1, 1.0, 1.0, 10.0, 100.0])
