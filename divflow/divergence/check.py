@@ -64,6 +64,7 @@ def check_field(
     if x.numel() == 0:
         checked_value(g(t, x.clone()), x)
         return
+    given = t, x
     if len(x) == 1:
         x = x.expand(2, *x.shape[1:])
         t = t if t.ndim == 0 else t.expand(2)
@@ -74,7 +75,7 @@ def check_field(
         linearize_field(field, t, x)
         if gradient:
             estimated = estimator is None or estimator.stochastic or estimator.frozen
-            check_gradient(g, t, x, Hutchinson() if estimator is None or estimated else estimator)
+            check_gradient(g, *given, Hutchinson() if estimator is None or estimated else estimator)
 
 
 def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:

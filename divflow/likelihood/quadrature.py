@@ -192,7 +192,9 @@ class Quadrature(Likelihood):
             # Where the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
             too_coarse = ((errors > tolerance / len(pieces)) & (total > tolerance)).any(dim=1)
             at_nodes = AtNodes.cat([known[piece] for piece in pieces])
-            missed = unseen(self._rule(pieces, along.x), at_nodes, along, _MISSED).amax() if along.x.numel() else total.sum()
+            missed = (
+                unseen(self._rule(pieces, along.x), at_nodes, along, _MISSED).amax() if along.x.numel() else total.sum()
+            )
             facts = torch.stack([total.isfinite().all().to(missed), missed])
             finite, missed, *chosen = torch.cat([facts, too_coarse.to(missed)]).tolist()  # the host waits once
             if not finite:

@@ -7,7 +7,7 @@ random direction of all parameters and of the state are taken both ways, on a co
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -65,21 +65,29 @@ def check_gradient(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator)
     if x.numel() == 0 or answer() == "allow" or torch.compiler.is_compiling():
         return
     x, t = x.detach(), torch.as_tensor(t, device=x.device).detach()
-    if not estimator.frozen:  # a frozen one is for so many samples
-        rows = [*range(min(_ROWS, len(x)))]
-        g, x, t = getattr(g, "divflow_rows", lambda rows: g)(rows), x[rows], t[rows] if t.ndim else t
     with verifying(), torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        for dtype in (torch.float64, torch.float32):
-            try:
-                point = _Point(*copied((g, estimator), dtype == torch.float64), t, x.to(dtype))
-                miss = point.compare()
-            except torch.OutOfMemoryError:
+        for field, time, states in _at_few_samples(g, t, x, estimator):
+            for dtype in (torch.float64, torch.float32):
+                try:
+                    copy = copied((field, estimator), dtype == torch.float64).field
+                    miss = _Point(*copy, time, states.to(dtype)).compare()
+                except torch.OutOfMemoryError:
+                    return
+                except Exception:  # it can't be copied, computes in one precision only, or has no second derivatives
+                    continue
+                if miss is not None:
+                    _tell(miss, certain=dtype == torch.float64)
                 return
-            except Exception:  # it can't be copied, computes in one precision only, or has no second derivatives
-                continue
-            if miss is not None:
-                _tell(miss, certain=dtype == torch.float64)
-            return
+
+
+def _at_few_samples(g: Field, t: Tensor, x: Tensor, estimator: Estimator) -> Iterator[tuple[Field, Tensor, Tensor]]:
+    """The field, times and states: of two samples, or of all where it holds something else for each of them."""
+    rows = [*range(min(_ROWS, len(x)))]
+    of_rows = getattr(g, "divflow_rows", None)
+    if not estimator.frozen:  # a frozen one is for so many samples
+        yield g if of_rows is None else of_rows(rows), t[rows] if t.ndim else t, x[rows]
+    if estimator.frozen or (of_rows is None and len(x) > _ROWS):
+        yield g, t, x
 
 
 class _Miss(NamedTuple):

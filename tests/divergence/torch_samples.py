@@ -16,6 +16,8 @@ _LEFT_OUT = """
 dropout rrelu bernoulli normal rand multinomial jiterator sparse new_empty empty uniform cauchy log_normal exponential
 geometric bfloat16 half float16
 """.split()  # noqa: SIM905
+# Their other tensors are targets, which they compare with 1 and -1.
+_OF_THE_FIRST_ALONE = {"nn.functional.cosine_embedding_loss", "nn.functional.hinge_embedding_loss"}
 OPERATIONS = [
     op
     for op in op_db
@@ -29,26 +31,29 @@ def name_of(op: Any) -> str:
     return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
 
 
-def functions(op: Any, most: int) -> Iterator[tuple[Function, Tensor]]:
+def functions(op: Any, most: int, symmetric: bool = True) -> Iterator[tuple[Function, Tensor]]:
     """An operation as a function of all floating tensors among its arguments, `(1, n)` to `(1, m)`, and where to take it.
 
     Where it is not differentiable in all of them (running statistics, targets), it is one of the first alone.
+
+    Args:
+        op: of torch's operation database.
+        most: samples of it.
+        symmetric: whether matrices are made symmetric first where its derivative is that for symmetric ones.
     """
     found = 0
     for sample in op.sample_inputs("cpu", torch.float64, requires_grad=False):
         if found == most:
             return
-        for only_first in (False, True):
-            function, x = _of_sample(op, sample, only_first)
+        for only_first in [True] if op.name in _OF_THE_FIRST_ALONE else [False, True]:
+            function, x = _of_sample(op, sample, only_first, symmetric)
             if not 0 < x.numel() <= 450:
                 continue
             try:
+                point = x.clone().requires_grad_()
+                value = function(point)
+                torch.autograd.grad(value.sum(), point, allow_unused=True)
                 value = function(x)
-                with torch.enable_grad():
-                    point = x.clone().requires_grad_()
-                    value = function(point)
-                    if value.requires_grad:
-                        torch.autograd.grad(value.sum(), point, allow_unused=True)
             except Exception:
                 continue
             if value.numel() and value.isfinite().all():
@@ -57,7 +62,7 @@ def functions(op: Any, most: int) -> Iterator[tuple[Function, Tensor]]:
             break
 
 
-def _of_sample(op: Any, sample: Any, only_first: bool) -> tuple[Function, Tensor]:
+def _of_sample(op: Any, sample: Any, only_first: bool, symmetric: bool = True) -> tuple[Function, Tensor]:
     leaves, structure = tree_flatten((sample.input, sample.args, sample.kwargs))
     chosen = [
         isinstance(leaf, Tensor) and leaf.dtype == torch.float64 and leaf.layout == torch.strided for leaf in leaves
@@ -80,15 +85,12 @@ def _of_sample(op: Any, sample: Any, only_first: bool) -> tuple[Function, Tensor
         input, args, kwargs = tree_unflatten(new, structure)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Symmetric matrices, for operations that are differentiable as functions of these.
-            result = op.gradcheck_wrapper(op.get_op(), input, *args, **kwargs)
+            # Some are differentiable as functions of symmetric or triangular matrices alone, which this makes.
+            made = op.gradcheck_wrapper if symmetric else lambda f, *args, **kwargs: f(*args, **kwargs)
+            result = made(op.get_op(), input, *args, **kwargs)
         outputs, _ = tree_flatten(sample.output_process_fn_grad(result))
-        kept = [
-            o
-            for o in outputs
-            if isinstance(o, Tensor) and o.is_floating_point() and (o.requires_grad or not z.requires_grad)
-        ]
-        return torch.cat([o.double().reshape(1, -1) for o in kept] or [z[:, :0]], dim=1)
+        floating = [o.double().reshape(1, -1) for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
+        return torch.cat(floating or [z[:, :0]], dim=1)
 
     flat = [leaf.reshape(1, -1) for leaf in varied]
     return function, torch.cat(flat, dim=1) if flat else torch.zeros(1, 0)

@@ -115,6 +115,21 @@ def test_a_function_that_keeps_an_intermediate_is_refused(estimator):
     check_field(net(Saved), 0.3, X, gradient=True, estimator=estimator)
 
 
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_conditional_fields(count):
+    """Bound to a context of a row a sample, whether the field says which rows are whose, or a function holds them."""
+    context = torch.randn(count, 4)
+    for function, right in ((Saved, True), (Kept, False)):
+        velocity = lambda t, x, c, function=function: function.apply(0.3 * x * c)  # noqa: E731
+        flow = ContinuousFlow(velocity, 4)
+        for field in (flow.field(context), lambda t, x, v=velocity: v(t, x, context)):
+            if right:
+                check_field(field, 0.0, X[:count], gradient=True)
+            else:
+                with severed_fields("refuse"), pytest.raises(FieldError, match="gradient of its divergence is wrong"):
+                    check_gradient(field, 0.0, X[:count], Exact())
+
+
 def test_both_numbers_are_said():
     """exp(x) has the divergence sum exp(x), which is its own derivative along x; autograd finds none."""
     with pytest.raises(FieldError, match=r"is -?\d.*e?.* by central differences, and 0 by autograd"):
@@ -162,9 +177,9 @@ def task_of(kind, field):
 
 @pytest.mark.parametrize("kind", ["flow", "flow matching", "score"])
 def test_no_task_begins_with_it(kind):
-    task_of(kind, net(Saved)).check([X])
+    task_of(kind, net(Saved)).check(X)
     with pytest.raises(FieldError, match="gradient of its divergence is wrong"):
-        task_of(kind, net()).check([X])
+        task_of(kind, net()).check(X)
 
 
 class Memory(nn.Module):
