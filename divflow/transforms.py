@@ -33,6 +33,8 @@ class Affine(Transform):
         super().__init__()
         self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64))
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64))
+        if self.shift.is_meta or self.scale.is_meta:  # of which there is nothing to read
+            return
         if not (self.shift.isfinite().all() and (self.scale.isfinite() & (self.scale != 0)).all()):
             raise ValueError(
                 f"shift and scale must be finite, and scale not zero, but they are {_shown(self.shift)} and {_shown(self.scale)}"
@@ -101,7 +103,7 @@ class Logit(Transform):
     @property
     def data_range(self) -> tuple[Tensor, Tensor]:
         """Zero and one."""
-        return torch.zeros(()), torch.ones(())
+        return torch.zeros((), device="cpu"), torch.ones((), device="cpu")
 
     def check_values(self, x: Tensor) -> None:
         """Refuse rows that are not finite, or so far out of the unit cube that they have no logit."""
