@@ -1,8 +1,10 @@
 """Numbers and shapes that options may be."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 from torch import Generator, Tensor
 
@@ -14,6 +16,7 @@ __all__ = [
     "checked_event_shape",
     "checked_range",
     "listed_rows",
+    "on_copies",
 ]
 
 
@@ -95,3 +98,19 @@ def listed_rows(bad: Tensor) -> str:
     rows = bad.nonzero().flatten().tolist()
     more = f" and {len(rows) - 10:,} more" if len(rows) > 10 else ""
     return f"row {', '.join(map(str, rows[:10]))}{more} of {len(bad):,}, counted from 0"
+
+
+def on_copies(cls: type, *names: str) -> None:
+    """Let the methods of these names that a class defines itself work on copies of the tensors that they are given."""
+    for name in names:
+        method = vars(cls).get(name)
+        if callable(method):
+            setattr(cls, name, _on_copies(method))
+
+
+def _on_copies(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: Any, *tensors: Any) -> Any:
+        return method(self, *(it.clone() if isinstance(it, Tensor) else it for it in tensors))
+
+    return call

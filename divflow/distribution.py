@@ -9,6 +9,7 @@ from torch.distributions import Distribution, constraints, register_kl
 
 from divflow.arguments import check_count
 from divflow.divergence import FieldError
+from divflow.divergence.field import checked_state
 
 if TYPE_CHECKING:
     from divflow.flow import ContinuousFlow
@@ -101,6 +102,7 @@ class FlowDistribution(Distribution):
         """
         if self._validate_args and not (isinstance(value, Tensor) and value.numel() == 0):  # which torch can't reshape
             self._validate_sample(value)
+        value = checked_state(value)
         batch_ndim = value.ndim - len(self.event_shape)
         event = value.shape[batch_ndim:]  # which the flow refuses where it is another one
         shape = torch.broadcast_shapes(value.shape[:batch_ndim], self.batch_shape)

@@ -92,8 +92,9 @@ def check_range(x: Tensor, low: Tensor | float, high: Tensor | float, slack: flo
 
 
 def _described(low: Tensor | float, high: Tensor | float) -> str:
-    low, high = torch.as_tensor(low), torch.as_tensor(high)
-    return f"{low.min().item():g} to {high.max().item():g}"
+    least = low.min().item() if isinstance(low, Tensor) else low
+    most = high.max().item() if isinstance(high, Tensor) else high
+    return f"{least:g} to {most:g}"
 
 
 def _rows(bad: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class Affine(Transform):
         device = _device_for(shift, scale)
         self.register_buffer("shift", torch.as_tensor(shift, dtype=torch.float64, device=device))
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64, device=device))
+        if self.shift.is_meta or self.scale.is_meta:  # of which there is nothing to read
+            return
         if not (self.shift.isfinite().all() and (self.scale.isfinite() & (self.scale != 0)).all()):
             raise ValueError(
                 f"shift and scale must be finite, and scale not zero, but they are {_shown(self.shift)} and {_shown(self.scale)}"
@@ -102,7 +104,7 @@ class Logit(Transform):
     @property
     def data_range(self) -> tuple[Tensor, Tensor]:
         """Zero and one."""
-        return torch.zeros(()), torch.ones(())
+        return torch.zeros((), device="cpu"), torch.ones((), device="cpu")
 
     def check_values(self, x: Tensor) -> None:
         """Refuse rows that are not finite, or so far out of the unit cube that they have no logit."""

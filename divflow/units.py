@@ -57,7 +57,7 @@ def warn_of_far_data(base: BaseDensity, latent: Tensor, stacklevel: int = 4) -> 
     """
     if len(latent) < _FEWEST:
         return
-    own = base.log_prob(base.sample(_OWN, Generator().manual_seed(0), latent.dtype))
+    own = base.log_prob(base.sample(_OWN, Generator("cpu").manual_seed(0), latent.dtype))
     found = base.log_prob(latent.detach())
     least, middle = _read(own.min(), found.median())
     if not middle < least - 1e-3 * (1 + abs(least)):  # half of the rows at least are among them

@@ -272,3 +272,10 @@ def test_as_the_base_of_a_flow_of_zuko(zuko):
     torch.testing.assert_close(lazy(context).log_prob(samples), log_prob, rtol=0, atol=1e-5)
     (-lazy(context).log_prob(samples.detach()).mean()).backward()
     assert all(parameter.grad is not None for parameter in lazy.parameters())
+
+
+def test_what_is_no_tensor_of_floats_is_refused_without_validation():
+    distribution = FlowDistribution(ContinuousFlow(lambda t, x: -x, 2), validate_args=False)
+    for value in ([[0.0, 0.0]], torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.complex64)):
+        with pytest.raises(FieldError):
+            distribution.log_prob(value)

@@ -128,7 +128,7 @@ def _log_weights(density: FlowDensity, data: TensorDataModule, samples: Tensor) 
     if data.energy is None or density.flow.estimator.estimates:
         return None
     log_prob = torch.cat([density.log_prob(part) for part in samples.split(data.eval_batch_size)])
-    return -data.energy(samples) - log_prob
+    return -data.energy(samples.clone()) - log_prob
 
 
 def _paths(density: FlowDensity, count: int = 60) -> Tensor:

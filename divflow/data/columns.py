@@ -56,10 +56,24 @@ class Columns(TensorDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
         self.columns = list(names)
+        if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.ndim != 2:
+            what = (
+                f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+            )
+            raise DataError(
+                f"rows must be a floating-point tensor (n, {len(self.columns)}), but are {what}; convert them by .double()"
+            )
         check_finite(rows, self.columns)
         bounded = _bounded(bounds or {}, rows, self.columns)
         train, val, test = split_rows(rows, val_fraction, test_fraction, seed)
         constant = [name for name, deviation in zip(self.columns, train.std(dim=0), strict=True) if deviation == 0]
+        beyond = [
+            name for name, deviation in zip(self.columns, train.std(dim=0), strict=True) if not deviation < math.inf
+        ]
+        if beyond:
+            raise DataError(
+                f"column {', '.join(beyond)} has a standard deviation beyond {train.dtype}; rescale it, or take its logarithm"
+            )
         if constant:
             raise DataError(
                 f"column {', '.join(constant)} is constant over the training rows, so it has no density; leave it out, "

@@ -56,8 +56,17 @@ class DiscreteImages(TensorDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
         check_count("num_draws", num_draws)
+        if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex() or values.numel() == 0:
+            what = (
+                f"{values.dtype} of shape {tuple(values.shape)}"
+                if isinstance(values, Tensor)
+                else f"a {type(values).__name__}"
+            )
+            raise DataError(f"values must be integers from 0 to {levels - 1}, a tensor (n, *event), but are {what}")
+        if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch finds no least
+            values = values.to(torch.int64)
         low, high = (end.item() for end in values.aminmax())  # numbers, since 256 is 0 beside a byte
-        if values.is_floating_point() or low < 0 or high >= levels:
+        if low < 0 or high >= levels:
             raise DataError(
                 f"values must be integers from 0 to {levels - 1}, but are {values.dtype} from {low} to {high}"
             )

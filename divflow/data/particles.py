@@ -112,13 +112,13 @@ class Particles(TensorDataModule):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """The true log-density of x `(k, n, d)` in nats, `(k,)`."""
-        return -self.energy(x) - self.log_normalizer
+        return -self.energy(x.clone()) - self.log_normalizer
 
 
 def _energies(energy: PairEnergy, samples: Tensor) -> Tensor:
     """Of each sample, in float64, a part at a time to bound the memory."""
     with torch.no_grad():
-        return torch.cat([energy(part.double()) for part in samples.split(10_000)])
+        return torch.cat([energy(part.to(torch.float64, copy=True)) for part in samples.split(10_000)])
 
 
 def _check(found: dict[str, Any], energy: PairEnergy, count: int) -> None:

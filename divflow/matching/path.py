@@ -3,12 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from divflow.arguments import check_numbers
+from divflow.arguments import check_numbers, on_copies
 from divflow.score.sde import broadcast
 
 __all__ = ["LinearPath", "Path", "PathPoint", "TrigonometricPath", "VariancePreservingPath"]
@@ -44,6 +44,11 @@ class Path(ABC):
 
     One of your own is a frozen dataclass that implements `coefficients`.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Times are the caller's, whatever a path of one's own writes to."""
+        super().__init_subclass__(**options)
+        on_copies(cls, "coefficients")
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> PathCoefficients:

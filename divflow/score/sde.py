@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Independent, Normal
 
-from divflow.arguments import check_numbers, checked_event_shape
+from divflow.arguments import check_numbers, checked_event_shape, on_copies
 from divflow.divergence.field import as_time, checked_state, flatten_event
 from divflow.errors import DivflowError
 from divflow.score.noise import normal_like
@@ -81,6 +81,11 @@ class SDE(ABC):
     event_shape: tuple[int, ...] | None = None
     T: float = 1.0
     epsilon: float = 1e-5
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Times are the caller's, whatever an SDE of one's own writes to."""
+        super().__init_subclass__(**options)
+        on_copies(cls, "mean_scale", "std")
 
     def __post_init__(self) -> None:
         if self.event_shape is not None:

@@ -3,6 +3,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from divflow.data import DataError, Digits
+from divflow.data.discrete import DiscreteImages
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 8, 8)])
@@ -52,3 +53,25 @@ def test_errors():
         Digits((8, 8))
     with pytest.raises(DataError, match="fraction"):
         Digits(val_fraction=0.5, test_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (torch.rand(20, 4), r"torch\.float32 of shape \(20, 4\)"),
+        (torch.ones(20, 4, dtype=torch.complex64), r"torch\.complex64"),
+        (torch.zeros(0, 4, dtype=torch.uint8), r"torch\.uint8 of shape \(0, 4\)"),
+        (torch.full((20, 4), 17), r"from 17 to 17"),
+        (torch.full((20, 4), -1), r"from -1 to -1"),
+    ],
+)
+def test_values_that_are_no_levels(values, what):
+    with pytest.raises(DataError, match=f"integers from 0 to 16.*{what}"):
+        DiscreteImages(values, 17)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int64])
+def test_all_integers_are_the_same_values(dtype):
+    values = torch.arange(80).view(20, 4) % 17
+    rows = [DiscreteImages(v, 17, val_fraction=0.2, test_fraction=0.2).test.rows for v in (values, values.to(dtype))]
+    assert torch.equal(*rows)

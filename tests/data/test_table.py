@@ -10,6 +10,7 @@ from scipy.stats import kstest
 
 import divflow
 from divflow.data import DataError, Table
+from divflow.data.columns import Columns
 from divflow.data.table import read_table
 from divflow.experiment import train
 
@@ -224,3 +225,19 @@ def test_a_flow_of_bounded_columns_stays_within(tmp_path):
     with torch.no_grad():
         assert density.log_prob(grid).exp().mean() * 1.5 == pytest.approx(1, abs=0.01)
         assert density.log_prob(torch.tensor([[0.5, 1.6]])).isneginf()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [torch.arange(40).view(20, 2), torch.rand(20), torch.ones(20, 2, dtype=torch.complex128), torch.rand(20, 2, 1)],
+    ids=lambda rows: f"{rows.dtype} {tuple(rows.shape)}",
+)
+def test_rows_that_are_none(rows):
+    with pytest.raises(DataError, match=r"rows must be a floating-point tensor \(n, 2\), but are torch\."):
+        Columns(rows, ["a", "b"])
+
+
+def test_a_column_whose_deviation_is_beyond_its_dtype():
+    rows = torch.randn(40, 2, dtype=torch.float64) * torch.tensor([1.0, 1e200], dtype=torch.float64)
+    with pytest.raises(DataError, match=r"column b has a standard deviation beyond torch\.float64"):
+        Columns(rows, ["a", "b"])
