@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from divflow import operators
 from divflow.bases import MeanFreeNormal
+from divflow.data import Digits, Simulations, Table, toy
 from divflow.density import FlowDensity
 from divflow.divergence import (
     Autograd,
@@ -26,7 +27,7 @@ from divflow.divergence import (
     check_field,
     divergence,
 )
-from divflow.energies import DoubleWell, Tempering
+from divflow.energies import DoubleWell, Tempering, quartet
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
 from divflow.networks import ConvNet, MLPPotential, PairField
@@ -72,6 +73,9 @@ def default_dtype(dtype=torch.float64):
 
 
 each_default = pytest.mark.parametrize("default", [default_device, default_dtype])
+device_or_at_length = pytest.mark.parametrize(
+    "default", [default_device, pytest.param(default_dtype, marks=pytest.mark.slow)]
+)
 
 
 def network(size):
@@ -107,7 +111,7 @@ def test_colours_and_normalizations_between(default):
             Exact().explain(field, 0.5, x)
 
 
-@each_default
+@device_or_at_length
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(default, name):
     net, event = copy.deepcopy(NETWORKS[name][0]), NETWORKS[name][1]
@@ -227,7 +231,7 @@ def test_densities_of_data(default):
             torch.testing.assert_close(transform.inverse(y), x[:, None], rtol=1e-4, atol=1e-5)
 
 
-@each_default
+@device_or_at_length
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives(default, name):
     net, x = Velocity(2), torch.randn(6, 2)
@@ -270,3 +274,33 @@ def test_particles(default):
         flow.importance_weights(lambda z: -z.square().sum(dim=(1, 2)), 8)
         with contextlib.suppress(ValueError):  # that neighbours of so few rungs hardly exchange states
             assert sampler(DoubleWell(), 40, Generator().manual_seed(0)).samples.device.type == "cpu"
+
+
+def test_data_and_energies_are_of_the_cpu(tmp_path):
+    table = tmp_path / "table.csv"
+    rows = torch.randn(60, 2, generator=Generator().manual_seed(0)).tolist()
+    table.write_text("a,b\n" + "\n".join(f"{a},{b}" for a, b in rows))
+    with default_device():
+        for make in (
+            toy.two_moons,
+            toy.circles,
+            toy.swiss_roll,
+            toy.two_spirals,
+            toy.checkerboard,
+            toy.eight_gaussians,
+            toy.pinwheel,
+        ):
+            density = make()
+            x = density.sample(5, Generator().manual_seed(0))
+            assert x.device == density.log_prob(x).device == torch.device("cpu")
+        for data in (toy.Toy(toy.two_moons, 10, 10, 10), Digits(), Table(table), Simulations("slcp", 100, num_test=10)):
+            transform = data.transform
+            assert all(buffer.device.type == "cpu" for buffer in transform.buffers())
+        assert DoubleWell()(torch.randn(3, 4, 2, device="cpu")).device.type == "cpu"
+
+
+@pytest.mark.slow
+def test_quadrature_of_an_energy():
+    with default_device():
+        found = quartet(DoubleWell(), 4.0)
+    assert abs(found.log_normalizer - 29.6672) < 1e-4

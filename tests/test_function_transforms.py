@@ -6,7 +6,10 @@ import pytest
 import torch
 from catalogue import Network
 from torch import Generator, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from divflow import operators
@@ -228,10 +231,42 @@ def test_what_is_refused():
         (lambda: torch.vmap(lambda z: z + fixed.sample(1)[0])(X), "at once"),
         (lambda: torch.vmap(lambda z: check_field(NET, 0.5, z[None]) or z)(X), "beforehand"),
         (lambda: grad(lambda z: check_field(NET, 0.5, z) or z.sum())(X), "beforehand"),
+        (lambda: torch.func.linearize(lambda z: divergence(NET, 0.5, z), X), "jvp"),
+        (lambda: make_fx(lambda z: fixed.log_prob(z))(X), "one batch"),
     ]
     for call, match in calls:
         with pytest.raises(FieldError, match=match):
             call()
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_forward_mode(differentiable):
+    """Dual numbers, of which nothing is lost where no gradient is taken either."""
+    flow = ContinuousFlow(NET, 6, **FIXED["steps"])
+    along = torch.randn(4, 6, generator=Generator().manual_seed(1), dtype=torch.float64)
+    for function in (
+        lambda z: divergence(NET, 0.5, z),
+        lambda z: divergence(NET, 0.5, z, Autograd()),
+        lambda z: operators.laplacian(scalar, z),
+        lambda z: operators.gradient(scalar, z).sum(dim=1),
+        lambda z: POTENTIAL.value_and_divergence(torch.tensor(0.5).double(), z).divergence,
+        flow.log_prob,
+    ):
+        expected = (operators.gradient(function, X) * along).sum(dim=1)
+        with torch.set_grad_enabled(differentiable), forward_ad.dual_level():
+            found = forward_ad.unpack_dual(function(forward_ad.make_dual(X, along))).tangent
+        torch.testing.assert_close(found, expected)
+    with forward_ad.dual_level(), pytest.raises(FieldError, match="fixed steps"):
+        ContinuousFlow(NET, 6).log_prob(forward_ad.make_dual(X, along))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tracers():
+    found = make_fx(lambda z: divergence(NET, 0.5, z))(2 * X)(X)
+    torch.testing.assert_close(found, EXPECTED)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert divergence(NET, 0.5, mode.from_tensor(X)).shape == (4,)
+        assert operators.laplacian(scalar, mode.from_tensor(X)).shape == (4,)
 
 
 OBJECTIVES = {

@@ -1,8 +1,9 @@
 """The protocol that every way to a divergence follows, exact or estimated."""
 
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -63,10 +64,11 @@ class Estimator(ABC):
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
         """The value, the divergence and its standard error, from one evaluation of the field."""
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        for name in {"estimate", "freeze"} & vars(cls).keys():
-            setattr(cls, name, eagerly(transformable(vars(cls)[name])))
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("estimate", "freeze"):
+            if isinstance(method := vars(cls).get(name), types.FunctionType):
+                setattr(cls, name, eagerly(transformable(method)))
 
     def __call__(
         self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None

@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import vjp
 
 from divflow.errors import FieldError
@@ -20,10 +21,17 @@ __all__ = ["Transformed", "refuse_transforms", "transformable", "transformed"]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+# Of make_fx and torch.export, and of tensors without numbers.
+_TRACING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+
 
 def transformed() -> bool:
-    """Whether a transform of torch.func is under way."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func is under way, or forward mode, or a tracing of operations instead of numbers."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _traced()
+
+
+def _traced() -> bool:
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING)
 
 
 def refuse_transforms(what: str, remedy: str, *, only_vmap: bool = False) -> None:
@@ -40,8 +48,9 @@ def refuse_transforms(what: str, remedy: str, *, only_vmap: bool = False) -> Non
     if not transformed():
         return
     levels = torch._C._functorch.get_interpreter_stack() or []
-    if not only_vmap or any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
-        kind = "torch.vmap" if only_vmap else "a transform of torch.func"
+    unknown = _traced() or any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+    if unknown or not only_vmap:
+        kind = "torch.vmap or a tracer" if only_vmap else "a transform of torch.func, forward mode or a tracer"
         raise FieldError(f"{what} can't be taken within {kind}; {remedy}")
 
 
@@ -83,6 +92,11 @@ class Transformed:
     def __init__(
         self, function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
+        if _traced() and forward_ad._current_level >= 0:
+            from divflow.divergence.field import FieldError
+
+            # Of constants that are written to once they are made it takes what they were before (torch 2.13).
+            raise FieldError("torch.func.linearize computes derivatives of fields wrongly; use torch.func.jvp")
         self.value, self._pull = vjp(lambda z: check(function(z.clone()), x), x)[:2]
 
     def pullback(self, vectors: Tensor, constant: bool = False) -> Tensor:

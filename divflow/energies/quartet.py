@@ -93,7 +93,7 @@ def _on_grid(energy: PairEnergy, split: float, points: int, depth: float) -> Qua
     along, across = torch.meshgrid(axis, axis, indexing="ij")
     between = torch.fft.rfft2(torch.fft.ifftshift(boltzmann(along.square() + across.square())))
     nodes = points // 3
-    x, weights = map(torch.as_tensor, np.polynomial.legendre.leggauss(nodes))
+    x, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(nodes))
     ends = ((0.0, split), (split, reach))
     r = torch.cat([low + (high - low) * (x + 1) / 2 for low, high in ends])
     weights = torch.cat([(high - low) / 2 * weights for low, high in ends])
