@@ -348,3 +348,14 @@ def test_a_centre_is_looked_for_beside_its_own_row():
     with pytest.raises(BaseError, match=r"moves it by 0\.3"):
         particles.check_velocity(moving, 0.0, x)
     particles.check_velocity(lambda t, x: x - x.mean(dim=1, keepdim=True), 0.0, x)
+
+
+@each
+def test_what_torch_computed_before_is_not_saved(name):
+    """A state of one that was used fits one that was not, and the other way round."""
+    used = base(name)
+    part = getattr(used, "base_dist", used)
+    for attribute in ("probs", "logits", "covariance_matrix", "precision_matrix", "scale_tril", "_proposal_r"):
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            getattr(part, attribute, None)
+    assert flow_of(used).state_dict().keys() == flow_of(base(name)).state_dict().keys()
