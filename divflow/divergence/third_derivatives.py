@@ -76,9 +76,9 @@ def _order(kind: type) -> _Order | None:
     return _Order.HIDDEN if hidden else None
 
 
-def _hook(node: Node, order: _Order | None) -> None:
+def _hook(node: Any, order: _Order) -> None:
     """Once for each node, however often it is met."""
-    hook = {_Order.FIRST: _followed, _Order.SECOND: _written_out}.get(order)  # type: ignore[arg-type]
+    hook = {_Order.FIRST: _followed, _Order.SECOND: _written_out}.get(order)
     if hook is not None and not node.metadata.get(__name__):
         node.metadata[__name__] = True
         node.register_hook(hook)

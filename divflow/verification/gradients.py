@@ -69,8 +69,8 @@ def check_gradient(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator)
         for field, time, states in _at_few_samples(g, t, x, estimator):
             for dtype in (torch.float64, torch.float32):
                 try:
-                    copy = copied((field, estimator), dtype == torch.float64).field
-                    miss = _Point(*copy, time, states.to(dtype)).compare()
+                    own, way = copied((field, estimator), dtype == torch.float64).field
+                    miss = _Point(own, way, time, states.to(dtype)).compare()
                 except torch.OutOfMemoryError:
                     return
                 except Exception:  # it can't be copied, computes in one precision only, or has no second derivatives
@@ -159,7 +159,7 @@ class _Point:
         rounding = [float((o * w).detach().abs().sum()) for o, w in zip(outputs, weights, strict=True)]
         verdicts = [_Verdict(k, r, self._x.dtype) for k, r in zip(known, rounding, strict=True)]
         for h in _STEPS[self._x.dtype]:
-            sums = []
+            sums: list[list[float]] = []
             for step in (h, -2 * h, h):  # there, back, and to where it was
                 with torch.no_grad():
                     for z, direction in zip(inputs, directions, strict=True):
@@ -209,7 +209,8 @@ class _Verdict:
     """
 
     def __init__(self, known: float, rounding: float, dtype: torch.dtype) -> None:
-        self.known, self.wrong, self.open = known, None, True
+        self.known, self.open = known, True
+        self.wrong: float | None = None
         self._agrees, self._eps = _AGREES[dtype], torch.finfo(dtype).eps * rounding
         self._found: list[float] = []
 
