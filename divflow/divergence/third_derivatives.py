@@ -10,7 +10,7 @@ derivatives stay torch's own, and cost a look at the graph.
 import functools
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,12 +76,11 @@ def _order(kind: type) -> _Order | None:
     return _Order.HIDDEN if hidden else None
 
 
-def _hook(node: Node, order: _Order | None) -> None:
+def _hook(node: Any, order: _Order) -> None:
     """Once for each node, however often it is met."""
-    hook = {_Order.FIRST: _followed, _Order.SECOND: _written_out}.get(order)  # type: ignore[arg-type]
-    seen = cast(dict[str, bool], node.metadata)  # which torch's types take for a function
-    if hook is not None and not seen.get(__name__):
-        seen[__name__] = True
+    hook = {_Order.FIRST: _followed, _Order.SECOND: _written_out}.get(order)
+    if hook is not None and not node.metadata.get(__name__):
+        node.metadata[__name__] = True
         node.register_hook(hook)
 
 

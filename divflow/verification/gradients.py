@@ -69,8 +69,8 @@ def check_gradient(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator)
         for field, time, states in _at_few_samples(g, t, x, estimator):
             for dtype in (torch.float64, torch.float32):
                 try:
-                    own, frozen = copied((field, estimator), dtype == torch.float64).field
-                    miss = _Point(own, frozen, time, states.to(dtype)).compare()
+                    own, way = copied((field, estimator), dtype == torch.float64).field
+                    miss = _Point(own, way, time, states.to(dtype)).compare()
                 except torch.OutOfMemoryError:
                     return
                 except Exception:  # it can't be copied, computes in one precision only, or has no second derivatives

@@ -102,10 +102,10 @@ def test_factorizations_are_differentiated_as_functions_of_symmetric_matrices():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_all_of_torchs_operations():
-    verdicts, samples = found(OPERATIONS, most=1000)
+    verdicts, samples = found(OPERATIONS, most=4)
     for (order, it), names in sorted(verdicts.items()):
         print(order, it, len(names), sorted(names) if it != "right" else "")
-    assert samples > 2000
+    assert samples > 1500
     for order in (1, 2, 3):
         assert verdicts.get((order, "wrong"), set()) <= WRONG[order]
         assert verdicts.get((order, "not finite"), set()) <= NOT_FINITE.get(order, set())
