@@ -54,7 +54,16 @@ METHODS: dict[str, frozenset[str]] = {
 }
 """torchdiffeq's methods, and the options of each."""
 
-METHOD_ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "adaptive_heun": 2, "fehlberg2": 2, "heun3": 3, "bosh3": 3, "rk4": 4}
+METHOD_ORDERS = {
+    "euler": 1,
+    "midpoint": 2,
+    "heun2": 2,
+    "adaptive_heun": 2,
+    "fehlberg2": 2,
+    "heun3": 3,
+    "bosh3": 3,
+    "rk4": 4,
+}
 """Orders of the methods whose order is below five."""
 
 # torchdiffeq interpolates every output, the last one included, by a quartic through the step's midpoint. For these
@@ -191,8 +200,10 @@ def after_jump(times: Tensor, jumps: Any) -> Tensor:
     """The times of a solve, of which the first, if the velocity jumps there, lies on the side that the solve goes to."""
     if jumps is None or len(times) < 2:
         return times
-    inside = torch.nextafter(times[0].detach(), times[-1].detach())
-    start = torch.where(torch.isin(times[0].detach(), as_times(jumps, times)), inside - times[0].detach(), 0)
+    first = times[0].detach()
+    # A jump that was named in single precision may be a little off.
+    at_jump = torch.isclose(as_times(jumps, times), first, rtol=1e-7, atol=0).any()
+    start = torch.where(at_jump, torch.nextafter(first, times[-1].detach()) - first, 0)
     return torch.cat([times[:1] + start, times[1:]])
 
 

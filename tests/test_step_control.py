@@ -182,7 +182,10 @@ def test_what_a_velocity_raises_of_its_times():
 
     for error in (AssertionError(), Mine(), NotImplementedError(), KeyError(), ZeroDivisionError(), AttributeError()):
         assert not accepts_sample_times(of(error), 0.0, 1.0, x)
-        log_prob, expected = ContinuousFlow(of(error), 2).log_prob(x), torch.full((3,), -math.log(2 * math.pi) - math.e**2 + 2)
+        log_prob, expected = (
+            ContinuousFlow(of(error), 2).log_prob(x),
+            torch.full((3,), -math.log(2 * math.pi) - math.e**2 + 2),
+        )
         torch.testing.assert_close(log_prob, expected, rtol=0, atol=1e-3)
     for error in (torch.OutOfMemoryError(), MemoryError(), KeyboardInterrupt()):
         with pytest.raises(type(error)):

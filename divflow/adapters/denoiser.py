@@ -75,7 +75,7 @@ class DenoisingVelocity(nn.Module):
         self.model, self.prediction, self.scaling = model, prediction, scaling
 
     def finest_scale(self, t: Tensor) -> Tensor:
-        """r sigma, what noise has blurred at t = log sigma: a solver's tolerances are of this size."""
+        """R sigma, what noise has blurred at t = log sigma: a solver's tolerances are of this size."""
         return self.scaling.factor(t) * t.exp()
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:

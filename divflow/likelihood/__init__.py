@@ -9,4 +9,13 @@ from divflow.likelihood.penalties import PENALTIES
 from divflow.likelihood.quadrature import Quadrature
 from divflow.likelihood.transport import Finer, Likelihood, Transport
 
-__all__ = ["PENALTIES", "Augmented", "ConditionedField", "Finer", "Likelihood", "Quadrature", "Transport", "check_context"]
+__all__ = [
+    "PENALTIES",
+    "Augmented",
+    "ConditionedField",
+    "Finer",
+    "Likelihood",
+    "Quadrature",
+    "Transport",
+    "check_context",
+]

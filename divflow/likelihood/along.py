@@ -100,7 +100,7 @@ class Along:
         return (2 + len(self._accepted)) * of_a_step
 
     def speed(self, nodes: Tensor) -> Tensor:
-        """dt / dnode at the nodes: the span, with a derivative in start and end that leaves jumps where they are."""
+        """Dt / dnode at the nodes: the span, with a derivative in start and end that leaves jumps where they are."""
         if len(self.knots) == 2:
             return self.end - self.start
         _, _, slopes = self._parts(nodes)

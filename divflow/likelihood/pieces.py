@@ -30,7 +30,6 @@ class Piece(NamedTuple):
         middle = (self.low + self.high) / 2
         return [Piece(self.low, middle, counts[0]), Piece(middle, self.high, counts[0])]
 
-
     def resolving(self, steps: Callable[[float, float], float], counts: tuple[int, ...], most: int) -> "list[Piece]":
         """Finer ones of at least as many nodes as a solver took steps in each; `most` pieces, or one more."""
         pieces, done = [self], 0

@@ -174,7 +174,9 @@ class Quadrature(Likelihood):
         """
         known: dict[Piece, AtNodes] = {}
         if along.dense:
-            pieces = [finer for piece in pieces for finer in piece.resolving(along.steps, self._counts, self.max_intervals)]
+            pieces = [
+                finer for piece in pieces for finer in piece.resolving(along.steps, self._counts, self.max_intervals)
+            ]
         coarse: dict[Piece, AtNodes | None] = dict.fromkeys(pieces)
         before = math.inf
         while coarse:
@@ -190,7 +192,9 @@ class Quadrature(Likelihood):
             # Where the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
             too_coarse = ((errors > tolerance / len(pieces)) & (total > tolerance)).any(dim=1)
             at_nodes = AtNodes.cat([known[piece] for piece in pieces])
-            missed = unseen(self._rule(pieces, along.x), at_nodes, along, _MISSED).amax() if along.x.numel() else total.sum()
+            missed = (
+                unseen(self._rule(pieces, along.x), at_nodes, along, _MISSED).amax() if along.x.numel() else total.sum()
+            )
             facts = torch.stack([total.isfinite().all().to(missed), missed])
             finite, missed, *chosen = torch.cat([facts, too_coarse.to(missed)]).tolist()  # the host waits once
             if not finite:
@@ -200,7 +204,9 @@ class Quadrature(Likelihood):
             if missed > tolerance and not any(chosen) and (missed < before / 2 or math.isinf(missed)):
                 chosen[steps.index(max(steps))], before = True, missed
             coarse = {}
-            for piece, for_error, crowd in zip(pieces, chosen, steps, strict=True):  # in time's order, as they are solved
+            for piece, for_error, crowd in zip(
+                pieces, chosen, steps, strict=True
+            ):  # in time's order, as they are solved
                 if not for_error and crowd <= 1:
                     continue
                 values = known.pop(piece)

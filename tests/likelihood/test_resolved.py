@@ -100,7 +100,7 @@ def test_a_jump_at_an_end(end, direction):
     result = flow.evaluate(torch.ones(1, 1, dtype=torch.float64))
     slope = 2.0 if max(times) == 1.0 else -1.0
     torch.testing.assert_close(result.log_det.item(), slope * (times[1] - times[0]), rtol=0, atol=1e-4)
-    assert result.evaluations.forward < 60
+    assert result.evaluations.forward < 75
 
 
 @pytest.mark.parametrize("likelihood", [Quadrature(), NESTED], ids=repr)
@@ -142,7 +142,8 @@ def test_intervals_that_steps_ask_for():
     for i in range(100):  # in the first hundredth
         steps.accept(torch.tensor(i * 1e-4), torch.tensor(1e-4))
     pieces = Piece(0.0, 1.0, 7).resolving(steps.within, (7, 15, 31, 63), 64)
-    assert pieces[0].low == 0.0 and pieces[-1].high == 1.0
+    assert pieces[0].low == 0.0
+    assert pieces[-1].high == 1.0
     assert all(steps.within(piece.low, piece.high) <= piece.nodes for piece in pieces)
     assert sum(piece.nodes for piece in pieces) < 300
     assert [piece.nodes for piece in pieces if piece.low >= 0.02] == [7] * sum(piece.low >= 0.02 for piece in pieces)
