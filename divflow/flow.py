@@ -287,6 +287,7 @@ class ContinuousFlow(nn.Module):
                 (x,),
                 torch.stack([_as_scalar(t, x) for t in times]),
                 parameters=field.differentiable_tensors(),
+                size=field.finest_scale,
             )
         return states
 

@@ -137,7 +137,7 @@ class Solver:
                 that the field depends on at the start are found and added.
             record: filled with the steps, where the solver is `dense` and the state one tensor.
             accepted: filled with the times of the steps, where the solver is `adaptive`.
-            size: of the finest details of the state's first tensor at a time, which tolerances follow; None for one.
+            size: of the finest details of the state at a time, which the tolerances follow; None for one.
 
         Returns:
             For each tensor of the state one of shape `(len(times), *its shape)`.
@@ -161,7 +161,7 @@ class Solver:
         options = dict(self.options or {})
         times = after_jump(times, options.get("jump_t"))
         dtype = torch.promote_types(options.get("dtype", torch.float64), state[0].dtype)
-        tolerances = Tolerances(self.rtol, self.atol, size if self.adaptive else None, state, dtype)
+        tolerances = Tolerances(self.rtol, self.atol, size if self.adaptive else None, state[0], dtype)
         monitor = _Monitor(field, self, evaluations, times, tolerances, record, accepted)
         prepared = self._options(times)
         keywords = {"rtol": tolerances.rtol, "atol": tolerances.atol, "method": self.method, "options": prepared}

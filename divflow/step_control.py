@@ -200,8 +200,10 @@ def after_jump(times: Tensor, jumps: Any) -> Tensor:
     """The times of a solve, of which the first, if the velocity jumps there, lies on the side that the solve goes to."""
     if jumps is None or len(times) < 2:
         return times
-    inside = torch.nextafter(times[0].detach(), times[-1].detach())
-    start = torch.where(torch.isin(times[0].detach(), as_times(jumps, times)), inside - times[0].detach(), 0)
+    first = times[0].detach()
+    # A jump that was named in single precision may be a little off.
+    at_jump = torch.isclose(as_times(jumps, times), first, rtol=1e-7, atol=0).any()
+    start = torch.where(at_jump, torch.nextafter(first, times[-1].detach()) - first, 0)
     return torch.cat([times[:1] + start, times[1:]])
 
 
@@ -236,29 +238,22 @@ class Tolerances:
         rtol: relative, of a state of size one or larger.
         atol: absolute, likewise.
         size: of the state's finest details at a time, a positive number; None for one at all times.
-        state: parts of the state, of which the first has that size, and the others one.
+        state: one part of the state, for its dtype and device.
         dtype: of times.
     """
 
     def __init__(
-        self,
-        rtol: float,
-        atol: float,
-        size: Callable[[Tensor], Tensor] | None,
-        state: Sequence[Tensor],
-        dtype: torch.dtype,
+        self, rtol: float, atol: float, size: Callable[[Tensor], Tensor] | None, state: Tensor, dtype: torch.dtype
     ) -> None:
         self._given, self._size = (rtol, atol), size
         self.rtol: float | Tensor = rtol
         self.atol: float | Tensor = atol
         if size is not None:
             # What is rounded at every evaluation can't be told from an error, so that less is not asked for.
-            self._least = min(rtol, 4 * torch.finfo(state[0].dtype).eps)
-            shape = (sum(part.numel() for part in state),) if len(state) > 1 else ()
+            self._least = min(rtol, 4 * torch.finfo(state.dtype).eps)
             # The very tensors that torchdiffeq keeps, since they are of the dtype and device it would make them of.
-            both = [torch.full(shape, given, dtype=dtype, device=state[0].device) for given in self._given]
-            self.rtol, self.atol = both
-            self._sized = [tolerance[: state[0].numel()] if shape else tolerance for tolerance in both]
+            self._sized = [torch.full((), given, dtype=dtype, device=state.device) for given in self._given]
+            self.rtol, self.atol = self._sized
 
     @torch.no_grad()
     def at(self, t: Tensor) -> None:

@@ -58,6 +58,7 @@ class Augmented(Likelihood):
             torch.stack([t_start, t_end]),
             evaluations=evaluations,
             parameters=field.differentiable_tensors(),
+            size=field.finest_scale,
         )
         exact = None if estimator.estimates else torch.zeros_like(log_dets[-1]).detach()
         return Transport(states[-1], log_dets[-1], None, exact)

@@ -50,6 +50,12 @@ class Quadrature(Likelihood):
     where `Solver.dense`, else once for each set of nodes. A stochastic estimator is frozen while nodes are chosen, since
     its noise would look like an error, and then draws fresh probes at the nodes that were.
 
+    **Two rules that agree may both be wrong**: they can miss a layer or an oscillation that the solver has seen. So no
+    interval holds more of the solver's steps than it has nodes, and of the velocity the integral, which is known, is
+    compared with that by the nodes. A fixed number of nodes can't be refined; what it misses is then part of its claim,
+    infinite where the nodes see nothing of what happens. Times at which the velocity jumps (`jump_t` of the solver's
+    options) end intervals.
+
     Args:
         nodes: an odd number, at least 3: those of the Kronrod rule, of which every second one is a node of the Gauss rule
             that estimates its error. With a tolerance, too, intervals keep that number and are only divided. None takes 15,
