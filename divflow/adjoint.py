@@ -54,11 +54,13 @@ class Adjoint:
                     f"the field depends on a tensor of shape {tuple(tensor.shape)} on {tensor.device}, and the state is on "
                     f"{device}; gradient='adjoint' needs both on one device, gradient='direct' doesn't"
                 )
-        for tensor in self._dependences.leaves:
-            if tensor.is_complex():
+        found = self._dependences
+        for tensor in [*found.unseen, *(leaf for leaf in found.leaves if leaf.is_complex())]:
+            if tensor.is_complex() or found.entangled:
                 raise refuse(
-                    f"an operation that can't be seen, such as a custom autograd Function, takes a complex tensor of shape "
-                    f"{tuple(tensor.shape)}; keep its real and imaginary parts, or use gradient='direct'"
+                    f"an operation that can't be seen, such as a custom autograd Function, takes a tensor of shape "
+                    f"{tuple(tensor.shape)} that is complex, or was computed from parameters that the field uses itself; "
+                    "compute it within the field, or use gradient='direct'"
                 )
 
     def solve(self, run: Callable[[State, Tensor, tuple[Tensor, ...]], State], state: State, times: Tensor) -> State:

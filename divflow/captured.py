@@ -34,8 +34,10 @@ class Dependences:
         fresh: leaves that were made for this evaluation.
 
     Attributes:
-        leaves: those that are differentiated in as they are; complex ones only where an operation takes them that can't be
-            seen.
+        leaves: those that are differentiated in as they are.
+        unseen: those that an operation takes that can't be seen (a custom autograd Function), as they are, too, though
+            they are complex or were computed before.
+        entangled: of what an unseen one was computed from, what is differentiated in itself, so that it would count twice.
         replaced: by identity, what was computed before or is complex, and the leaf in its place.
         value: that of the last evaluation.
     """
@@ -46,6 +48,8 @@ class Dependences:
         self.leaves = [tensor for tensor in known if tensor.is_leaf and not tensor.is_complex()]
         others = [tensor for tensor in known if not tensor.is_leaf or tensor.is_complex()]
         self.replaced: Replaced = {id(tensor): _pair(tensor) for tensor in others}
+        self.unseen: list[Tensor] = []
+        self.entangled: list[Tensor] = []
         self._watches = self._makes_leaves = False
         with torch.enable_grad():
             start = _number(torch.ones((), requires_grad=True) * 1)
@@ -58,12 +62,12 @@ class Dependences:
     @property
     def outer(self) -> list[Tensor]:
         """All of them, as the caller has them."""
-        return [*self.leaves, *(original for original, _ in self.replaced.values())]
+        return [*self.leaves, *self.unseen, *(original for original, _ in self.replaced.values())]
 
     @property
     def inner(self) -> list[Tensor]:
         """All of them, as leaves of the function's graph."""
-        return [*self.leaves, *(leaf for _, leaf in self.replaced.values())]
+        return [*self.leaves, *self.unseen, *(leaf for _, leaf in self.replaced.values())]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -73,7 +77,7 @@ class Dependences:
 
     def missed(self, value: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
         """Leaves that another value, at these arguments, depends on beside them and those that were found."""
-        return [] if self._makes_leaves else self._others(_Graph(value, arguments))
+        return [] if self._makes_leaves else self._others(_Graph(value, [*arguments, *self.unseen]))
 
     def _others(self, graph: "_Graph") -> list[Tensor]:
         found = self._fresh.union(map(id, self.inner))
@@ -81,30 +85,33 @@ class Dependences:
 
     def _follow(self, function: Function, first: "_Graph", start: int) -> None:
         """Evaluate again, to see which tensors are taken from outside."""
-        hidden: set[int] = set()
+        unseen: Replaced = {}
         before = set(map(id, first.leaves))
 
         def taken(tensor: Tensor) -> bool:
-            if id(tensor) in hidden:
+            if id(tensor) in unseen:
                 return False
             if tensor.grad_fn is None:
                 return tensor.is_complex() and id(tensor) in before
             return _number(tensor) < start and not any(id(leaf) in self._fresh for leaf in _Graph([tensor]).leaves)
 
         for _ in range(2):
-            self.replaced = {key: pair for key, pair in self.replaced.items() if key not in hidden}
+            self.replaced = {key: pair for key, pair in self.replaced.items() if key not in unseen}
             with _placed(self.replaced), _watched(self.replaced, taken):
                 self.value = function()
             graph = _Graph(self.value)
-            # What an operation takes that can't be seen (a custom autograd Function) is followed to its leaves instead.
-            hidden = {key for key, (original, _) in self.replaced.items() if graph.holds(original)}
-            if not hidden:
+            unseen |= {key: pair for key, pair in self.replaced.items() if graph.holds(pair[0])}
+            if not unseen.keys() & self.replaced.keys():
                 break
+        self.replaced = {key: pair for key, pair in self.replaced.items() if key not in unseen}
         self._watches = bool(self.replaced)
+        self.unseen = [original for original, _ in unseen.values()]
         # A leaf that the function makes itself is another one at each evaluation.
-        others = self._others(graph)
+        others = self._others(_Graph(self.value, self.unseen))
         self.leaves += [leaf for leaf in others if id(leaf) in before]
         self._makes_leaves = any(id(leaf) not in before for leaf in others)
+        own = set(map(id, self.leaves))
+        self.entangled = [leaf for leaf in _Graph(self.unseen).leaves if id(leaf) in own]
 
 
 def is_differentiated() -> bool:

@@ -144,8 +144,7 @@ class Solver:
 
         Raises:
             SolverError: the solution blows up, is too stiff for the tolerance, or takes too many
-                evaluations; in an adjoint solve it is raised by `.backward()`, as it is for a field that is not
-                what it was: it draws random numbers, keeps a state, or was changed.
+                evaluations; in an adjoint solve by `.backward()`, as of a field that changed since the solve.
         """
         evaluations = Evaluations() if evaluations is None else evaluations
         steps_alone = METHODS[self.method] >= FIXED and self.gradient == "direct"
@@ -250,14 +249,13 @@ class _Monitor:
         self, state: Tensor | State, times: Tensor, parameters: Sequence[Tensor], keywords: dict[str, Any]
     ) -> Tensor | State:
         """The solution, differentiable by its adjoint."""
-
-        def refuse(what: str) -> SolverError:
-            return SolverError(self.failure(what))
+        self._adjoint = Adjoint(
+            self._evaluate, state, times[0], parameters, lambda what: SolverError(self.failure(what))
+        )
 
         def run(state: Tensor | State, times: Tensor, differentiated: tuple[Tensor, ...]) -> Tensor | State:
             return odeint_adjoint(self, state, times, adjoint_params=differentiated, **keywords)
 
-        self._adjoint = Adjoint(self._evaluate, state, times[0], parameters, refuse)
         return self._adjoint.solve(run, state, times)
 
     def __call__(self, t: Tensor, state: Tensor | State) -> Tensor | State:

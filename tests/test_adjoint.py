@@ -148,6 +148,40 @@ def test_what_was_computed_before_has_a_gradient_of_its_own():
     assert len(passed) == 1
 
 
+@pytest.mark.parametrize("make", ["unseen", "seen and unseen"])
+def test_what_an_unseen_operation_takes_has_a_gradient_of_its_own(make):
+    theta = THETA.clone().requires_grad_()
+    found = matrix(theta)
+    weight = {
+        "unseen": lambda v: Doubled.apply(found) / 2,
+        "seen and unseen": lambda v: Doubled.apply(found) / 4 + found / 2,
+    }
+    of_matrix, of_theta = torch.autograd.grad(total(Velocity(weight[make])), (found, theta))
+    close(of_theta, truth())
+    close(of_matrix, truth_of_matrix())
+
+
+def test_what_an_unseen_operation_takes_and_would_count_twice_is_refused():
+    theta = THETA.clone().requires_grad_()
+    found = torch.outer(theta.cos(), theta)
+    with pytest.raises(SolverError, match="can't be seen.*gradient='direct'"):
+        total(Velocity(lambda v: Doubled.apply(found) / 2 + theta.diag()))
+    rate = torch.ones(SIZE, dtype=torch.complex128, requires_grad=True)
+    with pytest.raises(SolverError, match="can't be seen.*complex"):
+        total(Velocity(lambda v: Doubled.apply(rate).real.diag()))
+
+
+def test_a_context_that_was_computed_costs_no_evaluation():
+    counts = []
+    for context in (torch.ones(2, SIZE, dtype=torch.float64), matrix(THETA.clone().requires_grad_())[:2]):
+        field = Encoding(THETA.clone())
+        field.forward = lambda t, x, context: -x * context
+        counts.append(
+            flow_of(field, solver=Solver("rk4", gradient="adjoint")).evaluate(states(), context).evaluations.forward
+        )
+    assert counts[0] == counts[1]
+
+
 class Encoding(nn.Module):
     """A module of which a part is used outside of the solve, too."""
 
