@@ -9,16 +9,16 @@ import torch
 from divflow.likelihood import Quadrature
 from divflow.solver import Solver
 
-_PATH = Path(__file__).parent / "benchmarks" / "coverage.py"
-_SPEC = importlib.util.spec_from_file_location("coverage_of_claims", _PATH)
-coverage = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(coverage)
+_PATH = Path(__file__).parent / "benchmarks" / "claims.py"
+_SPEC = importlib.util.spec_from_file_location("claims", _PATH)
+claims = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(claims)
 
 
 def test_claims_of_a_few_networks():
     """At solver and quadrature tolerances of both of which each is the larger error for some."""
     for solver, tolerance in ((1e-5, 1e-1), (1e-3, 1e-4)):
-        ratio, _ = coverage.ratios(5, tolerance, Solver(rtol=solver, atol=solver), torch.float64)
+        ratio, _ = claims.ratios(5, tolerance, Solver(rtol=solver, atol=solver), torch.float64)
         assert (ratio <= 1).double().mean() >= 0.95
         assert ratio.median() > 0.01  # and no claim is so large that it says nothing
 
@@ -27,7 +27,7 @@ def test_claims_of_a_few_networks():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
 def test_claims_of_two_hundred_networks(tolerance, dtype):
-    ratio, _ = coverage.ratios(200, tolerance, Solver(), dtype)
+    ratio, _ = claims.ratios(200, tolerance, Solver(), dtype)
     assert (ratio <= 1).double().mean() >= 0.95
 
 
