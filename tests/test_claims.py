@@ -33,7 +33,7 @@ def test_claims_of_two_hundred_networks(tolerance, dtype):
 
 @torch.no_grad()
 def test_what_was_not_asked_for_is_not_spent():
-    flow, x = coverage.random_flow(0)
+    flow, x = claims.random_flow(0)
     flow = flow.replace(likelihood=Quadrature(tolerance=1e-2))
     plain, full = flow.evaluate(x, diagnostics=False), flow.evaluate(x)
     assert plain.evaluations.diagnostics == 0 < full.evaluations.diagnostics
