@@ -79,7 +79,7 @@ def test_found_through_weights_of_zero():
 CHOOSING = {
     "where": lambda net: lambda t, x: torch.where(x > 3, net(x), torch.zeros_like(x)),
     "where in time": lambda net: lambda t, x: torch.where(t > 0.5, net(x), x.sort().values),
-    "a mask": lambda net: lambda t, x: net(x).masked_fill(x.abs() < 3, 0.0).norm() * x,
+    "a mask": lambda net: lambda t, x: net(x).masked_fill(x.abs() < 3, 0.0).norm(dim=-1, keepdim=True) * x,
     "numbers": lambda net: lambda t, x: net(x) if x.max().item() > 3 else x.sort().values,
     "no NaN": lambda net: lambda t, x: torch.fmax(net(x), x.sort().values * 0 + 9).sort().values,
     "indices": lambda net: lambda t, x: net(x)[..., (torch.arange(24) + (10 * t).long()) % 24].sin(),
