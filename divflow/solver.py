@@ -163,7 +163,8 @@ class Solver:
         tolerances = Tolerances(self.rtol, self.atol, size if self.adaptive else None, state[0], dtype)
         monitor = _Monitor(field, self, evaluations, times, tolerances, record, accepted)
         prepared = self._options(times)
-        keywords = {"rtol": tolerances.rtol, "atol": tolerances.atol, "method": self.method, "options": prepared}
+        keywords: dict[str, Any] = {"rtol": tolerances.rtol, "atol": tolerances.atol}
+        keywords |= {"method": self.method, "options": prepared}
         single = len(state) == 1  # torchdiffeq copies tuples at every evaluation
         start = state[0] if single else state
         try:
