@@ -134,7 +134,7 @@ def _call(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
         or divergence.device != x.device
         or divergence.is_complex()
     ):
-        got = tuple(divergence.shape) if isinstance(divergence, Tensor) else type(divergence).__name__
+        got: object = tuple(divergence.shape) if isinstance(divergence, Tensor) else type(divergence).__name__
         got = f"{divergence.dtype}" if isinstance(divergence, Tensor) and divergence.is_complex() else got
         raise FieldError(
             f"value_and_divergence must return one real divergence a sample, of shape ({len(x)},) on {x.device}, but returned "
