@@ -1,6 +1,6 @@
 """What verification costs: a first call, a later one and training steps, beside the same without it, in one run.
 
-    python tests/benchmarks/verification.py
+    python tests/benchmarks/verified_calls.py
 
 A first call is of a fresh field; a later one is the hundredth, which is not verified. In a field that is suspect the first
 call compares with differences on a copy.
