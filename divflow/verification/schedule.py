@@ -84,7 +84,13 @@ def due(g: Callable[[Tensor], object], x: Tensor) -> Record | None:
     numbers to look at.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if x.numel() == 0 or transformed or getattr(_VERIFYING, "now", False) or torch.compiler.is_compiling():
+    if (
+        x.ndim == 0
+        or x.numel() == 0
+        or transformed
+        or getattr(_VERIFYING, "now", False)
+        or torch.compiler.is_compiling()
+    ):
         return None
     record = record_of(g, x)
     return record if record.due() else None

@@ -87,8 +87,8 @@ class Watch:
         if mixed is not None:
             record.wrong = True
             raise FieldError(
-                f"the field mixes the samples of a batch: of {len(point)} samples, values at some depend on states of "
-                f"others (a gradient of {float(mixed):.2g} of their own), so a trace over the batch would be wrong. "
+                f"the field mixes the samples of a batch: of states of shape {tuple(point.shape)}, values at some samples depend "
+                f"on others (a gradient of {float(mixed):.2g} of their own), so a trace over the batch would be wrong. "
                 "Look for normalization (BatchNorm in training mode), attention, statistics or edges over dimension 0; "
                 "evaluate samples that belong together as one event"
             )
