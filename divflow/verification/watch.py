@@ -114,7 +114,7 @@ class Watch:
             record.wrong = True
             self._tell(
                 f"autograd does not see all of how the field depends on x: {suspicion}. A derivative is "
-                f"{found.difference:.4g} by central differences and {found.autograd:.4g} by autograd, so its divergence "
+                f"{found.difference:.6g} by central differences and {found.autograd:.6g} by autograd, so its divergence "
                 f"would be wrong. {_REMEDY}",
                 found.certain,
             )
