@@ -52,7 +52,7 @@ class Dependences:
         self.entangled: list[Tensor] = []
         self._watches = self._makes_leaves = False
         with torch.enable_grad():
-            start = _number(torch.ones((), requires_grad=True) * 1)
+            start = _number(torch.ones((), requires_grad=True, device="cpu") * 1)
             with _placed(self.replaced):
                 self.value = function()
             graph = _Graph(self.value)

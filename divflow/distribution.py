@@ -102,7 +102,7 @@ class FlowDistribution(Distribution):
         """
         if self._validate_args and not (isinstance(value, Tensor) and value.numel() == 0):  # which torch can't reshape
             self._validate_sample(value)
-        value = checked_state(value)
+        value = checked_state(value) if not isinstance(value, Tensor) or value.ndim else value
         batch_ndim = value.ndim - len(self.event_shape)
         event = value.shape[batch_ndim:]  # which the flow refuses where it is another one
         shape = torch.broadcast_shapes(value.shape[:batch_ndim], self.batch_shape)

@@ -108,8 +108,13 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     if not callable(options.get("norm", abs)):
         raise ValueError(f"norm must be a function of the errors of a step, but is {options['norm']!r}")
     for name in ("step_t", "jump_t"):
-        if options.get(name) is not None and not bool(torch.as_tensor(options[name]).isfinite().all()):
+        if options.get(name) is not None and not _finite(options[name]):
             raise ValueError(f"{name} must be times, all of them finite, but is {options[name]!r}")
+
+
+def _finite(times: Any) -> bool:
+    tensor = times if isinstance(times, Tensor) else torch.as_tensor(times, device="cpu")
+    return bool(tensor.isfinite().all())
 
 
 def fixed_options(method: str, options: Mapping[str, Any], times: Tensor) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from divflow.divergence import FieldError
 from divflow.divergence.check import accepts_sample_times
 from divflow.flow import ContinuousFlow
-from divflow.solver import Evaluations, Solver, SolverError
+from divflow.solver import Evaluations, Solver
 from divflow.step_control import StepTimes, steps_for_one, worst_sample
 
 TIMES = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -201,5 +202,5 @@ def test_a_sample_that_fails_is_an_error_and_one_outside_of_the_base_is_not():
     result = flow.evaluate(torch.tensor([[0.1], [2.0]]))
     assert result.log_prob[1] == -math.inf
     assert (result.quadrature_error < 1e-3).all()
-    with pytest.raises(SolverError):
+    with pytest.raises(FieldError, match="row 1 of 2"):
         flow.evaluate(torch.tensor([[0.1], [math.nan]]))

@@ -162,7 +162,7 @@ def _verify(g: Field, t: Tensor, x: Tensor, states: list[Tensor]) -> None:
         FieldError: they differ.
     """
     noise = torch.Generator().manual_seed(0)
-    u, v = (torch.randn(x.shape, generator=noise, dtype=torch.float64).to(x) for _ in range(2))
+    u, v = (torch.randn(x.shape, generator=noise, dtype=torch.float64, device="cpu").to(x) for _ in range(2))
     graph = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(graph):
         point = x.detach().clone().requires_grad_(graph)

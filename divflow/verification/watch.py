@@ -74,7 +74,8 @@ class Watch:
                 where that is refused.
         """
         record = self._record
-        fused = next((node.name() for node in graph_of(output) if _is_fused(node.name())), None) if twice else None
+        names = (node.name() for node in graph_of(output, start=point)) if twice else ()
+        fused = next(filter(_is_fused, names), None)
         if fused is not None:
             record.wrong = True
             raise FieldError(
@@ -93,13 +94,13 @@ class Watch:
                 "evaluate samples that belong together as one event"
             )
         record.wrong = False
-        self._judge(output)
+        self._judge(output, point)
 
-    def _judge(self, output: Tensor) -> None:
+    def _judge(self, output: Tensor, point: Tensor) -> None:
         record = self._record
         if self._following is None or not isinstance(self._output, Tensor) or answer() == "allow":
             return
-        suspicion = self._following.suspicion(self._output, graph_of(output))
+        suspicion = self._following.suspicion(self._output, graph_of(output, start=point))
         if suspicion is None or record.right.get(suspicion, 0) >= _ENOUGH:
             return
         with verifying(), torch.inference_mode(False):
