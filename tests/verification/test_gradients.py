@@ -105,7 +105,7 @@ ESTIMATORS = [
 ]
 
 
-@pytest.mark.parametrize("estimator", [*ESTIMATORS, None], ids=str)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, None], ids=lambda it: type(it).__name__)
 def test_a_function_that_keeps_an_intermediate_is_refused(estimator):
     field = net()
     check_field(field, 0.3, X)  # its divergence is right
