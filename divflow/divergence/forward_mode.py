@@ -6,7 +6,6 @@ again at calls 2, 4, 8, ...
 """
 
 import contextlib
-import threading
 from typing import Any
 
 import torch
@@ -31,16 +30,12 @@ from divflow.divergence.layered.decompositions import NORMALIZATIONS
 from divflow.divergence.layered.jacobian import NoRule
 from divflow.divergence.layered.operation import name_of
 from divflow.divergence.plan import circumstances
-from divflow.divergence.transformed import transformed
+from divflow.divergence.transformed import forward_mode, transformed
 from divflow.verification.kept import Plans, kin
 from divflow.verification.seeded import rng_states, set_rng_states
 from divflow.verification.writes import NoWrites, WritesError
 
 __all__ = ["evaluate"]
-
-# Torch's levels of forward mode are one process's, not one thread's (2.13): two threads in it at once get each other's
-# derivatives.
-_FORWARD_MODE = threading.RLock()
 
 
 class _Calls:
@@ -98,7 +93,7 @@ def _columns(g: Field, t: Tensor, x: Tensor, vectors: Tensor) -> tuple[Tensor, T
 
     try:
         # Before torch 2.12 inference mode has no batching rule for dual tensors.
-        with _FORWARD_MODE, torch.inference_mode(False), torch.set_grad_enabled(create_graph), _unhooked(create_graph):
+        with forward_mode(), torch.inference_mode(False), torch.set_grad_enabled(create_graph), _unhooked(create_graph):
             # None is allowed, but not within a vmap of the caller's.
             out_dims = 0 if transformed() else (None, 0)
             value, columns = vmap(product, out_dims=out_dims, randomness="same")(vectors)  # type: ignore[arg-type]

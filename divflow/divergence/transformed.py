@@ -5,8 +5,10 @@ can be verified. So a field is linearized by `torch.func.vjp`, which any other t
 dense products.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,7 +18,7 @@ from torch.func import vjp
 
 from divflow.errors import FieldError
 
-__all__ = ["Transformed", "refuse_transforms", "transformable", "transformed"]
+__all__ = ["Transformed", "forward_mode", "refuse_transforms", "transformable", "transformed"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -25,9 +27,31 @@ Result = TypeVar("Result")
 _TRACING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 
 
+# Torch's levels of forward mode are one process's, not one thread's (2.13): two threads in it at once get each other's
+# derivatives, and a thread that is not in it can't tell that from the level.
+_FORWARD_MODE = threading.RLock()
+_holders: list[int] = []
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Around forward mode of our own: one thread at a time, which others know of."""
+    with _FORWARD_MODE:
+        _holders.append(threading.get_ident())
+        try:
+            yield
+        finally:
+            _holders.pop()
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func is under way, or forward mode, or a tracing of operations instead of numbers."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _traced()
+    return torch._C._functorch.peek_interpreter_stack() is not None or _in_forward_mode() or _traced()
+
+
+def _in_forward_mode() -> bool:
+    holders = _holders[-1:]
+    return forward_ad._current_level >= 0 and holders in ([], [threading.get_ident()])
 
 
 def _traced() -> bool:
@@ -92,7 +116,7 @@ class Transformed:
     def __init__(
         self, function: Callable[[Tensor], Tensor], x: Tensor, check: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
-        if _traced() and forward_ad._current_level >= 0:
+        if _traced() and _in_forward_mode():
             from divflow.divergence.field import FieldError
 
             # Of constants that are written to once they are made it takes what they were before (torch 2.13).

@@ -11,6 +11,7 @@ from torch.distributions import Independent, Normal
 
 from divflow.arguments import check_numbers, checked_event_shape, on_copies
 from divflow.divergence.field import as_time, checked_state, flatten_event
+from divflow.divergence.transformed import forward_mode
 from divflow.errors import DivflowError
 from divflow.score.noise import normal_like
 
@@ -107,8 +108,9 @@ class SDE(ABC):
         # Forward mode takes no expanded tensors; at 0 itself a standard deviation such as sqrt(t) has no slope.
         t = t.contiguous().clamp_min(1e-30)
         ones = torch.ones_like(t)
-        alpha, alpha_slope = torch.func.jvp(self.mean_scale, (t,), (ones,))[:2]
-        variance, variance_slope = torch.func.jvp(lambda s: self.std(s).square(), (t,), (ones,))[:2]
+        with forward_mode():
+            alpha, alpha_slope = torch.func.jvp(self.mean_scale, (t,), (ones,))[:2]
+            variance, variance_slope = torch.func.jvp(lambda s: self.std(s).square(), (t,), (ones,))[:2]
         drift = alpha_slope / alpha
         return Coefficients(drift.to(t.dtype), (variance_slope - 2 * drift * variance).to(t.dtype))
 

@@ -11,6 +11,15 @@ from torch.nn import functional as F
 from divflow.divergence import Autograd, FieldError, check_field
 from divflow.laplacian.rules import RULES
 from divflow.operators import explain_laplacian, gradient, laplacian, value_gradient_laplacian
+from divflow.verification import severed_fields
+
+
+@pytest.fixture(autouse=True)
+def _derivatives_are_those_of_autograd():
+    """Whatever is detached, or changed by a hook: the ways to a Laplacian are compared with one another."""
+    with severed_fields("allow"):
+        yield
+
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 W = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -179,7 +188,7 @@ def test_a_function_that_changes_itself_has_the_laplacian_of_one_evaluation(mode
     ],
 )
 def test_mixed_samples_are_refused(f):
-    with pytest.raises(FieldError, match=r"mixes the samples.*\(4,\).*\(4, 6\).*dimension 0"):
+    with pytest.raises(FieldError, match=r"mixes the samples.*\(4, 6\).*dimension 0"):
         laplacian(f, X)
     with pytest.raises(FieldError, match="mixes the samples"):
         check_field(lambda t, x: gradient(f, x), 0.0, X)
