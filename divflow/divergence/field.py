@@ -8,6 +8,7 @@ import contextlib
 import math
 import numbers
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -225,6 +226,33 @@ class _Before(torch.autograd.Function):
         return gradient, None
 
 
+class _Eagerly:
+    """Within it what torch.compile made runs eagerly, in all threads, for as long as one of them is in it.
+
+    Torch's stance is one process's: two threads that set it in turn, and set it back, would leave it set for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._stance: contextlib.AbstractContextManager | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGERLY = _Eagerly()
+
+
 @contextlib.contextmanager
 def _differentiable_kernels(twice: bool) -> Iterator[None]:
     """Kernels whose graph can be kept for several products, and differentiated twice.
@@ -236,7 +264,7 @@ def _differentiable_kernels(twice: bool) -> Iterator[None]:
         if not torch.compiler.is_compiling():
             # Where nothing was compiled, torch's compiler is not even loaded, and need not be.
             if "torch._dynamo" in sys.modules:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(_EAGERLY)
             if twice:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
