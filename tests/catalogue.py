@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from divflow.divergence import Autograd, Exact, Hutchinson
+from divflow.divergence import Autograd, ControlVariate, Exact, Hutchinson, HutchPlusPlus, XTrace
 
 EXACT = {
     "auto": Exact(),
@@ -21,6 +21,16 @@ STOCHASTIC = {
     "sphere": Hutchinson(2, "sphere"),
 }
 ESTIMATORS = EXACT | STOCHASTIC
+# One of each kind, for what every estimator must see in a field.
+KINDS = {
+    "exact": Exact(),
+    "reverse": Exact("reverse"),
+    "autograd": Autograd(),
+    "hutchinson": Hutchinson(2),
+    "hutch++": HutchPlusPlus(3),
+    "xtrace": XTrace(4),
+    "control variate": ControlVariate(Hutchinson(2), references=2),
+}
 EVENTS = [(), (1,), (5,), (3, 2, 2), (2, 1, 3, 1)]
 
 

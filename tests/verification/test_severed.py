@@ -6,33 +6,20 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from catalogue import KINDS
 from torch import nn
 
 from divflow.divergence import (
-    Autograd,
-    ControlVariate,
     Exact,
     FieldError,
     FieldWarning,
     Hutchinson,
-    HutchPlusPlus,
-    XTrace,
     check_field,
     divergence,
 )
 from divflow.flow import ContinuousFlow
 from divflow.operators import gradient, hessian, jacobian, laplacian
 from divflow.verification import severed_fields
-
-ESTIMATORS = {
-    "exact": Exact(),
-    "reverse": Exact("reverse"),
-    "autograd": Autograd(),
-    "hutchinson": Hutchinson(2),
-    "hutch++": HutchPlusPlus(3),
-    "xtrace": XTrace(4),
-    "control variate": ControlVariate(Hutchinson(2), references=2),
-}
 
 
 def point(dtype=torch.float64):
@@ -140,14 +127,14 @@ def test_a_number_that_left_torch_is_found():
         divergence(field, 0.0, point())
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_estimator_finds_the_line(name):
     def field(t, x):
         return x * x.detach()
 
     line = rf"detach in line {field.__code__.co_firstlineno + 1} of test_severed\.py"
     with severed_fields("refuse"), pytest.raises(FieldError, match=line):
-        divergence(field, 0.0, point(), ESTIMATORS[name])
+        divergence(field, 0.0, point(), KINDS[name])
 
 
 @pytest.mark.parametrize("name", WRONG)
