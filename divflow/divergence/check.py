@@ -14,7 +14,7 @@ from divflow.divergence.transformed import refuse_transforms
 from divflow.errors import FieldError, FieldWarning
 from divflow.verification.copies import CopyError, copied
 from divflow.verification.gradients import check_gradient
-from divflow.verification.schedule import record_of, severed_fields
+from divflow.verification.schedule import answer, record_of, severed_fields
 from divflow.verification.seeded import seeded
 
 __all__ = ["accepts_sample_times", "check_field", "fresh_copy"]
@@ -47,7 +47,7 @@ def check_field(
         g: the field.
         t: time, a scalar or `(k,)`.
         x: states `(k, *event)` such as the field will see.
-        detached: whether the field means what it detaches, which is then not looked at.
+        detached: whether the field means what it detaches, which is then not looked at; as within `severed_fields("allow")`.
         gradient: whether derivatives of the field and of its divergence are compared with central differences, too, as
             tasks do before the first training step: an operation's second derivative may be wrong where its first is
             right (see `divflow.verification.gradients`).
@@ -69,7 +69,7 @@ def check_field(
         x = x.expand(2, *x.shape[1:])
         t = t if t.ndim == 0 else t.expand(2)
     _check_samples(g, t, x)
-    with severed_fields("allow" if detached else "refuse"):
+    with severed_fields("allow" if detached or answer() == "allow" else "refuse"):
         field, _ = fresh_copy(g)
         record_of(AtTime(field, t), x).wrong = True  # which makes the next call one that is verified
         linearize_field(field, t, x)

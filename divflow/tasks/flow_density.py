@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from divflow.bases import MeanFreeNormal
 from divflow.data.module import Batch, split_context
 from divflow.density import FlowDensity
+from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow
 from divflow.tasks.reweighting import reweighted
 from divflow.tasks.task import Task
@@ -56,6 +57,11 @@ class FlowDensityTask(Task):
     def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """The log-density of a batch, and what is known of it."""
         return self.judge_likelihood(self.judged, batch)
+
+    def check_judged(self, batch: Batch) -> None:
+        """Before the first step, in evaluation mode: the velocity that is judged must hide no derivative."""
+        flow, (x, context) = self.judged.flow, self.transformed(batch)
+        check_field(flow.field(context), flow.times()[0], x, detached=flow.detached)
 
     def check_base(self, x: Tensor, context: Tensor | None) -> None:
         """Before the first step: the velocity must stay on the subspace that the base is a density on, if it is one.

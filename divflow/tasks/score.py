@@ -80,10 +80,18 @@ class ScoreTask(Task):
             TrainingError: the data have a context, which scores do not take.
         """
         y = self._transformed(batch)
+        estimator = getattr(self.objective, "estimator", None)
+        check_field(self.density.score_field, self._time(y), y, gradient=True, estimator=estimator)
+
+    def check_judged(self, batch: Batch) -> None:
+        """Before the first step, in evaluation mode: the score that is judged must hide no derivative."""
+        y = self._transformed(batch)
+        check_field(self.judged.score_field, self._time(y), y)
+
+    def _time(self, y: Tensor) -> Tensor | float:
+        """A time at which the score is trained, one for each of the data where it is at many."""
         objective = self.objective
-        time = objective.draw_times(y).t if isinstance(objective, TimeConditionalScoreMatching) else 0.5
-        estimator = getattr(objective, "estimator", None)
-        check_field(self.density.score_field, time, y, gradient=True, estimator=estimator)
+        return objective.draw_times(y).t if isinstance(objective, TimeConditionalScoreMatching) else 0.5
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean of the objective over a batch."""

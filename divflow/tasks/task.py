@@ -1,5 +1,6 @@
 """What all training tasks share: optimizer, judging by averages with standard errors, checkpoints, a stop at NaN."""
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,10 @@ class Task(L.LightningModule):
     def check(self, batch: Batch) -> None:
         """Before the first step: what is trained must be a field, and treat the samples independently."""
 
+    def check_judged(self, batch: Batch) -> None:
+        """Before the first step, in evaluation mode: what is judged must hide no derivative, which it may do there alone."""
+        self.check(batch)
+
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a training batch, a scalar, and its logs."""
@@ -99,6 +104,8 @@ class Task(L.LightningModule):
         """
         if not self._checked:
             self.check(batch)
+            with self._evaluating():
+                self.check_judged(batch)
             self._checked = True
         self._seed(_TRAINING, self.current_epoch, batch_idx)
 
@@ -109,6 +116,17 @@ class Task(L.LightningModule):
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise as in validation."""
         self._seed(_JUDGING, batch_idx)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Within it all modules are in evaluation mode; after it, each as it was."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def _seed(self, *numbers: int) -> None:
         seed = torch.initial_seed() if self._noise_seed is None else self._noise_seed
