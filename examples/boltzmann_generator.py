@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch import Generator, Tensor
 
-from divflow.bases import MeanFreeNormal
+from divflow.distributions import MeanFreeNormal
 from divflow.energies import DoubleWell, Tempering, quartet
 from divflow.flow import ContinuousFlow
 from divflow.matching import ConditionalFlowMatching, EquivariantCoupling

@@ -19,8 +19,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 from divflow.data import Table
-from divflow.density import FlowDensity
-from divflow.flow import ContinuousFlow
+from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.networks import MLP
 from divflow.tasks import FlowMatchingTask
 

@@ -15,6 +15,17 @@ def commands(code: list[tuple[str, str]]) -> list[str]:
     return [line[line.index("train.py") :] for line in _lines(code) if "train.py" in line]
 
 
+def unknown(code: list[tuple[str, str]], root: Path) -> list[str]:
+    """The lines of shell blocks that start none of our commands, or a file of `tests/` that is not there."""
+    ours = ("python train.py", "divflow ", "torchrun ", "pip install ", "python tests/")
+    return [
+        line
+        for line in _lines(code)
+        if not line.startswith(ours)
+        or not all((root / word).is_file() for word in line.split() if word.startswith("tests/"))
+    ]
+
+
 def judgements(code: list[tuple[str, str]]) -> list[str]:
     """The lines of shell blocks that judge, sample or compare."""
     return [line for line in _lines(code) if line.startswith(("divflow evaluate", "divflow sample", "divflow compare"))]

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from covering import alternated
 from torch import nn
 
 from divflow.divergence import Hutchinson
@@ -85,7 +86,10 @@ def buffer(theta):
     return velocity
 
 
-CAPTURED = [leaf, closure, attribute, twice_an_attribute, inside_and_outside, unseen, seen_and_unseen, buffer]
+CAPTURED = {
+    make.__name__: make
+    for make in (leaf, closure, attribute, twice_an_attribute, inside_and_outside, unseen, seen_and_unseen, buffer)
+}
 
 
 THETA = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64)
@@ -128,11 +132,10 @@ def close(found, true):
     torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda likelihood: type(likelihood).__name__)
-@pytest.mark.parametrize("make", CAPTURED, ids=lambda make: make.__name__)
+@alternated(make=CAPTURED, likelihood=LIKELIHOODS)
 def test_what_a_field_captured_has_its_gradient(make, likelihood):
     theta = THETA.clone().requires_grad_()
-    (found,) = torch.autograd.grad(total(make(theta), likelihood), theta)
+    (found,) = torch.autograd.grad(total(CAPTURED[make](theta), likelihood), theta)
     close(found, truth())
 
 

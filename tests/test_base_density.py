@@ -21,7 +21,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from divflow.bases import BaseError, MeanFreeNormal
+from divflow.distributions import BaseError, MeanFreeNormal
 from divflow.errors import DivflowError
 from divflow.flow import ContinuousFlow
 

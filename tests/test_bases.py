@@ -7,15 +7,16 @@ import torch
 from omegaconf import OmegaConf
 from run import config
 from torch import Generator
-from torch.distributions import Distribution, MultivariateNormal
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-from divflow.bases import BaseError, MeanFreeNormal
-from divflow.build import ConfigError, build_density
+from divflow.distributions import BaseError, MeanFreeNormal, OnSubspace
 from divflow.divergence import Autograd, Exact
-from divflow.experiment import train
 from divflow.flow import ContinuousFlow
 from divflow.networks import EGNN, HollowEGNN, PairField
+from divflow.runs.experiment import train
+from divflow.saved.build import ConfigError, build_density
 from divflow.solver import Solver
+from divflow.tasks import FlowTask
 
 PARTICLES, DIMENSIONS = 4, 3
 TIGHT = Solver(rtol=1e-9, atol=1e-9)
@@ -127,11 +128,54 @@ def test_a_velocity_that_moves_the_centre_there_and_back_by_log_prob():
         flow.log_prob(x)
 
 
+class OwnSubspace(Independent):
+    """A base of one's own on a subspace: it says so itself, and derives from none of divflow's."""
+
+    mean_free = True
+
+    def __init__(self, event_shape):
+        super().__init__(Normal(torch.zeros(tuple(event_shape)), 1.0), len(event_shape), validate_args=True)
+        self.asked = []
+
+    def check_states(self, value):
+        self.asked.append("states")
+
+    def check_velocity(self, velocity, t, x):
+        raise BaseError("it leaves")
+
+
+def described(base):
+    plain = config("network=pair_field", "network.zero_init=false", "output_dir=x")
+    transform = {"_target_": "divflow.flow.transforms.MeanFreeScale", "scale": 2.0}
+    density = {"event_shape": [PARTICLES, DIMENSIONS], "transform": transform, "base": base}
+    return OmegaConf.to_container(plain, resolve=True) | density
+
+
+def test_a_base_says_of_itself_that_it_is_on_a_subspace():
+    density = build_density(described({"_target_": f"{__name__}.OwnSubspace"}))
+    base = density.flow.base.distribution
+    assert isinstance(base, OnSubspace)
+    assert base._validate_args
+    density.log_prob(mean_free(2))
+    assert base.asked == ["states"]
+    with pytest.raises(BaseError, match="it leaves"):
+        FlowTask(density).check(mean_free(2))
+
+
+def test_one_that_says_nothing_is_on_the_whole_space():
+    whole = Independent(Normal(torch.zeros(PARTICLES, DIMENSIONS), 1.0), 2)
+    assert not isinstance(whole, OnSubspace)
+    network = PairField((PARTICLES, DIMENSIONS))
+    FlowTask(ContinuousFlow(network, (PARTICLES, DIMENSIONS), base=whole)).check(mean_free(2).float() + 1)
+    with pytest.raises(ConfigError, match="base=mean_free"):
+        build_density(described(None))
+
+
 def test_its_config():
     plain = OmegaConf.to_container(
         config("base=mean_free", "network=pair_field", "network.zero_init=false", "output_dir=x"), resolve=True
     )
-    described = plain | {"event_shape": [4, 3], "transform": {"_target_": "divflow.transforms.Affine"}}
+    described = plain | {"event_shape": [4, 3], "transform": {"_target_": "divflow.flow.transforms.Affine"}}
     density = build_density(described)
     assert isinstance(density.flow.base.distribution, MeanFreeNormal)
     assert density.log_prob(density.sample(3)).shape == (3,)

@@ -1,12 +1,14 @@
 """Loading runs no code from the file and builds only what is allowed."""
 
 import pickle
+import sys
+import types
 
 import pytest
 import torch
 
 import divflow
-from divflow.checkpoint import CheckpointError, check_targets
+from divflow.saved.checkpoint import CheckpointError, check_targets
 
 
 class Attack:
@@ -35,7 +37,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
 
 
 def test_checkpoints_of_others(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+    torch.save({"state_dict": {}, "global_step": 3}, tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="no description of a density"):
         divflow.load(tmp_path / "x.ckpt")
 
@@ -51,8 +53,8 @@ def test_checkpoints_of_others(tmp_path):
         "torch.nn.init.os.system",
         "torch.nn.functional.relu",
         "torch.nn.modules.module.warnings.warn",
-        "divflow.checkpoint.importlib.import_module",
-        "divflow.checkpoint.load",
+        "divflow.saved.checkpoint.importlib.import_module",
+        "divflow.saved.checkpoint.load",
         "divflow.nowhere.Thing",
         "hydra.utils.get_method",
         "mymodule.Net",
@@ -83,3 +85,28 @@ def test_allowed_targets():
         {},
     )
     check_targets({"_target_": "mymodule.Net"}, {"mymodule.Net": object})
+
+
+def test_all_classes_that_are_lacking_are_named_at_once(monkeypatch):
+    config = {
+        "network": {"_target_": "mine.Net", "activation": {"_target_": "mine.Act"}},
+        "base": {"_target_": "mine.Base"},
+    }
+    with pytest.raises(
+        CheckpointError, match=r"'mine.Net' \(at divflow.network\).*allow=\[mine.Net, mine.Act, mine.Base\]"
+    ):
+        check_targets(config, {})
+    with pytest.raises(CheckpointError, match=r"allow=\[mine.Act\]"):
+        check_targets(config, {"mine.Net": object, "mine.Base": object})
+    # A class has a home, and may be named by a module that has it, too, if that is there.
+    package = types.ModuleType("mine")
+    package.Net = Net
+    home = {f"{Net.__module__}.{Net.__qualname__}": Net}
+    with pytest.raises(CheckpointError, match="mine.Net"):
+        check_targets({"_target_": "mine.Net"}, home)
+    monkeypatch.setitem(sys.modules, "mine", package)
+    check_targets({"_target_": "mine.Net"}, home)
+
+
+class Net:
+    """A class of a user's own."""

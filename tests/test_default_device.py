@@ -14,9 +14,8 @@ from torch import Generator, nn
 from torch.nn import functional as F
 
 from divflow import operators
-from divflow.bases import MeanFreeNormal
 from divflow.data import Digits, Simulations, Table, toy
-from divflow.density import FlowDensity
+from divflow.distributions import MeanFreeNormal
 from divflow.divergence import (
     Autograd,
     ControlVariate,
@@ -28,13 +27,13 @@ from divflow.divergence import (
     divergence,
 )
 from divflow.energies import DoubleWell, Tempering, quartet
-from divflow.flow import ContinuousFlow
+from divflow.flow import ContinuousFlow, FlowDensity
+from divflow.flow.transforms import Affine, Bounded, MeanFreeScale
 from divflow.likelihood import Augmented, Quadrature
 from divflow.networks import ConvNet, MLPPotential, PairField
 from divflow.score import VarianceExploding, VariancePreserving, probability_flow
 from divflow.score.sampling import PredictorCorrector, ProbabilityFlowODE, ReverseSDE
 from divflow.solver import Solver
-from divflow.transforms import Affine, Bounded, MeanFreeScale
 
 ESTIMATORS = {
     "auto": Exact(),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from catalogue import Network
 
-from divflow.dense_output import Steps
 from divflow.solver import Evaluations, Solver
+from divflow.solver.dense_output import Steps
 
 NETWORK = Network((2, 2))
 

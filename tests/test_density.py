@@ -10,15 +10,14 @@ import torch
 from torch import Generator, nn
 from torch.distributions import Normal
 
-from divflow.density import FlowDensity, ScoreDensity, UnnormalizedDensity
 from divflow.divergence import FieldError
 from divflow.errors import DivflowError
-from divflow.flow import ContinuousFlow
-from divflow.score import VariancePreserving, probability_flow
+from divflow.flow import ContinuousFlow, FlowDensity
+from divflow.flow.transforms import Affine, Bounded, Compose, Logit, MeanFreeScale
+from divflow.flow.units import UnitsWarning
+from divflow.score import ScoreDensity, UnnormalizedDensity, VariancePreserving, probability_flow
 from divflow.score.sampling import AnnealedLangevin
 from divflow.solver import SolverError
-from divflow.transforms import Affine, Bounded, Compose, Logit, MeanFreeScale
-from divflow.units import UnitsWarning
 
 
 def still(t, x):

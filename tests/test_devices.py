@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from catalogue import EVENTS, EXACT, STOCHASTIC, Network, quadratic, quadratic_divergence
-from run import FAST, SMALL_TOY, config
+from covering import covered
+from run import DRAWN, SMALL_TOY, config
 from torch import Generator, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import divflow
 from divflow import adapters, operators
-from divflow.bases import MeanFreeNormal
+from divflow.distributions import MeanFreeNormal
 from divflow.divergence import ControlVariate, Exact, Hutchinson, HutchPlusPlus, XTrace, check_field, divergence
-from divflow.experiment import train
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
 from divflow.matching import (
@@ -44,6 +44,7 @@ from divflow.networks import (
     TokenMixer,
     UNet,
 )
+from divflow.runs.experiment import train
 from divflow.score import SubVariancePreserving, VarianceExploding, VariancePreserving, probability_flow
 from divflow.score.objectives import (
     DenoisingScoreMatching,
@@ -57,7 +58,11 @@ from divflow.solver import METHODS, Solver
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("ignore:GPU available but not used")
-each_device = pytest.mark.parametrize("device", DEVICES)
+any_device = pytest.mark.parametrize("device", DEVICES)
+# Where there is the CPU alone it is compared with itself, by what other tests hold to more.
+each_device = pytest.mark.parametrize(
+    "device", DEVICES if len(DEVICES) > 1 else [pytest.param("cpu", marks=pytest.mark.slow)]
+)
 generators = pytest.mark.parametrize("source", DEVICES)
 
 ESTIMATES = STOCHASTIC | {"hutch++": HutchPlusPlus(6), "xtrace": XTrace(6)}
@@ -214,10 +219,11 @@ def test_weights_of_particles(device, source):
     close(weights.log_weights.logsumexp(0), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
+LIKELIHOODS = {"quadrature": Quadrature(7), "augmented": Augmented()}
+
+
 @each_device
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
-@pytest.mark.parametrize("likelihood", [Quadrature(7), Augmented()], ids=["quadrature", "augmented"])
+@covered(method=METHODS, gradient=["direct", "adjoint"], likelihood=LIKELIHOODS)
 def test_flows(device, method, gradient, likelihood):
     if method == "scipy_solver" and gradient == "adjoint":
         gradient = "direct"  # it has none
@@ -226,7 +232,7 @@ def test_flows(device, method, gradient, likelihood):
     )
     net, x = Network((2,)), torch.randn(3, 2, dtype=torch.float64)
     base = Independent(Normal(torch.zeros(2).double(), torch.ones(2).double()), 1)
-    flow = ContinuousFlow(net, 2, likelihood=likelihood, solver=solver, base=base)
+    flow = ContinuousFlow(net, 2, likelihood=LIKELIHOODS[likelihood], solver=solver, base=base)
     there = copy.deepcopy(flow).to(device)
     with torch.set_grad_enabled(method != "scipy_solver"):
         results = [f.log_prob(point) for f, point in ((there, x.to(device)), (flow, x))]
@@ -414,15 +420,23 @@ RUNS = {
 }
 
 
-@each_device
-@pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS)
+def _mark(name):
+    """Where there is the CPU alone, a few stand for all: what each network and task does there others tell."""
+    return () if len(DEVICES) > 1 or name in ("flow, estimated, augmented", "score") else pytest.mark.slow
+
+
+@any_device
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(overrides, marks=_mark(name), id=name) for name, overrides in RUNS.items()]
+)
 def test_a_run_and_its_checkpoint_on_every_device(device, overrides, tmp_path):
-    fast = [setting for setting in FAST if not setting.startswith(("device", "network"))]
+    fast = [setting for setting in DRAWN if not setting.startswith(("device", "network"))]
     settings = config(
         *fast,
         f"device={'gpu' if device == 'cuda' else 'cpu'}",
         f"output_dir={tmp_path}",
         "trainer.max_steps=2",
+        "callbacks.figures.num_samples=50",
         *overrides,
     )
     results = train(settings)
@@ -442,7 +456,7 @@ def test_a_run_and_its_checkpoint_on_every_device(device, overrides, tmp_path):
         close(numbers[target], numbers["cpu"], rtol=1e-3, atol=1e-2)
 
 
-@each_device
+@any_device
 def test_everything_on_the_default_device(device):
     """Where torch's default device is the one that all is on, no device is named."""
     torch.set_default_device(device)
@@ -467,7 +481,7 @@ def test_everything_on_the_default_device(device):
                 flow.importance_weights(lambda z: -z.square().sum(dim=1), 32, generator).samples.device.type == device
             )
         assert operators.laplacian(lambda z: z.sin().prod(dim=1), x).device.type == device
-        density = divflow.density.FlowDensity(flows[0], divflow.transforms.Affine([0.0] * 5, 2.0))
+        density = divflow.flow.FlowDensity(flows[0], divflow.flow.transforms.Affine([0.0] * 5, 2.0))
         assert density.log_prob(x).device.type == device
         for objective in OBJECTIVES.values():
             assert objective(MLP(2, hidden=(9,)), x[:, :2], generator=generator).device.type == device

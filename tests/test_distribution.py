@@ -21,9 +21,10 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import AffineTransform, ExpTransform
 
-from divflow.distribution import FlowDistribution, estimate_kl
 from divflow.divergence import FieldError, Hutchinson
+from divflow.errors import DivflowError
 from divflow.flow import ContinuousFlow
+from divflow.flow.distribution import FlowDistribution, estimate_kl
 from divflow.solver import Solver
 
 TIGHT = Solver("dopri5", rtol=1e-9, atol=1e-9)
@@ -279,3 +280,56 @@ def test_what_is_no_tensor_of_floats_is_refused_without_validation():
     for value in ([[0.0, 0.0]], torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.complex64)):
         with pytest.raises(FieldError):
             distribution.log_prob(value)
+
+
+def test_what_has_no_closed_form_says_how_to_estimate_it():
+    flow = linear()[0]
+    distribution = flow.distribution()
+    value = torch.zeros(3, dtype=torch.float64)
+    calls = {
+        "mean": lambda d: d.mean,
+        "variance": lambda d: d.stddev,
+        "mode": lambda d: d.mode,
+        "entropy": lambda d: d.entropy(),
+        "cumulative": lambda d: d.cdf(value),
+        "quantiles": lambda d: d.icdf(value),
+    }
+    for name, call in calls.items():
+        for error in (DivflowError, NotImplementedError):
+            with pytest.raises(error, match=rf"no closed form of its {name}.*estimate it by samples"):
+                call(distribution)
+    with pytest.raises(NotImplementedError, match="rsample_and_log_prob"):
+        Independent(flow.distribution().expand((2,)), 1).entropy()
+
+
+@pytest.fixture
+def pyro():
+    """Importing Pyro changes torch's validation for everyone, too."""
+    before = Distribution._validate_args
+    yield pytest.importorskip("pyro")
+    Distribution.set_default_validate_args(before)
+
+
+def test_in_models_and_guides_of_pyro(pyro):
+    flow, truth = linear()
+    data = truth.sample((6,))
+
+    def model():
+        pyro.sample("z", flow.distribution())
+        with pyro.plate("rows", len(data)):
+            pyro.sample("x", flow.distribution(), obs=data)
+
+    trace = pyro.poutine.trace(model).get_trace()
+    expected = truth.log_prob(data).sum() + truth.log_prob(trace.nodes["z"]["value"])
+    torch.testing.assert_close(trace.log_prob_sum(), expected, rtol=0, atol=1e-4)
+    velocity = LinearVelocity((3,)).double()
+    trained = ContinuousFlow(velocity, (3,))
+
+    def guide():
+        pyro.module("velocity", velocity)
+        pyro.sample("z", trained.distribution())
+
+    before = {name: value.clone() for name, value in velocity.state_dict().items()}
+    inference = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+    assert math.isfinite(inference.step())
+    assert any(not torch.equal(value, before[name]) for name, value in velocity.state_dict().items())

@@ -35,20 +35,22 @@ def test_from_csv_to_samples(example, tmp_path):
     assert 5 < means[0] < 7  # centimetres, as in the file
 
 
+@pytest.mark.slow
 def test_diffusers_likelihood(monkeypatch, tmp_path):
     pytest.importorskip("diffusers")
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module("diffusers_likelihood")
-    bits, error = example.main(None, 2, 8)
+    bits, error = example.main(None, 2, 3)
     assert 0 < error < bits
     torch.manual_seed(0)
     unet, scheduler = example.trained_here(2, example.Digits((1, 8, 8), margin=None))
     unet.save_pretrained(tmp_path / "unet")
     scheduler.save_pretrained(tmp_path / "scheduler")
-    again, _ = example.main(tmp_path, 0, 8)
+    again, _ = example.main(tmp_path, 0, 3)
     assert again == pytest.approx(bits, rel=0.05)  # of another 2 steps from the same seed, and the same probes
 
 
+@pytest.mark.slow
 def test_several_processes_test_every_row_once():
     done = subprocess.run(
         [sys.executable, "several_processes.py", "--processes", "2", "--steps", "3"],
@@ -117,11 +119,12 @@ def test_helium_is_bound_by_more_than_hartree_and_fock_know(example):
     assert error < 0.005
 
 
+@pytest.mark.slow
 def test_a_boltzmann_generator(monkeypatch, capsys):
     """A flow that is hardly trained is right all the same, within the errors that it states."""
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module("boltzmann_generator")
-    found = example.main(steps=150, num_data=2_000, num_weighted=1_500, hidden=16)
+    found = example.main(steps=60, num_data=1_000, num_weighted=800, hidden=16)
     assert "by quadrature 29.6672" in capsys.readouterr().out
     assert 0.005 < found["effective_sample_fraction"] < 1
     assert abs(found["log_normalizer_deviation"]) < 5

@@ -7,19 +7,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from covering import thinned
 from PIL import Image
-from run import FAST, SMALL_TOY, config
+from run import DRAWN, FAST, SMALL_TOY, config
 
 import divflow
-from divflow.build import ConfigError
-from divflow.checkpoint import CheckpointError
-from divflow.experiment import train
+from divflow.runs.experiment import train
+from divflow.saved.build import ConfigError
+from divflow.saved.checkpoint import CheckpointError
 
 
-def run(tmp_path, *overrides, toy=True):
-    return train(config(*FAST, *(SMALL_TOY if toy else []), f"output_dir={tmp_path}", *overrides))
+def run(tmp_path, *overrides, toy=True, drawn=False):
+    return train(config(*(DRAWN if drawn else FAST), *(SMALL_TOY if toy else []), f"output_dir={tmp_path}", *overrides))
 
 
+# Figures of all kinds of data and densities are drawn in `test_devices.py`, too.
+FIGURES = pytest.mark.parametrize(
+    "drawn", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["no figures", "figures"]
+)
 VARIANTS = {
     "exact": ["estimator=exact"],
     "autograd": ["estimator=autograd"],
@@ -40,9 +45,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_run(tmp_path, variant):
-    results = run(tmp_path, *VARIANTS[variant])
+@FIGURES
+@thinned(variant=VARIANTS)
+def test_variants_run(tmp_path, variant, drawn):
+    results = run(tmp_path, *VARIANTS[variant], drawn=drawn)
     assert all(math.isfinite(value) for value in results.values())
     assert results["test/gap"] > 0
     assert ("test/estimator_error" in results and results["test/estimator_error"] > 0) == (
@@ -64,9 +70,10 @@ SCORED = {
 }
 
 
-@pytest.mark.parametrize("variant", SCORED)
-def test_score_matching_over_an_sde(tmp_path, variant):
-    results = run(tmp_path, "task=score", *SCORED[variant])
+@FIGURES
+@thinned(variant=SCORED)
+def test_score_matching_over_an_sde(tmp_path, variant, drawn):
+    results = run(tmp_path, "task=score", *SCORED[variant], drawn=drawn)
     assert all(math.isfinite(value) for value in results.values())
     assert results["test/gap"] > 0
     assert results["test/fisher_divergence"] > 0
@@ -80,15 +87,17 @@ def test_score_matching_over_an_sde(tmp_path, variant):
     assert density.log_prob(points).shape == (3,)
 
 
+@FIGURES
 @pytest.mark.parametrize("objective", ["implicit", "sliced_vr", "finite_difference", "denoising"])
-def test_score_matching_of_the_data(tmp_path, objective):
-    results = run(tmp_path, "task=score", f"objective={objective}", "sde=none", "sampler.steps_per_level=5")
+def test_score_matching_of_the_data(tmp_path, objective, drawn):
+    settings = [f"objective={objective}", "sde=none", "sampler.steps_per_level=5"]
+    results = run(tmp_path, "task=score", *settings, drawn=drawn)
     assert set(results) == {
         f"test/{name}{error}" for name in ("loss", "fisher_divergence") for error in ("", "_standard_error")
-    } | {"val/loss"}
+    } | {"val/loss", "val/loss_current_weights"}
     density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
     assert density.sample(3).shape == density.score(torch.randn(3, 2)).shape == (3, 2)
-    assert (tmp_path / "figures" / "final.png").is_file()
+    assert (tmp_path / "figures" / "final.png").is_file() == drawn
 
 
 def test_score_matching_of_several_levels(tmp_path):
@@ -125,10 +134,11 @@ def test_the_fisher_divergence_is_that_of_what_is_loaded_back(tmp_path):
     np.testing.assert_allclose(results["test/fisher_divergence"], expected.item(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("network", ["mlp", "conv", "unet"])
+@pytest.mark.parametrize("network", ["mlp", "conv", pytest.param("unet", marks=pytest.mark.slow)])
 def test_scores_of_digits_report_bits_per_dimension(tmp_path, network):
     settings = [] if network == "mlp" else ["data.event_shape=[1,8,8]", "estimator@evaluation.estimator=hutchinson"]
-    settings += ["network.channels=[8,8]", "solver@evaluation.solver=euler"] if network == "unet" else []
+    settings += ["network.hidden=[8,8]"] if network == "conv" else []
+    settings += ["network.channels=[4,4]", "solver@evaluation.solver=euler"] if network == "unet" else []
     fast = [override for override in FAST if not override.startswith(("network", "solver@"))]
     settings = settings if network == "unet" else [*settings, "solver@evaluation.solver=rk4"]
     cfg = config(*fast, f"output_dir={tmp_path}", "task=score", "data=digits", f"network={network}", *settings)
@@ -147,9 +157,8 @@ def test_resuming_score_matching(tmp_path):
 
 
 def test_what_a_run_leaves_and_logs(tmp_path):
-    results = run(
-        tmp_path, "callbacks.figures.every_n_steps=2", "callbacks.figures.share=1e9", "callbacks.figures.num_samples=50"
-    )
+    figures = ["every_n_steps=2", "share=1e9", "num_samples=50"]
+    results = run(tmp_path, *(f"callbacks.figures.{setting}" for setting in figures), drawn=True)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {
         "config.yaml",
@@ -212,7 +221,8 @@ def test_a_folder_of_images_of_ones_own(tmp_path, estimator):
     settings += ["evaluation.estimator.num_probes=2"] if estimator == "hutchinson" else []
     warned = pytest.warns(UserWarning, match="importance-weighted") if estimator == "hutchinson" else nullcontext()
     with warned:
-        results = run(tmp_path / "run", "data=images", f"data.path={tmp_path}/photos", *settings, toy=False)
+        images = ["data=images", f"data.path={tmp_path}/photos"]
+        results = run(tmp_path / "run", *images, *settings, toy=False, drawn=estimator == "exact")
     assert 7.9 < results["test/bits_per_dim"] < 11  # of noise: 8, and what is lost to the bound and to four rows
     assert ("test/bits_per_dim_importance_weighted" in results) == (estimator == "exact")
     if estimator == "exact":
@@ -222,7 +232,7 @@ def test_a_folder_of_images_of_ones_own(tmp_path, estimator):
     assert 0 < results["test/bits_per_dim_dequantization_error"] < results["test/bits_per_dim_standard_error"] * 3
     density = divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt")
     assert density.sample(2).shape == (2, 3, 4, 6)
-    assert (tmp_path / "run" / "figures" / "final.png").is_file()
+    assert (tmp_path / "run" / "figures" / "final.png").is_file() == (estimator == "exact")
 
 
 def test_images_through_a_convolutional_network(tmp_path):
@@ -244,9 +254,8 @@ def test_a_table_of_ones_own(tmp_path):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"height": rng.normal(170, 10, 400), "weight": rng.normal(70, 8, 400), "name": "x"})
     frame.to_csv(tmp_path / "people.csv", index=False)
-    results = run(
-        tmp_path / "run", "data=table", f"data.path={tmp_path}/people.csv", "data.columns=[height,weight]", toy=False
-    )
+    table = ["data=table", f"data.path={tmp_path}/people.csv", "data.columns=[height,weight]"]
+    results = run(tmp_path / "run", *table, toy=False, drawn=True)
     # In units of the file: two independent normals of standard deviations 10 and 8, before much training.
     entropy = math.log(10 * 8) + 1 + math.log(2 * math.pi)
     assert abs(results["test/nll"] - entropy) < 0.6

@@ -9,8 +9,8 @@ from matplotlib.patches import Polygon
 from run import FAST, SMALL_TOY, config
 
 from divflow.callbacks import Figures
-from divflow.experiment import train
-from divflow.figures import plot_curves, plot_pairs
+from divflow.callbacks.plots import plot_curves, plot_pairs
+from divflow.runs.experiment import train
 
 
 def test_pairs_name_the_columns_that_are_left_out():

@@ -8,13 +8,19 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
-from run import FAST, SMALL_TOY, config, run
+from run import DRAWN, FAST, SMALL_TOY, config, run_here
 
-from divflow.build import ConfigError, check_settings
-from divflow.experiment import train
-from divflow.folder import claim, link_latest, save_config
+from divflow.runs.experiment import train
+from divflow.runs.folder import claim, link_latest, save_config
+from divflow.runs.settings import check_settings
+from divflow.saved.build import ConfigError
 
-SMALL = [*FAST, *SMALL_TOY]
+SMALL = [*DRAWN, *SMALL_TOY, "callbacks.figures.num_samples=50"]
+
+
+def taken(folder, ckpt_path, step=0, overwrite=False):
+    with claim(folder, ckpt_path, step, overwrite):
+        pass
 
 
 def contents(folder):
@@ -23,15 +29,14 @@ def contents(folder):
 
 def test_a_run_is_started_again_from_its_config_elsewhere_with_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = "\n".join(f"{150 + i % 13},{50 + i % 7}" for i in range(60))
+    rows = "\n".join(f"{150.5 + i % 13},{50.5 + i % 7}" for i in range(60))
     (tmp_path / "people.csv").write_text("height,weight\n" + rows)
     first, other = tmp_path / "first", tmp_path / "other"
     results = train(config(*FAST, "data=table", "data.path=people.csv", "estimator=hutchinson", f"output_dir={first}"))
     before = contents(first)
     other.mkdir()
     monkeypatch.chdir(other)
-    done = run(f"--config-path={first}", "--config-name=config")
-    assert done.returncode == 0, done.stderr
+    run_here(f"--config-path={first}", "--config-name=config")
     assert contents(first) == before
     again = (other / "outputs" / "latest").resolve()
     assert json.loads((again / "results.json").read_text())["metrics"] == pytest.approx(results, rel=0, abs=0)
@@ -72,12 +77,58 @@ def test_a_run_goes_on_in_its_own_folder_only(tmp_path):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "checkpoints" / "last.ckpt").touch()
     last = str(tmp_path / "own" / "checkpoints" / "last.ckpt")
-    claim(tmp_path / "own", last, overwrite=False)
+    taken(tmp_path / "own", last, 3)
     with pytest.raises(ConfigError, match=r"go on with that run by ckpt_path=.*other/checkpoints/last.ckpt"):
-        claim(tmp_path / "other", last, overwrite=False)
+        taken(tmp_path / "other", last, 3)
     (tmp_path / "killed").mkdir()  # before its first checkpoint: there is nothing to lose
     (tmp_path / "killed" / "metrics.csv").touch()
-    claim(tmp_path / "killed", None, overwrite=False)
+    taken(tmp_path / "killed", None)
+    # A finished run has later results than its best checkpoint.
+    (tmp_path / "own" / "results.json").write_text('{"steps": 5}')
+    with pytest.raises(ConfigError, match=r"results of this run at step 5, later than step 3 of .*overwrite=true"):
+        taken(tmp_path / "own", last, 3)
+    taken(tmp_path / "own", last, 5)
+    taken(tmp_path / "own", last, 3, overwrite=True)
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    with (
+        claim(tmp_path / "run", None, 0, overwrite=False),
+        pytest.raises(ConfigError, match="another run is writing in .*run at this moment"),
+        claim(tmp_path / "run", None, 0, overwrite=True),
+    ):
+        pass
+    taken(tmp_path / "run", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/run can't be made: Not a directory"):
+        taken(tmp_path / "file" / "run", None)
+
+
+def test_the_latest_run_is_gone_on_with_by_its_link(tmp_path, monkeypatch):
+    """And what a run started from is the same when it is started again, wherever that link leads by then."""
+    monkeypatch.chdir(tmp_path)
+    last = "outputs/latest/checkpoints/last.ckpt"
+    run_here(*FAST, *SMALL_TOY)
+    first = (tmp_path / "outputs" / "latest").resolve()
+    run_here(*FAST, *SMALL_TOY, f"ckpt_path={last}", "trainer.max_steps=6", "task.scheduler.T_max=4")
+    second = (tmp_path / "outputs" / "latest").resolve()
+    assert second != first
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    run_here(*FAST, *SMALL_TOY, f"init_from={last}")
+    saved = OmegaConf.load("outputs/latest/config.yaml")
+    assert saved.init_from == str(second / "checkpoints" / "last.ckpt")
+    run_here(
+        *FAST,
+        *SMALL_TOY,
+        f"ckpt_path={last}",
+        "output_dir=outputs/latest",
+        "trainer.max_steps=6",
+        "task.scheduler.T_max=4",
+    )
+    assert json.loads((tmp_path / "outputs" / "latest" / "results.json").read_text())["steps"] == 6
+    with pytest.raises(SystemExit, match=r"no file outputs/latest/x.ckpt"):
+        run_here(*FAST, *SMALL_TOY, "ckpt_path=outputs/latest/x.ckpt")
+    assert (tmp_path / "outputs" / "latest" / "results.json").is_file()  # what did not begin is not the latest
 
 
 def test_the_latest_run_has_a_link(tmp_path, monkeypatch):
@@ -94,8 +145,7 @@ def test_the_latest_run_has_a_link(tmp_path, monkeypatch):
 
 def test_one_folder_whatever_its_name_is_given_by(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(*SMALL, "output_dir=mine")
-    assert done.returncode == 0, done.stderr
+    run_here(*SMALL, "output_dir=mine")
     assert os.listdir(tmp_path) == ["mine"]
     assert set(os.listdir("mine")) == {
         "config.yaml", "metrics.csv", "results.json", "checkpoints", "figures", "samples.npy",
@@ -107,11 +157,10 @@ def test_one_folder_whatever_its_name_is_given_by(tmp_path, monkeypatch):
 
 def test_sweeps_name_their_folders_by_what_differs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("-m", *SMALL, "seed=1,2", "trainer.max_steps=2")
-    assert done.returncode == 0, done.stderr
+    run_here("-m", *FAST, *SMALL_TOY, "seed=1,2", "trainer.max_steps=2")
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     names = sorted(path.name for path in sweep.iterdir() if path.is_dir())
-    assert names == ["seed=1", "seed=2"]
+    assert names == ["seed-1", "seed-2"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ SCORES = {
 def test_a_flow_waits_for_its_solver_and_once_more(device, overrides, tmp_path):
     waits = watched_step(device, 6, f"output_dir={tmp_path}", *overrides).waits
     ours = {place: count for place, count in waits.items() if not place.startswith("torchdiffeq")}
-    solver = [count for place, count in ours.items() if place.startswith("divflow/solver.py")]
+    solver = [count for place, count in ours.items() if place.startswith("divflow/solver/solver.py")]
     assert solver == [1]  # is the solution finite?
     assert sum(ours.values()) == 2, ours
 

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal
 
 from divflow.divergence import Autograd, ControlVariate, Exact, Hutchinson, HutchPlusPlus, XTrace
 from divflow.flow import ContinuousFlow
-from divflow.importance import ImportanceError
+from divflow.flow.importance import ImportanceError
 from divflow.likelihood import Augmented, Quadrature
 from divflow.solver import Solver
 
@@ -118,7 +118,7 @@ def test_a_conditional_flow_takes_a_row_a_sample():
     torch.testing.assert_close(
         found.log_normalizer.detach(), torch.tensor(math.log(2 * math.pi) / 2), rtol=0, atol=1e-4
     )
-    with pytest.raises(ImportanceError, match="each of 5 samples, but has 6"):
+    with pytest.raises(ImportanceError, match=r"each of 5 samples, but the context has shape \(6, 1\)"):
         flow.importance_weights(lambda x: x[:, 0], 5, context=context)
 
 
@@ -126,6 +126,9 @@ def test_a_conditional_flow_takes_a_row_a_sample():
     ("log_target", "message"),
     [
         (lambda x: x, r"\(4,\), but returned shape \(4, 2\)"),
+        (lambda x: x[:, :1], r"returned shape \(4, 1\)"),
+        (lambda x: x[:, 0] + 0j, "complex128"),
+        (lambda x: x[:, 0] > 0, r"mask.*torch\.where\(mask, 0\.0"),
         (lambda x: 1.0, r"returned 1\.0"),
         (lambda x: x[:, 0] * math.nan, "NaN"),
         (lambda x: x[:, 0].abs() * math.inf, r"\+inf"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from run import FAST, SMALL_TOY, config
 
-from divflow.callbacks.whole import WriteError
-from divflow.checkpoint import CheckpointError, read_checkpoint
-from divflow.experiment import train
+from divflow.callbacks.atomic_files import WriteError
+from divflow.runs.experiment import train
+from divflow.saved.checkpoint import CheckpointError, read_checkpoint
 
 
 def run(folder, *more):
@@ -28,7 +28,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path, monkeypatch):
     with pytest.raises(
         WriteError, match=r"could not be written \(No space left on device\); the one of before is kept"
     ):
-        run(tmp_path, f"ckpt_path={last}", "trainer.max_steps=8")
+        run(tmp_path, f"ckpt_path={last}", "trainer.max_steps=8", "task.scheduler.T_max=4")
     assert last.read_bytes() == before
     assert not list(last.parent.glob("*.part"))
 

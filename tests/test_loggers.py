@@ -3,14 +3,14 @@
 import os
 
 import pytest
-from run import FAST, SMALL_TOY, config
+from run import DRAWN, SMALL_TOY, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from divflow.build import ConfigError
-from divflow.experiment import train
-from divflow.loggers import build_loggers
+from divflow.runs.experiment import train
+from divflow.runs.loggers import build_loggers
+from divflow.saved.build import ConfigError
 
-SMALL = [*FAST, *SMALL_TOY, "callbacks.figures.num_samples=50"]
+SMALL = [*DRAWN, *SMALL_TOY, "callbacks.figures.num_samples=50"]
 
 
 def test_tensorboard_gets_metrics_settings_and_figures(tmp_path):

@@ -130,6 +130,38 @@ def test_gradient_hessian_and_laplacian_of_a_sum_of_powers(event):
     torch.testing.assert_close(laplacian(f, x, Hutchinson()), laplacian(f, x))
 
 
+@pytest.mark.parametrize("estimator", [None, Hutchinson()])
+def test_the_laplacian_of_a_vector_is_that_of_each_of_its_outputs(estimator):
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def f(x):
+        return torch.stack([(x**2).sum(dim=1), x[:, 0], (x**3).sum(dim=1), 0 * x[:, 1]], dim=1).view(-1, 2, 2)
+
+    found = laplacian(f, x, estimator)
+    zero = torch.zeros(3, dtype=torch.float64)
+    expected = torch.stack([zero + 8, zero, 6 * x.sum(dim=1), zero], dim=1).view(3, 2, 2)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], torch.full_like(x, 6.0))
+    assert laplacian(lambda x: (x**2).sum(dim=1, keepdim=True), x).tolist() == [[8.0]] * 3
+    assert laplacian(lambda x: x[:, :0], x).shape == (3, 0)
+    assert laplacian(lambda x: torch.polar(x, x), x).dtype == torch.complex128
+
+
+def test_flat_gradient_takes_whatever_holds_tensors():
+    linear = nn.Linear(2, 2)
+    expected = torch.cat([2 * linear.weight.flatten(), 2 * linear.bias])
+    torch.testing.assert_close(flat_gradient(lambda a, b: (a**2).sum() + (b**2).sum(), linear.parameters()), expected)
+    assert flat_gradient(lambda a: (a**2).sum(), torch.tensor([[1.0, 2.0]])).tolist() == [2.0, 4.0]
+
+
+def test_partial_derivatives_of_numbers_and_by_name():
+    t = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    found = partial_derivative(lambda t, k: t * k + k**2, [t, 0.1], "k")
+    torch.testing.assert_close(found, t + 0.2, rtol=1e-15, atol=0)  # 0.1 in t's own digits
+    assert partial_derivative(lambda t, k: t * k, (it for it in (t, t)), -2).tolist() == [1.0, 2.0]
+    assert partial_derivative(lambda t, k: t * k, [2.0, 3], "t").item() == 3.0
+
+
 def test_results_are_differentiable_again():
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
@@ -190,6 +222,14 @@ def test_empty_batches():
         (lambda x: partial_derivative(lambda a, b: a @ b, [x, x.T], 0), "broadcast"),
         (lambda x: partial_derivative(lambda a, b: (a * b).sum(), [x, x], 0), "elementwise"),
         (lambda x: partial_derivative(lambda a: a, [x], 1), "wrt.*1"),
+        (lambda x: partial_derivative(lambda a, b: a * b, [x, x], "c"), r"names, a, b, but is 'c'"),
+        (lambda x: partial_derivative(torch.sub, [x, x], "a"), r"counted from 0, but is 'a'"),
+        (lambda x: partial_derivative(lambda a: a, [x], 0.0), r"but is 0\.0"),
+        (lambda x: partial_derivative(lambda a: a, [x], True), "but is True"),
+        (lambda x: partial_derivative(lambda a, b: a, [x, "b"], 0), "tensors or numbers.*'b'"),
+        (lambda x: flat_gradient(lambda x: x.sum(), 3.0), r"a float, 3\.0"),
+        (lambda x: flat_gradient(lambda x: x.sum(), [None]), "a NoneType"),
+        (lambda x: flat_gradient(lambda x: x.sum(), x.long()), "is torch.int64"),
         (lambda x: parameter_jacobian(lambda p, x: x, x), "no parameters"),
         (lambda x: parameter_jacobian(lambda p, x, y: x, x, x[:1], parameters={"a": x}), "batch size"),
         (lambda x: parameter_jacobian(lambda p, x: p["a"].sum(), x, parameters={"a": x}), "one value a sample"),

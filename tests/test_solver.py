@@ -1,10 +1,13 @@
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 from torchdiffeq._impl.odeint import SOLVERS
 
+from divflow.flow import ContinuousFlow
+from divflow.likelihood import Augmented, Quadrature
 from divflow.solver import METHODS, Evaluations, Solver, SolverError
 
 
@@ -147,8 +150,43 @@ TIMES = torch.tensor([0.0, 1.0])
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4", "implicit_adams"])
 def test_nan_ends_with_a_solver_error(method):
-    with pytest.raises(SolverError, match=f"t = .*{method}.*rtol 1e-05.*Try"):
+    with pytest.raises(SolverError, match="not finite at t = 0, t = 0.5, t = 1. Look for NaN"):
         Solver(method).solve(lambda t, s: (s[0] * float("nan"),), (torch.ones(2, 2),), TIMES)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("times", [[0.0, 0.5, 0.5, 1.0], [1.0, 1.0], [0.0, 1.0, 0.5]])
+def test_times_that_repeat_are_named(method, times):
+    with pytest.raises(SolverError, match=rf"strictly.*{re.escape(str(times))}.*leave out those that repeat"):
+        Solver(method).solve(lambda t, s: (-s[0],), (torch.ones(2, 2),), torch.tensor(times))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "euler"])
+def test_a_velocity_that_an_end_has_no_value_of_names_the_time(method):
+    x = torch.ones(2, 2)
+    forward = ContinuousFlow(lambda t, x: -x / (1 - t.reshape(-1, 1)), 2, solver=Solver(method))
+    with pytest.raises(SolverError, match=r"not finite at t = 1, the flow's t_data.*by t_data=0\.999"):
+        forward.log_prob(x)
+    back = ContinuousFlow(lambda t, x: -x / (2 - t.reshape(-1, 1)), 2, solver=Solver(method), t_base=2.0, t_data=-1.0)
+    with pytest.raises(SolverError, match=r"the flow's t_base.*by t_base=1\.997"):
+        back.sample(3)
+    ContinuousFlow(forward.velocity, 2, solver=Solver(method), t_data=0.999).log_prob(x)
+
+
+@pytest.mark.parametrize("likelihood", [Quadrature(), Augmented()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_density_that_long_steps_have_lost_is_an_error(likelihood, dtype):
+    """Of dx/dt = -rate x steps of rk4 are unstable where rate / 32 > 2.8: the state shall vanish, and grows beyond all bounds."""
+    rate = 150.0 if dtype == torch.float32 else 3000.0
+    flow = ContinuousFlow(
+        lambda t, x: -rate * x, 2, solver=Solver("rk4"), likelihood=likelihood, t_base=1.0, t_data=0.0
+    )
+    x = torch.randn(3, 2, dtype=dtype)
+    with torch.no_grad(), pytest.raises(SolverError, match=r"grows from.*rk4.*smaller step_size"):
+        flow.log_prob(x)
+    outlier = torch.full((1, 2), 1e25 if dtype == torch.float32 else 1e160, dtype=dtype)
+    still = ContinuousFlow(lambda t, x: 0 * x, 2, solver=Solver("rk4"), likelihood=likelihood)
+    assert still.log_prob(outlier).item() == -math.inf
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])

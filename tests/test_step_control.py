@@ -9,8 +9,10 @@ from torch import nn
 from divflow.divergence import FieldError
 from divflow.divergence.check import accepts_sample_times
 from divflow.flow import ContinuousFlow
+from divflow.likelihood import Augmented, Quadrature
 from divflow.solver import Evaluations, Solver
-from divflow.step_control import StepTimes, steps_for_one, worst_sample
+from divflow.solver.norms import worst_sample
+from divflow.solver.step_control import StepTimes, steps_for_one
 
 TIMES = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
@@ -41,13 +43,17 @@ def solve(solver, times=TIMES, field=decay, state=None):
         {"first_step": 1e-4},
         {"first_step": 100.0},
         {"dtype": torch.float32},
+        {"dtype": "float32"},
+        {"dtype": "torch.float64", "step_t": 0.5},
         {"dtype": torch.float32, "max_step": 0.25},
+        {"first_step": None, "max_step": 0.1, "min_step": None, "safety": None, "norm": None, "step_t": None},
+        {"norm": lambda errors: errors.abs().max()},
         {"jump_t": 0.5},
         {"jump_t": [0.5, 0.5, 0.2], "step_t": [0.2, 0.7, 7.0, -1.0]},
         {"jump_t": [0.0, 1.0], "max_step": 0.3},
         {"safety": 0.5, "ifactor": 2.0, "dfactor": 0.5},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(f"{name}={'a function' if callable(it) else it}" for name, it in options.items()),
 )
 @pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
 @pytest.mark.parametrize("method", ["dopri5", "dopri8"])
@@ -66,7 +72,10 @@ def test_options_and_outputs_are_kept(method, down, options):
     assert min(evaluated) > -1e-6
     assert max(evaluated) < 1 + 1e-6
     lengths = torch.stack(accepted._lengths)
-    assert lengths.max() <= float(options.get("max_step", 1.0)) * (1 + 1e-6)
+    assert lengths.max() <= float(options.get("max_step") or 1.0) * (1 + 1e-6)
+    assert (lengths > float(options.get("min_step") or 0.0) * (1 - 1e-6)).sum() >= len(lengths) - len(
+        times
+    )  # but for ends
     assert lengths.sum().item() == pytest.approx(1.0)
 
 
@@ -82,6 +91,10 @@ def test_options_and_outputs_are_kept(method, down, options):
         ("dopri5", {"safety": 2.0}, "safety"),
         ("dopri5", {"ifactor": 0.5}, "ifactor"),
         ("dopri5", {"norm": "rms"}, "norm.*'rms'"),
+        ("dopri5", {"dtype": "float8"}, "float64 or float32, but is 'float8'"),
+        ("dopri5", {"dtype": torch.int64}, "torch.int64"),
+        ("dopri5", {"min_step": "0.1"}, "min_step.*'0.1'"),
+        ("dopri5", {"step_t": "half"}, "step_t.*'half'"),
         ("dopri5", {"jump_t": [math.nan]}, "jump_t.*nan"),
         ("dopri8", {"step_t": [0.1, math.inf]}, "step_t.*inf"),
         ("rk4", {"step_size": -0.1}, "step_size.*-0.1"),
@@ -92,6 +105,33 @@ def test_options_and_outputs_are_kept(method, down, options):
 def test_values_that_no_step_can_take(method, options, message):
     with pytest.raises(ValueError, match=message):
         Solver(method, options=options)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "adjoint"])
+@pytest.mark.parametrize(
+    "likelihood", [Quadrature(), Quadrature(tolerance=1e-4), Augmented()], ids=["nodes", "tolerance", "ode"]
+)
+def test_a_norm_is_that_of_one_tensor_in_every_likelihood(likelihood, gradient):
+    seen = []
+
+    def norm(errors):
+        seen.append(errors.shape)
+        return errors.abs().max()
+
+    x = torch.randn(5, 2, dtype=torch.float64)
+    found = []
+    for options in ({"norm": norm}, {}):
+        solver = Solver(rtol=1e-7, atol=1e-7, gradient=gradient, options=options)
+        flow = ContinuousFlow(Uneven(), 2, likelihood=likelihood, solver=solver).double()
+        flow.log_prob(x).sum().backward()
+        found.append(torch.stack([flow.log_prob(x).sum(), flow.velocity.gain.grad]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
+    assert set(seen) == ({(5, 2), (5,)} if likelihood == Augmented() else {(5, 2)})
+
+
+def test_a_norm_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"one number.*\(2, 2\)"):
+        solve(Solver(options={"norm": lambda errors: errors}), state=torch.ones(2, 2, dtype=torch.float64))
 
 
 class Uneven(nn.Module):
@@ -125,8 +165,6 @@ def test_no_sample_hides_among_others(method, tolerance):
 
 
 def test_no_sample_hides_in_an_adjoint_or_an_augmented_solve():
-    from divflow.likelihood import Augmented
-
     for settings in ({"solver": Solver(gradient="adjoint")}, {"likelihood": Augmented()}):
         found = []
         for count in (1, 300):

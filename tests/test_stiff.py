@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covering import covered
 
 from divflow.errors import DivflowError
 from divflow.flow import ContinuousFlow
@@ -47,11 +48,11 @@ VELOCITIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "likelihood", [Quadrature(), Quadrature(tolerance=1e-3), Augmented()], ids=lambda value: repr(value)
+@covered(
+    name=VELOCITIES,
+    method=["dopri5", "dopri8", "rk4"],
+    likelihood=[Quadrature(), Quadrature(tolerance=1e-3), Augmented()],
 )
-@pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4"])
-@pytest.mark.parametrize("name", VELOCITIES)
 def test_log_prob(name, method, likelihood):
     velocity, start, expected = VELOCITIES[name]
     counted = _Counted(velocity)

@@ -5,7 +5,7 @@ from hydra.utils import instantiate
 from run import SMALL_TOY, config
 from waits import Watch
 
-from divflow.experiment import _build_task, _build_trainer
+from divflow.runs.experiment import _build_task, _build_trainer
 
 
 class _WatchStep(L.Callback):

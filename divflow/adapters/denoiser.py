@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from divflow.adapters.foreign import AdapterError, Foreign, adapted_flow
-from divflow.arguments import checked_event_shape
 from divflow.divergence import Estimator
+from divflow.errors import checked_event_shape
 from divflow.flow import ContinuousFlow
+from divflow.flow.settings import tensor_settings
 from divflow.likelihood import Likelihood
-from divflow.score.field import tensor_settings
+from divflow.operators.context import Context
 from divflow.score.sde import broadcast
 from divflow.solver import Solver
 
@@ -79,7 +80,7 @@ class DenoisingVelocity(nn.Module):
         """R sigma, what noise has blurred at t = log sigma: a solver's tolerances are of this size."""
         return self.scaling.factor(t) * t.exp()
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, x: Tensor, context: Context | None = None) -> Tensor:
         """The velocity at t = log sigma, `()` or `(k,)`, and scaled data x `(k, *event)`."""
         p, q = PREDICTIONS[self.prediction](t)
         linear, factor = self.scaling.share(t) - p, -self.scaling.factor(t) * q

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from divflow.adapters.denoiser import PREDICTIONS, Scaling, denoising_flow
 from divflow.adapters.foreign import AdapterError, Foreign, adapted_flow
-from divflow.arguments import checked_event_shape
 from divflow.divergence import Estimator
+from divflow.errors import checked_event_shape
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Likelihood
+from divflow.operators.context import Context
 from divflow.solver import Solver
 
 __all__ = ["from_diffusers"]
@@ -105,6 +106,11 @@ def from_diffusers(
     return denoising_flow(model, prediction, scaling, shape, base_std, **settings)
 
 
+# What Euler's, DPM-Solver's and UniPC's schedulers write in place of zero, by which they would divide, at a last step without any
+# signal (rescale_betas_zero_snr); it is more than what is left a step before.
+_FOR_ZERO = 2**-24
+
+
 class _NoiseLevels(nn.Module):
     """The noise levels of a schedule's steps, sigma_i = sqrt((1 - abar_i) / abar_i), and its steps as a function of them.
 
@@ -119,6 +125,8 @@ class _NoiseLevels(nn.Module):
     def __init__(self, alphas_cumprod: Tensor) -> None:
         super().__init__()
         signal = torch.as_tensor(alphas_cumprod, device="cpu").detach().double()
+        if signal.ndim == 1 and signal[-1:].tolist() == [_FOR_ZERO]:
+            signal = torch.cat([signal[:-1], signal.new_zeros(1)])
         steps = ((signal > 0) & (signal < 1)).nonzero().flatten()
         if signal.ndim != 1 or len(steps) < 2 or not bool((signal.diff() < 0).all()):
             raise AdapterError(
@@ -199,7 +207,7 @@ class _UNet(Foreign):
         """That of no condition, if it is given."""
         return None if self.unconditional is None else self.unconditional.expand(count, *self.unconditional.shape[1:])
 
-    def call(self, state: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def call(self, state: Tensor, time: Tensor, context: Context | None) -> Tensor:
         """The prediction: with guidance, that of no condition and `guidance_scale` times what the condition adds."""
         if self.guidance_scale == 1:
             return self._prediction(state, time, context)
@@ -209,7 +217,7 @@ class _UNet(Foreign):
         plain = self._prediction(state, time, self.known_context(len(state)))
         return plain + self.guidance_scale * (conditional - plain)
 
-    def _prediction(self, state: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def _prediction(self, state: Tensor, time: Tensor, context: Context | None) -> Tensor:
         output = super().call(state, time, context)
         prediction = output if isinstance(output, Tensor) else getattr(output, "sample", output)
         if self.learns_variance and isinstance(prediction, Tensor):

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from divflow.adapters.foreign import Foreign, adapted_flow
-from divflow.arguments import checked_event_shape
 from divflow.divergence import Estimator
+from divflow.errors import checked_event_shape
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Likelihood
 from divflow.solver import Solver

@@ -7,15 +7,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
-from divflow.arguments import checked_range
 from divflow.divergence import Estimator, FieldError
-from divflow.divergence.field import checked_value
-from divflow.errors import DivflowError
+from divflow.errors import DivflowError, checked_range
 from divflow.flow import ContinuousFlow, FlowEvaluation
+from divflow.flow.settings import tensor_settings
+from divflow.flow.units import warn_of_far_data, warn_of_range
 from divflow.likelihood import Likelihood, Quadrature
-from divflow.score.field import parameters_of, tensor_settings
+from divflow.operators.context import Context, mapped, named_tensors
+from divflow.operators.field import checked_value
+from divflow.score.field import parameters_of
 from divflow.solver import Solver
-from divflow.units import warn_of_far_data, warn_of_range
 from divflow.verification.seeded import seeded
 
 __all__ = ["AdaptedFlow", "AdapterError", "Foreign", "adapted_flow"]
@@ -66,7 +67,7 @@ class Foreign(nn.Module):
         """A context of `count` rows that the model is known to take, or None."""
         return None
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, x: Tensor, context: Context | None = None) -> Tensor:
         """The model's value at time t, `()` or `(k,)`, and state x `(k, *event)`."""
         if len(x) == 0:
             return x.clone()  # many a network can't reshape a batch of none
@@ -98,15 +99,15 @@ class Foreign(nn.Module):
                 if isinstance(error, AdapterError) and error.__cause__ is None:
                     raise  # a shape: the model's own errors are causes, and a dtype is a FieldError
 
-    def call(self, state: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def call(self, state: Tensor, time: Tensor, context: Context | None) -> Tensor:
         """The model's output for its own state and time.
 
         Raises:
             AdapterError: in place of what the model raised.
         """
         state, time = state.clone(), time.clone()  # which a model may write to
-        context = context.clone() if isinstance(context, Tensor) else context
-        given: tuple[Tensor, ...] = (time, state) if self.time_first else (state, time)
+        context = mapped(Tensor.clone, context)
+        given: tuple[Any, ...] = (time, state) if self.time_first else (state, time)
         named = {}
         if context is not None and self.context_name is not None:
             named = {self.context_name: context}
@@ -123,7 +124,7 @@ class Foreign(nn.Module):
         """How the model is called, and for which times."""
         return f"{self.signature}, times={self.times}, context_name={self.context_name!r}"
 
-    def _value(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def _value(self, t: Tensor, x: Tensor, context: Context | None) -> Tensor:
         value = self.call(*self.arguments(t, x), context)
         if isinstance(value, Tensor) and value.shape != x.shape:
             raise AdapterError(
@@ -132,7 +133,7 @@ class Foreign(nn.Module):
             )
         return checked_value(value, x)
 
-    def _learn(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+    def _learn(self, t: Tensor, x: Tensor, context: Context | None) -> None:
         """Find whether the model takes a scalar time, or one a sample."""
         errors = []
         for scalar in (True, False):
@@ -182,19 +183,25 @@ class Foreign(nn.Module):
             f"it, as lambda {mine}: model({other}), or if it is a velocity from noise at 0 to data at 1, use {adapter}"
         )
 
-    def _refusal(self, error: Exception, state: Tensor, time: Tensor, context: Tensor | None) -> str:
+    def _refusal(self, error: Exception, state: Tensor, time: Tensor, context: Context | None) -> str:
         said = str(error).splitlines()[0] if str(error) else "no message"
         handed = "as its third argument" if self.context_name is None else f"as {self.context_name}="
         given = (
             "and no context (log_prob(x, context) gives one)"
             if context is None
-            else f"and a context of shape {tuple(context.shape)} and {context.dtype} {handed} (context_name= names another)"
+            else f"and {_described(context)} {handed} (context_name= names another)"
         )
         return (
             f"the model could not be called: {type(error).__name__}: {said}. Expected {self.signature}; it was given a "
             f"state of shape {tuple(state.shape)} and {state.dtype}, a time of shape {tuple(time.shape)} {given}. Order, "
             f"context, image size and dtype (module.to({state.dtype})) are what to look at"
         )
+
+
+def _described(context: Context) -> str:
+    if isinstance(context, Tensor):
+        return f"a context of shape {tuple(context.shape)} and {context.dtype}"
+    return "a context, " + ", ".join(f"{place} {tuple(it.shape)} {it.dtype}" for place, it in named_tensors(context))
 
 
 class AdaptedFlow(ContinuousFlow):
@@ -209,7 +216,7 @@ class AdaptedFlow(ContinuousFlow):
     def evaluate(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Context | None = None,
         generator: Generator | None = None,
         *,
         diagnostics: bool = True,

@@ -1,10 +1,22 @@
 """Lightning callbacks: averaged weights that survive an interruption, checkpoints, processes, figures, progress."""
 
-from divflow.callbacks.averaging import WeightAverage
-from divflow.callbacks.best import BestCheckpoint
-from divflow.callbacks.figures import Figures
-from divflow.callbacks.last import LastCheckpoint
-from divflow.callbacks.processes import Processes
-from divflow.callbacks.progress import ProgressBar
+import importlib
 
-__all__ = ["BestCheckpoint", "Figures", "LastCheckpoint", "Processes", "ProgressBar", "WeightAverage"]
+__all__ = ["BestCheckpoint", "EvaluationTime", "Figures", "LastCheckpoint", "Processes", "ProgressBar", "WeightAverage"]
+
+_ORIGIN = {
+    "BestCheckpoint": "best_checkpoint",
+    "EvaluationTime": "evaluation_time",
+    "Figures": "figures",
+    "LastCheckpoint": "last_checkpoint",
+    "Processes": "processes",
+    "ProgressBar": "progress",
+    "WeightAverage": "weight_average",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use, so that plots alone, as those of `divflow compare`, need no Lightning, which takes seconds."""
+    if name in _ORIGIN:
+        return getattr(importlib.import_module(f"divflow.callbacks.{_ORIGIN[name]}"), name)
+    raise AttributeError(f"module 'divflow.callbacks' has no attribute {name!r}; it offers {', '.join(__all__)}")

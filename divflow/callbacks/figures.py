@@ -1,6 +1,5 @@
 """Figures of the density while it trains, and at the end."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +8,19 @@ from typing import cast
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
-from divflow.callbacks.averaging import WeightAverage
-from divflow.callbacks.declared import declared
-from divflow.data.module import TensorDataModule, split_context
-from divflow.density import FlowDensity
-from divflow.figures import plot_curves, plot_energies, plot_images, plot_pairs, plot_plane
-from divflow.loggers import log_figure
+from divflow.callbacks.plots import plot_curves, plot_energies, plot_images, plot_pairs, plot_plane
+from divflow.callbacks.trainer_attributes import declared
+from divflow.callbacks.weight_average import WeightAverage
+from divflow.data.batch import parts_of
+from divflow.data.module import TensorDataModule
+from divflow.flow import FlowDensity
 from divflow.tasks.task import Task
 
-__all__ = ["Figures"]
+__all__ = ["Figures", "log_figure"]
 
 
 class Figures(L.Callback):
@@ -61,8 +61,9 @@ class Figures(L.Callback):
         if self._spent + self._last > self.share * (now - self._began):
             return
         average = next((c for c in declared(trainer).callbacks if isinstance(c, WeightAverage)), None)
-        with average.averaged(pl_module) if average else contextlib.nullcontext():
-            self._save(trainer, cast(Task, pl_module), f"step_{step:06d}")
+        task = cast(Task, pl_module)
+        with average.averaged(task) if average else task.evaluated():
+            self._save(trainer, task, f"step_{step:06d}")
         self._last = time.monotonic() - now
         self._spent += self._last
 
@@ -80,7 +81,7 @@ class Figures(L.Callback):
         task.eval()
         count, context = 64 if data.images else self.num_samples, None
         if data.context_features:
-            _, context = split_context(data.test.__getitems__(list(range(min(count, len(data.test))))))
+            context = parts_of(data.test.__getitems__(list(range(min(count, len(data.test)))))).context
         generator = Generator(task.device).manual_seed(0)
         if context is None:
             samples = task.judged.sample(count, generator=generator)
@@ -137,3 +138,14 @@ def _paths(density: FlowDensity, count: int = 60) -> Tensor:
     z = flow.sample_base(count, Generator(next(density.parameters()).device).manual_seed(0))
     states = flow.trajectory(z, torch.linspace(*flow.times(), 40, device="cpu").tolist())
     return torch.stack([density.transform.inverse(state) for state in states])
+
+
+def log_figure(trainer: L.Trainer, name: str, figure: Figure, path: Path) -> None:
+    """Give a figure, which has been saved under a path, to the loggers that show figures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, trainer.global_step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=trainer.global_step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_artifact(logger.run_id, str(path), "figures")

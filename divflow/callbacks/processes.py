@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed
 
-from divflow.callbacks.declared import declared
-from divflow.processes import Watch
+from divflow.callbacks.signs_of_life import Watch
+from divflow.callbacks.trainer_attributes import declared
 
 __all__ = ["Processes"]
 
@@ -54,12 +54,13 @@ class Processes(L.Callback):
         if trainer.world_size == 1 or self._watch is not None:
             return
         launcher: Any = trainer.strategy.launcher  # some of its classes have processes
-        self._watch = Watch(
+        kill = getattr(launcher, "kill", lambda number: None)
+        self._watch = watch = Watch(
             trainer.global_rank,
             trainer.world_size,
             trainer.strategy.broadcast,
             lambda: _remedy(trainer),
-            lambda: launcher.kill(signal.SIGKILL) if launcher is not None else None,
+            lambda: kill(signal.SIGKILL),
             self.interval,
             self.limit,
         )
@@ -71,6 +72,14 @@ class Processes(L.Callback):
             # Lightning's own observer kills this process without a word when a child has died; it holds this very list.
             launcher.procs = list(processes)
             processes.clear()
+
+        def kill_children(number: int) -> None:
+            # After Ctrl-C Lightning kills them, who are then on their own way out: that is not their death.
+            watch.close()
+            kill(number)
+
+        if launcher is not None:
+            launcher.kill = kill_children
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what another number of processes changes; answer signals in step."""
@@ -85,12 +94,9 @@ class Processes(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop in all processes where a signal has reached one of them."""
-        received = self._received
         if self._watch is not None:
             self._watch.step = trainer.global_step
-            numbers = torch.tensor(received, device="cpu")
-            distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
-            received = int(numbers)
+        received = self._agreed()
         # Gradients that are being accumulated would be lost.
         if received and not trainer.fit_loop.epoch_loop._should_accumulate():
             self.stop = received
@@ -99,15 +105,31 @@ class Processes(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop before the next step: the last one is logged, and judged if that was due."""
-        if self.stop:
-            self.stopping = True
-            raise KeyboardInterrupt if self.stop == signal.SIGINT else SIGTERMException
+        self._stop_if_told()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop before the test where a signal came in the last validation; `last.ckpt` is there."""
+        self.stop = self.stop or self._agreed()
+        self._stop_if_told()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Tell the others, or say that it is another's."""
         if self._watch is None or self.stopping:
             return
         self._watch.failed(exception)
+
+    def _agreed(self) -> int:
+        """The signal that has reached one of the processes, or 0."""
+        if self._watch is None:
+            return self._received
+        numbers = torch.tensor(self._received, device="cpu")
+        distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
+        return int(numbers)
+
+    def _stop_if_told(self) -> None:
+        if self.stop:
+            self.stopping = True
+            raise KeyboardInterrupt if self.stop == signal.SIGINT else SIGTERMException
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received:

@@ -1,27 +1,36 @@
 """Lightning's progress bar: of the whole run, with numbers that are fetched from the device when they are logged."""
 
+import contextlib
+import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import TaskID
 
-from divflow.callbacks.declared import declared
+from divflow.callbacks.trainer_attributes import declared
+from divflow.operators.progress import watched
 
 __all__ = ["ProgressBar"]
 
 # Not logged with `prog_bar=True`, with which Lightning fetches them at each step, and the host waits for it.
 _SHOWN = ("train/nll", "train/loss", "train/nfe")
+_SECONDS = 0.5  # between two looks at how far a batch is
 
 
 class ProgressBar(RichProgressBar):
     """`RichProgressBar` that counts the steps of the run, and shows what divflow's tasks log, as of the last logged step.
 
-    Lightning's counts the batches of an epoch, of which a run by steps may have thousands.
+    Lightning's counts the batches of an epoch, of which a run by steps may have thousands. In validation and test, where one batch may
+    take minutes, it shows how many of its nodes and products are done.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._training: dict[str, float] = {}
+        self._parts: dict[str, str] = {}
+        self._looked = 0.0
+        self._watching = contextlib.ExitStack()
 
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
@@ -33,6 +42,48 @@ class ProgressBar(RichProgressBar):
         shown = super().get_metrics(trainer, pl_module) | self._training
         shown.pop("v_num", None)
         return shown
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look on."""
+        super().on_validation_start(trainer, pl_module)
+        self._watching.enter_context(watched(lambda *part: self._show(trainer, "val_progress_bar_id", *part)))
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look on."""
+        super().on_test_start(trainer, pl_module)
+        self._watching.enter_context(watched(lambda *part: self._show(trainer, "test_progress_bar_id", *part)))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look away."""
+        self._look_away(self.val_progress_bar_id, self.validation_description)
+        super().on_validation_end(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look away."""
+        self._look_away(self.test_progress_bar_id, self.test_description)
+        super().on_test_end(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Look away."""
+        self._watching.close()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _show(self, trainer: L.Trainer, bar: str, what: str, done: int, total: int) -> None:
+        """Beside a bar's name, how far its batch is."""
+        self._parts[what] = f"{done} of {total} {what}"
+        number, now = getattr(self, bar), time.monotonic()
+        if number is None or self.progress is None or now - self._looked < _SECONDS:
+            return
+        self._looked = now
+        name = self.test_description if trainer.testing else self.validation_description
+        self.progress.update(number, description=f"{name} ({', '.join(self._parts.values())})")
+        self.refresh()
+
+    def _look_away(self, number: TaskID | None, name: str) -> None:
+        self._watching.close()
+        self._parts = {}
+        if number is not None and self.progress is not None:
+            self.progress.update(number, description=name)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on: one bar serves all epochs."""

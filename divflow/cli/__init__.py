@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import divflow
+from divflow.runs.signals import Stopped, alone, heard
 
 __all__ = ["main"]
 
@@ -27,7 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with 1 and a message, something that a user can mend; with 2, no such command; with 130 or 143, it
             was interrupted.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with heard(), alone():
+            _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Stopped:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(143)
+
+
+def _run(given: list[str]) -> None:
     if given and given[0] in _COMMANDS:
         command, *settings = given
         if command == "compare":

@@ -4,18 +4,27 @@ import contextlib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
+from hydra.utils import get_original_cwd
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import divflow.sweeps  # registers how the folders of a sweep are named
+import divflow.runs.sweeps  # registers how the folders of a sweep are named
 from divflow.errors import DivflowError
+from divflow.runs.signals import alone
 
 __all__ = ["config_dir", "run_application"]
+
+# Settings that name a file or a folder which is there before, or the folder of a run.
+_PATHS = ("output_dir", "ckpt_path", "init_from", "data.path", "data.cache")
 
 
 def config_dir() -> Path:
@@ -37,34 +46,68 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
         arguments: as of a command line, without the command.
 
     Raises:
-        SystemExit: with 1 and its message, what a user can mend; with 130, Ctrl-C.
+        SystemExit: with 1 and its message, what a user can mend.
     """
     given = sys.argv
 
+    full = "HYDRA_FULL_ERROR" in os.environ
+    begun = False
+
     def told(config: DictConfig) -> float | None:
+        nonlocal begun
+        begun = True
+        if not full:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
         # Lightning starts a run's further processes by the command line of this one.
-        with _command_line(given):
-            return _ending_with_messages(name, config)
+        with _command_line(given), _plain_warnings(), alone():
+            return _ending_with_messages(name, _with_whole_paths(config, Path(get_original_cwd())))
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    with _command_line([given[0], *_with_absolute_config_path(arguments)]):
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(told)()
+    # Until there is a config, what is wrong with it is raised and not printed by Hydra, for some of it with a traceback.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        with _command_line([given[0], *_with_absolute_config_path(arguments)]):
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(told)()
+    except Exception as error:
+        if full or begun:
+            raise
+        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        sys.exit(f"error: {error}{cause}")
+    finally:
+        if not full:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def _ending_with_messages(name: str, config: DictConfig) -> float | None:
     try:
         return importlib.import_module(f"divflow.cli.{name}").run(config)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (DivflowError, OmegaConfBaseException) as error:
-        sys.exit(f"error: {error}")
+        _end(str(error), error)
     except InstantiationException as error:
-        if isinstance(error.__cause__, ImportError):  # its own message names the class
-            sys.exit(f"error: {error}")
-        if not isinstance(error.__cause__, (DivflowError, ValueError, TypeError)):
+        if error.__cause__ is None or isinstance(error.__cause__, ImportError):  # its own message names the class
+            _end(str(error).partition(", set env var")[0], error)
+        if not isinstance(error.__cause__, (DivflowError, ValueError, TypeError, ArithmeticError)):
             raise
-        sys.exit(f"error: {error.__cause__}")
+        _end(str(error.__cause__), error)
+
+
+def _end(message: str, error: Exception) -> NoReturn:
+    """End with a message; in a sweep this run alone, whose error Hydra and its sweepers count, and tell after the others."""
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        raise error
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        print(f"error: {message}", file=sys.stderr)
+        raise CompactHydraException(f"error: {message}") from error
+    sys.exit(f"error: {message}")
+
+
+def _with_whole_paths(config: DictConfig, folder: Path) -> DictConfig:
+    """The config, whose relative paths are those of the folder where the command was typed, also where a job has changed it."""
+    for name in _PATHS if Path.cwd() != folder else ():
+        if isinstance(path := OmegaConf.select(config, name), str):
+            OmegaConf.update(config, name, str(folder / Path(path).expanduser()))
+    return config
 
 
 def _with_absolute_config_path(arguments: Sequence[str]) -> list[str]:
@@ -82,6 +125,17 @@ def _with_absolute_config_path(arguments: Sequence[str]) -> list[str]:
 
 def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).absolute())
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within it a warning is told as an error is, without the line of the library that it comes from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +18,30 @@ __all__ = ["run"]
 # Of the folder, and not of what was trained.
 _IGNORED = ("hydra", "defaults", "output_dir", "ckpt_path", "overwrite")
 _ERROR = "_standard_error"
+# By the first of these that all runs have, the smallest first.
+_BEST = ("test/nll", "test/loss")
 
 
 @dataclass(frozen=True)
 class _Run:
+    """A finished run, or those that differ by their seeds alone.
+
+    Attributes:
+        folder: of the run, or the one that holds all of them.
+        settings: by name.
+        metrics: of each run, by name.
+    """
+
     folder: Path
     settings: dict[str, Any]
-    results: dict[str, str]
+    metrics: list[dict[str, float]]
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Compare the finished runs of some folders.
+    """Compare the finished runs of some folders; those that can't be read are left out, with a line that says why.
 
     Raises:
-        SystemExit: with 1 and its message, no run, one that can't be read, or a figure that exists.
+        SystemExit: with 1 and its message, no run, or a figure that exists.
     """
     parser = argparse.ArgumentParser(prog="divflow compare", description="The runs of folders side by side.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, or one with runs anywhere below")
@@ -40,28 +52,35 @@ def run(arguments: Sequence[str]) -> None:
         _compare([Path(folder) for folder in given.folders], given.out, given.overwrite)
     except DivflowError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _compare(folders: Sequence[Path], out: str, overwrite: bool) -> None:
     from rich.console import Console
 
-    from divflow.build import ConfigError
+    from divflow.callbacks.plots import plot_curves
     from divflow.cli.output import check_output, write_figure
-    from divflow.figures import plot_curves
+    from divflow.saved.build import ConfigError
 
     files = sorted({file.resolve() for folder in folders for file in folder.rglob("results.json")})
     if not files:
         raise ConfigError(f"there is no finished run (no results.json) below {', '.join(map(str, folders))}")
-    runs = _named([_read(file.parent) for file in files])
+    runs, broken = [], []
+    for file in files:
+        try:
+            runs.append(_read(file.parent))
+        except ConfigError as error:
+            broken.append(error)
+            print(f"left out: {error}", file=sys.stderr)
+    if not runs:
+        raise ConfigError(str(broken[0]))
     console = Console()
-    console.print(_table(runs))
+    console.print(_table(_named(_sorted(_grouped(runs))), len(runs)))
     try:
         path = check_output(out, (".png",), overwrite)
     except ConfigError as error:
         raise ConfigError(str(error).replace("out=...", "--out").replace("overwrite=true", "--overwrite")) from None
-    tables = {name: it.folder / "metrics.csv" for name, it in runs.items() if (it.folder / "metrics.csv").is_file()}
+    tables = {name: it.folder / "metrics.csv" for name, it in _named(runs).items()}
+    tables = {name: path for name, path in tables.items() if path.is_file()}
     figure = plot_curves(tables)
     if figure is None:
         console.print("No learning curves: nothing was logged in a metrics.csv", highlight=False)
@@ -74,7 +93,7 @@ def _read(folder: Path) -> _Run:
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
-    from divflow.build import ConfigError
+    from divflow.saved.build import ConfigError
 
     try:
         content = json.loads((folder / "results.json").read_text())
@@ -89,13 +108,64 @@ def _read(folder: Path) -> _Run:
             raise ConfigError(f"{folder / 'config.yaml'} can't be read: {error}") from error
         flat = _flat({key: value for key, value in loaded.items() if key not in _IGNORED})
         settings = dict(_named_class(key, value) for key, value in flat.items())
-    shown = {name: _with_error(name, metrics) for name in metrics if f"{name}{_ERROR}" in metrics or "val/" in name}
-    return _Run(folder, settings, shown | {"seconds": f"{seconds:.0f}", "steps": str(steps)})
+    return _Run(folder, settings, [metrics | {"seconds": seconds, "steps": steps}])
 
 
-def _with_error(name: str, metrics: Mapping[str, float]) -> str:
-    error = metrics.get(f"{name}{_ERROR}")
-    return f"{metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+def _grouped(runs: Sequence[_Run]) -> list[_Run]:
+    """Runs that differ by their seeds alone are one."""
+    groups: dict[str, list[_Run]] = {}
+    for it in runs:
+        groups.setdefault(json.dumps(it.settings | {"seed": None}, sort_keys=True, default=str), []).append(it)
+    return [
+        group[0]
+        if len(group) == 1
+        else _Run(
+            Path(os.path.commonpath([it.folder for it in group])) / _in_common([it.folder.name for it in group]),
+            group[0].settings | {"seed": ", ".join(str(it.settings.get("seed")) for it in group)},
+            [metrics for it in group for metrics in it.metrics],
+        )
+        for group in groups.values()
+    ]
+
+
+def _in_common(names: Sequence[str]) -> str:
+    """Names without the parts that differ, such as `lr-0.1_seed-*`."""
+    parts = [name.split("_") for name in names]
+    if len({len(it) for it in parts}) > 1:
+        return "*"
+    return "_".join(same[0] if len(set(same)) == 1 else _starred(same) for same in zip(*parts, strict=True))
+
+
+def _starred(parts: Sequence[str]) -> str:
+    heads = {part.partition("-")[0] for part in parts}
+    return f"{heads.pop()}-*" if len(heads) == 1 else "*"
+
+
+def _sorted(runs: Sequence[_Run]) -> list[_Run]:
+    by = next((name for name in _BEST if all(name in it.metrics[0] for it in runs)), None)
+    if by is None:
+        return list(runs)
+    means = [statistics.fmean(metrics[by] for metrics in it.metrics) for it in runs]
+    order = sorted(range(len(runs)), key=lambda i: (math.isnan(means[i]), means[i]))
+    return [runs[i] for i in order]
+
+
+def _shown(metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Results with their errors: those of a test, or for several seeds of the mean over these."""
+    first, count = metrics[0], len(metrics)
+    shown = {}
+    for name in (name for name in first if f"{name}{_ERROR}" in first or "val/" in name):
+        values = [it[name] for it in metrics if name in it]
+        if count == 1:
+            error = first.get(f"{name}{_ERROR}")
+            shown[name] = f"{values[0]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        else:
+            shown[name] = f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) / math.sqrt(count):.4f}"
+    for name in (name for name in first if name.endswith("quadrature_error")):
+        shown[name] = f"{statistics.fmean(it[name] for it in metrics if name in it):.1e}"
+    for name in ("seconds", "steps"):
+        shown[name] = f"{statistics.fmean(it[name] for it in metrics):.0f}"
+    return shown if count == 1 else shown | {"seeds": str(count)}
 
 
 def _named(runs: Sequence[_Run]) -> dict[str, _Run]:
@@ -104,22 +174,25 @@ def _named(runs: Sequence[_Run]) -> dict[str, _Run]:
     return {os.path.relpath(it.folder, root): it for it in runs}
 
 
-def _table(runs: Mapping[str, _Run]) -> Any:
+def _table(runs: Mapping[str, _Run], count: int) -> Any:
     """The settings that differ, then the results; a run is a column where there are more of these than runs."""
     from rich.table import Table
 
     keys = dict.fromkeys(key for it in runs.values() for key in it.settings)
     differing = [key for key in keys if len({str(it.settings.get(key)) for it in runs.values()}) > 1]
-    results = list(dict.fromkeys(name for it in runs.values() for name in it.results))
+    shown = {name: _shown(it.metrics) for name, it in runs.items()}
+    results = list(dict.fromkeys(name for it in shown.values() for name in it))
     lines = [["", *differing, *results]]
     for name, it in runs.items():
-        shown = [str(it.settings.get(key, "–")) for key in differing]
-        lines.append([name, *shown, *(it.results.get(key, "–") for key in results)])
+        settings = [str(it.settings.get(key, "–")) for key in differing]
+        lines.append([name, *settings, *(shown[name].get(key, "–") for key in results)])
     if len(lines[0]) > len(lines):
         lines = [list(line) for line in zip(*lines, strict=True)]
-    table = Table(title=f"{len(runs)} runs", title_justify="left")
-    for name in lines[0]:
-        table.add_column(name, overflow="fold")
+    seeds = any(len(it.metrics) > 1 for it in runs.values())
+    title = f"{count} runs{', ± over seeds where there are several' if seeds else ''}, the best first"
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(lines[0]):
+        table.add_column(name, overflow="fold", no_wrap=number == 0)
     for line in lines[1:]:
         table.add_row(*line)
     return table

@@ -1,25 +1,38 @@
 """`divflow evaluate`: the log-density of every row of some data under a trained density."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Generator, Tensor
 
-from divflow.build import ConfigError
 from divflow.cli.output import batches, check_output, write_table
-from divflow.cli.trained import check_model, data_config, launched, load_trained, named_device, scaled_to_model
-from divflow.density import FlowDensity, UnnormalizedDensity
-from divflow.report import metrics_table
+from divflow.cli.trained import (
+    Trained,
+    check_model,
+    data_config,
+    launched,
+    load_trained,
+    named_device,
+    names_other_data,
+    scaled_to_model,
+)
+from divflow.flow import FlowDensity
+from divflow.flow.evaluation_time import expect, limited
+from divflow.operators.context import context_rows, joined_contexts, mapped
+from divflow.runs.report import metrics_table
+from divflow.saved.build import ConfigError
+from divflow.score import UnnormalizedDensity
 
 if TYPE_CHECKING:  # both import Lightning, and mistakes are told before
     from lightning.fabric import Fabric
 
     from divflow.data import TensorDataModule
+    from divflow.data.batch import Parts
 
 __all__ = ["run"]
 
@@ -27,7 +40,10 @@ _SPLITS = ("train", "val", "test", "all")
 # The columns of the file; those that are known of discrete data only are left out for others.
 _COLUMNS = ("log_prob", "standard_error", "quadrature_error")
 _DISCRETE = ("bits_per_dim", "bits_per_dim_importance_weighted")
+_ROW = "row"
 _AVERAGED = ("nll", "gap", *_DISCRETE, "nfe", "nfe_divergence", "quadrature_error")
+_FINER = "likelihood=quadrature_tight, with a smaller likelihood.tolerance, or solver=adaptive with a smaller solver.rtol and .atol"
+_CHEAPER = "Another split, more processes (device=...) or estimates (estimator=hutchinson) take less"
 _VARIANCES = ("estimator_variance", "dequantization_variance")
 
 
@@ -35,14 +51,18 @@ def run(config: DictConfig) -> float:
     """Evaluate, as `configs/evaluate.yaml` composes it, and return the mean negative log-likelihood in nats."""
     check_model(config)
     out = check_output(config.out, (".csv", ".npy"), config.overwrite)
+    minutes = config.max_minutes
+    if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
+        raise ConfigError(f"max_minutes must be a positive number, or null for no limit, but is {minutes!r}")
     if config.split not in _SPLITS:
         raise ConfigError(f"there is no split {config.split!r}; it must be one of {', '.join(_SPLITS)}")
     named_device(config.device, several=True)
     trained = load_trained(config)
     if isinstance(trained.density, UnnormalizedDensity):
         raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density; sample from it instead")
-    settings = data_config(config, trained.columns)
-    rows, context, data = _rows(settings, config.split)
+    settings = data_config(config, trained)
+    parts, numbers, data = _rows(settings, config.split, trained, names_other_data(config))
+    rows = parts.x
     density = scaled_to_model(trained.density, config.data_range, None if data is None else data.levels, trained.name)
     shape = tuple(trained.density.flow.event_shape)
     if tuple(rows.shape[1:]) != shape:
@@ -50,44 +70,95 @@ def run(config: DictConfig) -> float:
             f"the data are events of shape {tuple(rows.shape[1:])}, but {trained.name} was trained on {shape}: "
             "the columns, or data.event_shape, must be those of the training"
         )
+    _check_within(density, rows, numbers)
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
     fabric = launched(config.device)
-    values = _judged(fabric, density, (rows, context), data, size, config.seed)
-    metrics = _metrics(values, None if data is None else data.bit_per_dim)
+    _expect(fabric, density, parts, size, config.max_minutes)
+    with limited(config.max_minutes, "the evaluation", _CHEAPER):
+        values = _judged(fabric, density, parts, data, size, config.seed)
+    metrics = _metrics(values, parts.weight, None if data is None else data.bit_per_dim, fabric.is_global_zero)
     if fabric.is_global_zero:
         names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]
-        write_table(out, names, torch.stack([values[name] for name in names], dim=1).numpy())
+        columns = [*(values[name] for name in names), numbers.double()]
+        write_table(out, [*names, _ROW], torch.stack(columns, dim=1).numpy(), [_ROW])
         _print(metrics, f"{trained.name}: {len(rows)} rows, split {config.split}", out)
     fabric.barrier()
     return metrics["nll"]
 
 
-def _rows(settings: dict[str, Any], split: str) -> tuple[Tensor, Tensor | None, Any]:
-    """The rows of a split, with their context if they have one, and their data module. All rows of a file are those of the file, in its order."""
+def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -> tuple["Parts", Tensor, Any]:
+    """The parts of a split, the numbers of its rows in the file, and their data module, where it is one of divflow's.
+
+    All rows of a file are those of the file, in its order. A split is that of the training, unless these are other data.
+    """
     from divflow.data import Table  # here, since it imports Lightning
-    from divflow.data.module import TensorDataModule, check_finite, split_context
-    from divflow.data.table import read_table
+    from divflow.data.batch import parts_of
+    from divflow.data.module import TensorDataModule
+    from divflow.data.own import split_parts
+    from divflow.data.split import SplitData, told_of_changes
+    from divflow.data.table import all_rows
+    from divflow.runs.data import build_data
 
     if split == "all" and settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table"):
-        rows, names = read_table(settings["path"], settings.get("columns"), settings.get("separator", ","))
-        check_finite(rows, names)
-        return rows, None, None
-    data = instantiate(settings, _convert_="all")
+        found, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
+        if not other and (told := told_of_changes(trained.data_states.get("Table", {}), digests)):
+            warnings.warn(told, stacklevel=2)
+        return parts_of(found.__getitems__(list(range(len(found))))), found.numbers, None
+    data, keys = build_data(settings)
+    splits = _SPLITS[:-1] if split == "all" else (split,)
     if not isinstance(data, TensorDataModule):
-        raise ConfigError(f"data._target_={settings['_target_']} made a {type(data).__name__}, not a TensorDataModule")
+        parts = _joined([part for name in splits for part in split_parts(data, name, keys)])
+        return parts, torch.arange(len(parts.x), device="cpu"), None
     data.prepare_data()
     data.setup("test")
-    parts = [getattr(data, name) for name in (_SPLITS[:-1] if split == "all" else (split,))]
-    found = [split_context(part.__getitems__(list(range(len(part))))) for part in parts]
-    rows, context = torch.cat([rows for rows, _ in found]), [context for _, context in found if context is not None]
-    return rows, torch.cat(context) if context else None, data
+    if isinstance(data, SplitData) and split != "all":
+        data.keep_split(trained.data_states.get(type(data).__qualname__, {}), other=other)
+    rows = [getattr(data, name) for name in splits]
+    parts = _joined([parts_of(part.__getitems__(list(range(len(part))))) for part in rows])
+    numbers = torch.cat([part.numbers for part in rows]) if isinstance(data, SplitData) else None
+    return parts, torch.arange(len(parts.x), device="cpu") if numbers is None else numbers, data
+
+
+def _joined(parts: "list[Parts]") -> "Parts":
+    weights = [part.weight for part in parts if part.weight is not None]
+    return parts[0]._replace(
+        x=torch.cat([part.x for part in parts]),
+        context=joined_contexts(part.context for part in parts),
+        weight=torch.cat(weights) if weights else None,
+    )
+
+
+def _expect(fabric: "Fabric", density: FlowDensity, parts: "Parts", size: int, max_minutes: float | None) -> None:
+    """Say what it will take, where that is long."""
+    x, rows = parts.x[:size].to(fabric.device), -(-len(parts.x) // fabric.world_size)
+    context = mapped(lambda leaf: leaf.to(fabric.device), context_rows(parts.context, slice(size)))
+    said = expect(density.to(fabric.device), x, context, rows, "the evaluation", max_minutes, _CHEAPER)
+    if said and fabric.is_global_zero:
+        print(said, flush=True)
+
+
+def _check_within(density: FlowDensity, rows: Tensor, numbers: Tensor) -> None:
+    """Refuse rows beyond the bounds that the density was trained with.
+
+    Raises:
+        ConfigError: with their numbers: their density is zero, and the mean of all would be -inf.
+    """
+    outside = torch.cat([density.transform(part, values=False)[1].isneginf() for part in rows.split(10_000)])
+    if not outside.any():
+        return
+    first = int(outside.nonzero()[0])
+    shown = ", ".join(f"{value:g}" for value in rows[first].flatten()[:6].tolist())
+    raise ConfigError(
+        f"{int(outside.sum())} of {len(rows)} rows are at or beyond the bounds of the density, which is zero there, so that their mean "
+        f"log-density would be -inf: row {int(numbers[first])} ({shown}{', ...' if rows[first].numel() > 6 else ''}) is the first; drop them"
+    )
 
 
 @torch.no_grad()
 def _judged(
     fabric: "Fabric",
     density: FlowDensity,
-    split: tuple[Tensor, Tensor | None],
+    parts: "Parts",
     data: "TensorDataModule | None",
     size: int,
     seed: int | None,
@@ -101,14 +172,14 @@ def _judged(
 
     seed = fabric.broadcast(torch.seed() if seed is None else seed)
     density = density.to(fabric.device)
-    rows, context = split
+    rows = parts.x
     found = torch.zeros(len(rows), len(_AVERAGED) + len(_VARIANCES), dtype=torch.float64, device="cpu")
     for number, part in enumerate(batches(len(rows), size, "Evaluating", shown=fabric.is_global_zero)):
         if number % fabric.world_size != fabric.global_rank:
             continue
         generator = Generator(fabric.device).manual_seed(combined_seed(seed, number))
-        x = rows[part].to(fabric.device)
-        batch = x if context is None else (x, context[part].to(fabric.device))
+        context = mapped(lambda leaf: leaf.to(fabric.device), context_rows(parts.context, part))
+        batch = parts._replace(x=rows[part].to(fabric.device), context=context, weight=None)
         judged = judge_likelihood(density, batch, data, 1 if data is None else data.num_draws, generator)
         for i, name in enumerate((*_AVERAGED, *_VARIANCES)):
             value = judged.get(name)
@@ -118,16 +189,21 @@ def _judged(
     return values | {"log_prob": -values["nll"], "standard_error": values["estimator_variance"].sqrt()}
 
 
-def _metrics(values: dict[str, Tensor], bit_per_dim: float | None) -> dict[str, float]:
-    """Means with their standard errors, by the names of a run's results."""
-    from divflow.tasks.metrics import MeanWithStandardError, summarized
+def _metrics(
+    values: dict[str, Tensor], weight: Tensor | None, bit_per_dim: float | None, told: bool
+) -> dict[str, float]:
+    """Means, by weight where rows have one, with their standard errors, by the names of a run's results; `told`: with a warning of their errors, if one is due."""
+    from divflow.tasks.metrics import MeanWithStandardError, summarized, warn_of_quadrature
 
     averages: dict[str, MeanWithStandardError] = {}
     for name in (*_AVERAGED, *_VARIANCES):
         if not values[name].isnan().any():
-            averages[name] = MeanWithStandardError()
-            averages[name].update(values[name])
-    return {name: value.item() for name, value in summarized(averages, bit_per_dim, errors=True).items()}
+            averages[name] = MeanWithStandardError(shared=False)  # every process has all values
+            averages[name].update(values[name], weight)
+    found = summarized(averages, bit_per_dim, errors=True)
+    if told:
+        warn_of_quadrature(found, _FINER)
+    return {name: value.item() for name, value in found.items()}
 
 
 def _print(metrics: dict[str, float], title: str, out: Path) -> None:

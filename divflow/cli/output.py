@@ -1,10 +1,11 @@
 """The files that commands write: kept if they exist, and written whole or not at all; and the bar while they are made."""
 
-import contextlib
 import csv
+import errno
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,31 +13,52 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from divflow.build import ConfigError
+from divflow.errors import DivflowError
+from divflow.saved.build import ConfigError
 
 if TYPE_CHECKING:  # takes a while to import, and mistakes are told before
     from matplotlib.figure import Figure
 
-__all__ = ["batches", "check_output", "write_figure", "write_table"]
+__all__ = ["OutputError", "batches", "check_output", "write_figure", "write_table"]
+
+
+class OutputError(DivflowError, OSError):
+    """What a command made could not be written where it was told to."""
 
 
 def check_output(out: str, suffixes: Sequence[str], overwrite: bool) -> Path:
     """The file to write.
 
     Raises:
-        ConfigError: of an unknown kind, or it exists and may not be overwritten.
+        ConfigError: of an unknown kind, it exists and may not be overwritten, or nothing can be written there.
     """
     path = Path(out).expanduser()
     if path.suffix not in suffixes:
         raise ConfigError(f"out={out} is of type {path.suffix or '(none)'!r}; it must end in {' or '.join(suffixes)}")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists; choose another file by out=..., or let it be replaced by overwrite=true")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as tried:
+            tried.write(bytes(4096))
+    except OSError as error:
+        raise ConfigError(f"out={out} can't be written ({error.strerror}); choose another file by out=...") from error
     return path
 
 
-def write_table(path: Path, names: Sequence[str], rows: np.ndarray) -> None:
-    """Rows as a `.csv` with a header, flattened to `(n, len(names))`, or as an `.npy` as they are."""
-    with _whole(path) as part:
+def write_table(path: Path, names: Sequence[str], rows: np.ndarray, whole: Sequence[str] = ()) -> None:
+    """Rows as a `.csv` with a header, flattened to `(n, len(names))`, or as an `.npy` as they are.
+
+    Args:
+        path: of the file.
+        names: of the columns.
+        rows: `(n, ...)`.
+        whole: the columns of whole numbers, which a `.csv` has without a fraction.
+    """
+
+    def write(part: Path) -> None:
         if path.suffix == ".npy":
             with open(part, "wb") as file:
                 np.save(file, rows)
@@ -44,13 +66,19 @@ def write_table(path: Path, names: Sequence[str], rows: np.ndarray) -> None:
         with open(part, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(names)
-            writer.writerows(rows.reshape(len(rows), -1).astype(str).tolist())
+            columns = rows.reshape(len(rows), len(names)).T
+            written = [
+                (it.astype(np.int64) if name in whole else it).astype(str)
+                for name, it in zip(names, columns, strict=True)
+            ]
+            writer.writerows(np.stack(written, axis=1).tolist())
+
+    _write_whole(path, write)
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
     """A figure as `.png`."""
-    with _whole(path) as part:
-        figure.savefig(part, dpi=150, format="png")
+    _write_whole(path, lambda part: figure.savefig(part, dpi=150, format="png"))
 
 
 def batches(number: int, size: int, doing: str, *, shown: bool = True) -> Iterator[slice]:
@@ -60,12 +88,17 @@ def batches(number: int, size: int, doing: str, *, shown: bool = True) -> Iterat
     yield from track(slices, doing, console=console, disable=not (shown and sys.stderr.isatty()), transient=True)
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file, or, where that fails at the end of the work, one of that name in a temporary folder."""
     part = path.with_name(f"{path.name}.part")
     try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="divflow-")) / path.name
+        write(elsewhere)
+        raise OutputError(f"{path} could not be written ({error.strerror or error}); it is in {elsewhere}") from error

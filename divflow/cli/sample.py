@@ -1,31 +1,39 @@
 """`divflow sample`: samples of a trained density, in the units of its data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Generator, Tensor
 
-from divflow.build import ConfigError
 from divflow.cli.output import batches, check_output, write_figure, write_table
 from divflow.cli.trained import (
+    Trained,
     check_least,
     check_model,
     data_config,
     load_trained,
     named_device,
+    names_other_data,
     scaled_to_model,
+    warn_of_changed_table,
 )
-from divflow.density import FlowDensity, ScoreDensity, UnnormalizedDensity, in_units
+from divflow.flow import FlowDensity
+from divflow.flow.data_density import in_units
+from divflow.operators.context import Context, mapped
+from divflow.saved.build import ConfigError
+from divflow.score import ScoreDensity, UnnormalizedDensity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["run"]
+
+# Images are discrete data, whatever the number of their levels.
+_ANY_LEVELS = 256
 
 
 def run(config: DictConfig) -> None:
@@ -34,40 +42,58 @@ def run(config: DictConfig) -> None:
     out = check_output(config.out, (".csv", ".npy", ".png"), config.overwrite)
     check_least("num_samples", config.num_samples, 1)
     device = named_device(config.device)
-    trained = load_trained(config)
+    trained = load_trained(config, with_data=False)
     trained.density.to(device)
-    data = data_config(config, trained.columns) if out.suffix == ".png" else None  # refused before the work is done
+    drawn, pictures = out.suffix == ".png", _are_pictures(trained.density)
+    data = data_config(config, trained) if drawn and not pictures else None  # refused before the work is done
     seed = torch.seed() if config.seed is None else config.seed
-    context = _context(config.context, trained.density)
+    given = OmegaConf.to_container(config.context) if OmegaConf.is_config(config.context) else config.context
+    context = _context(given, trained.density)
     if data is not None and context is not None:
         raise ConfigError(
             f"out={config.out} would show samples of one context beside data of all; write them by out=samples.csv or .npy"
         )
     samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed, context)
     names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
-    if data is None:
-        write_table(out, names, samples.numpy())
+    if drawn and pictures:
+        write_figure(out, _grid(trained.density, samples))
+    elif data is None:
+        warn_of_changed_table(config, trained)
+        write_table(out, names, samples.numpy(), trained.whole)
     else:
-        write_figure(out, _figure(data, trained.density, samples, names))
+        write_figure(out, _figure(data, trained, names_other_data(config), samples, names))
     Console().print(f"{len(samples)} samples of {trained.name}: {out}", soft_wrap=True, highlight=False)
 
 
-def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Tensor | None:
-    """The context of all samples, `(features,)`; None where none is given.
+def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Context | None:
+    """The context of all samples, `(features,)`, or a dict of such where a velocity of one's own takes one; None where none is given.
 
     Raises:
-        ConfigError: it is no list of numbers; a density that needs one, or takes none.
+        ConfigError: it is no list of numbers, nor numbers by the names of its columns; a density that needs one, or takes none.
     """
-    standardized = getattr(density, "context_transform", None)
+    standardized, columns = getattr(density, "context_transform", None), getattr(density, "context_columns", None)
     if numbers is None:
         if standardized is not None:
+            named = f": {', '.join(columns)}" if columns else ""
             raise ConfigError(
-                f"the density is conditional: give the context of its samples, {standardized.shift.numel()} numbers, context=[0.1,...]"
+                f"the density is conditional: give the context of its samples, {standardized.shift.numel()} numbers{named}, context=[0.1,...]"
             )
         return None
     if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
         raise ConfigError(f"scores take no context, but context={numbers}")
+    if isinstance(numbers, Mapping) and not columns and standardized is None:
+        return {str(name): _tensor(name, value, density) for name, value in numbers.items()}
+    if isinstance(numbers, Mapping):
+        if set(map(str, numbers)) != set(columns or ()):
+            raise ConfigError(
+                f"context={numbers} names {', '.join(map(str, numbers))}, but the columns of the context are "
+                f"{', '.join(columns or ()) or 'not known by names: give a list'}"
+            )
+        by_name = {str(name): number for name, number in numbers.items()}
+        numbers = [by_name[name] for name in columns or ()]
     try:
+        if isinstance(numbers, str):  # of which each letter may be a number
+            raise TypeError
         # In the digits that it is given in, where it is standardized first.
         dtype = density.dtype if standardized is None else torch.float64
         context = torch.tensor([float(number) for number in numbers], dtype=dtype, device="cpu")
@@ -78,9 +104,18 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Tensor
     return context
 
 
+def _tensor(name: Any, value: Any, density: FlowDensity) -> Tensor:
+    """A number, or a list of them, of one sample: whole ones stay integers, as labels are."""
+    try:
+        found = torch.tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"context.{name} must be a number or a list of numbers, but is {value!r}") from error
+    return found.to(density.dtype) if found.is_floating_point() else found
+
+
 @torch.no_grad()
 def _drawn(
-    density: FlowDensity | UnnormalizedDensity, number: int, size: int, seed: int, context: Tensor | None
+    density: FlowDensity | UnnormalizedDensity, number: int, size: int, seed: int, context: Context | None
 ) -> Tensor:
     """Samples `(n, *event)`, all of one context if there is one.
 
@@ -95,7 +130,7 @@ def _drawn(
 
         def draw(part: slice, index: int) -> Tensor:
             z = noise[part]
-            given = None if context is None else density.flow_context(context.to(z.device).expand(len(z), -1))
+            given = density.flow_context(mapped(lambda leaf: leaf.to(z.device).expand(len(z), *leaf.shape), context))
             return in_units(density.transform, density.flow.decode(z, given))
     else:
 
@@ -106,27 +141,42 @@ def _drawn(
     return torch.cat([draw(part, index).cpu() for index, part in enumerate(batches(number, size, "Sampling"))])
 
 
-def _figure(
-    settings: dict[str, Any], density: FlowDensity | UnnormalizedDensity, samples: Tensor, names: Sequence[str]
-) -> "Figure":
-    """The samples beside data that were held out."""
-    from divflow.figures import (  # here, since it takes a while to import
-        plot_energies,
-        plot_images,
-        plot_pairs,
-        plot_plane,
-    )
+def _are_pictures(density: FlowDensity | UnnormalizedDensity) -> bool:
+    """Whether samples are seen to be images by their shape, grey or of three colours: these are drawn without data."""
+    shape = tuple(density.flow.event_shape) if isinstance(density, FlowDensity) else ()
+    return len(shape) == 3 and shape[0] in (1, 3)
 
-    data = instantiate(settings, _convert_="all")
+
+def _grid(density: FlowDensity | UnnormalizedDensity, samples: Tensor) -> "Figure":
+    """Images alone; those of a model whose pixels are not between 0 and 1 are brought there."""
+    from divflow.callbacks.plots import plot_grid  # here, since it takes a while to import
+
+    if isinstance(density, FlowDensity):
+        unit = scaled_to_model(density, None, _ANY_LEVELS, "the model")
+        samples = samples if unit is density else unit.transform.inverse(samples)
+    return plot_grid(samples)
+
+
+def _figure(settings: dict[str, Any], trained: Trained, other: bool, samples: Tensor, names: Sequence[str]) -> "Figure":
+    """The samples beside data that were held out, unless these are other data; images alone."""
+    from divflow.callbacks.plots import plot_energies, plot_pairs, plot_plane
+    from divflow.data.batch import parts_of
+    from divflow.data.module import TensorDataModule
+    from divflow.data.split import SplitData
+    from divflow.runs.data import build_data
+
+    density, (data, _) = trained.density, build_data(settings)
+    if not isinstance(data, TensorDataModule):
+        raise ConfigError(
+            f"figures beside data are of divflow's own data, not of a {type(data).__name__}; write samples by out=samples.csv or .npy"
+        )
     data.prepare_data()
     data.setup("test")
-    rows = data.test.__getitems__(list(range(min(len(samples), len(data.test)))))
+    if isinstance(data, SplitData):
+        data.keep_split(trained.data_states.get(type(data).__qualname__, {}), other=other)
+    rows = parts_of(data.test.__getitems__(list(range(min(len(samples), len(data.test)))))).x
     if data.images:
-        if isinstance(density, FlowDensity):
-            unit = scaled_to_model(density, None, data.levels, "the model")
-            if unit is not density:  # of a model whose pixels are not between 0 and 1
-                samples = unit.transform.inverse(samples)
-        return plot_images(rows, samples)
+        return _grid(density, samples)
     if tuple(data.event_shape) == (2,):
         device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
         return plot_plane(rows.to(device), samples, getattr(density, "log_prob", None))

@@ -6,7 +6,7 @@ import os
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from divflow.build import check_settings
+from divflow.runs.settings import check_settings
 
 __all__ = ["run"]
 
@@ -16,7 +16,7 @@ def run(config: DictConfig) -> float | None:
     config.output_dir = HydraConfig.get().runtime.output_dir  # a sweep, or hydra.run.dir=..., may have said another
     try:
         check_settings(config)
-        from divflow.experiment import train  # what is wrong is told before Lightning is imported
+        from divflow.runs.experiment import train  # what is wrong is told before Lightning is imported
 
         results = train(config)
     finally:

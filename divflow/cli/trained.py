@@ -1,22 +1,31 @@
 """What the commands on a trained density share: the density, the data that it was trained on, and where it runs."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from hydra.utils import get_class, get_object, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from divflow.adapters.foreign import AdaptedFlow
-from divflow.arguments import check_count, checked_range
-from divflow.build import ConfigError, build_ways, check_paths
-from divflow.checkpoint import CheckpointError, read_checkpoint, rebuild, which_weights
-from divflow.density import FlowDensity, UnnormalizedDensity
-from divflow.flow import ContinuousFlow
-from divflow.transforms import Affine
+from divflow.errors import DivflowError, check_count, checked_range
+from divflow.flow import ContinuousFlow, FlowDensity
+from divflow.flow.transforms import Affine, Rounded
+from divflow.runs.settings import check_paths
+from divflow.saved.build import ConfigError, build_ways
+from divflow.saved.checkpoint import (
+    CheckpointError,
+    lacking_targets,
+    named_classes,
+    read_checkpoint,
+    rebuild,
+    which_weights,
+)
+from divflow.score import UnnormalizedDensity
 
 if TYPE_CHECKING:  # it imports Lightning, and mistakes are told before
     from lightning.fabric import Fabric
@@ -29,9 +38,13 @@ __all__ = [
     "launched",
     "load_trained",
     "named_device",
+    "names_other_data",
     "scaled_to_model",
+    "warn_of_changed_table",
 ]
 
+# Names of columns, whatever they look like.
+_NAMES = ("columns", "context_columns")
 _OF_DATA = ("divflow.data.", "divflow.energies.")
 
 
@@ -43,11 +56,19 @@ class Trained:
         density: of the data.
         name: what it is, with the weights that were taken, in words.
         columns: the names of the data's columns, where they are known.
+        data_states: what the data modules of its training left in its checkpoint, by the names of their classes.
     """
 
     density: FlowDensity | UnnormalizedDensity
     name: str
     columns: list[str] | None
+    data_states: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def whole(self) -> list[str]:
+        """The names of the columns of whole numbers, to which samples are rounded."""
+        entries = next((it.entries.tolist() for it in self.density.modules() if isinstance(it, Rounded)), [])
+        return [name for name, it in zip(self.columns or [], entries, strict=False) if it]
 
 
 def check_model(config: DictConfig) -> None:
@@ -82,45 +103,97 @@ def check_least(name: str, value: Any, least: int) -> None:
         raise ConfigError(str(error)) from error
 
 
-def load_trained(config: DictConfig) -> Trained:
+def load_trained(config: DictConfig, with_data: bool = True) -> Trained:
     """The density of a checkpoint, or that of a function of one's own, evaluated as the config says.
 
     Args:
         config: with `ckpt_path` and `allow`, or `model`; and `estimator`, `likelihood`, `solver`, as far as
             they shall be others than those the density has.
+        with_data: whether those that it was trained on are to be built, too, and so must be allowed.
 
     Raises:
         CheckpointError: a checkpoint that can't be read or is not allowed.
         ConfigError: what the function made is no density.
     """
     if config.ckpt_path is None:
-        density, name, columns = _made(config.model), config.model._target_, None
+        density, name, columns, states = _made(config.model), config.model._target_, None, {}
     else:
-        checkpoint = read_checkpoint(Path(config.ckpt_path).expanduser())
-        density = rebuild(checkpoint, config.ckpt_path, _classes(config.allow))
+        checkpoint = read_checkpoint(Path(config.ckpt_path).expanduser(), weights=config.weights)
+        allow = _classes(_allowed(config.allow))
+        _check_classes(config, checkpoint.get("divflow", {}), named_classes(allow), with_data)
+        density = rebuild(checkpoint, config.ckpt_path, allow)
         name = which_weights(checkpoint, config.ckpt_path)
-        columns = density.columns or _saved_data(config).get("columns")
+        columns = density.columns or _data_of_run(config).get("columns")
+        states = {key: it for key, it in checkpoint.items() if isinstance(it, Mapping) and "order_seed" in it}
     ways = build_ways(_plain(config))
     if ways:
         if not isinstance(density, FlowDensity):
             raise ConfigError(f"{name} is a score without SDE, which has no flow: it takes no {', '.join(ways)}")
         density = density.with_flow(density.flow.replace(**ways))
-    return Trained(density.eval(), name, None if columns is None else [str(column) for column in columns])
+    return Trained(density.eval(), name, None if columns is None else [str(column) for column in columns], states)
+
+
+def _allowed(names: Any) -> list[str]:
+    """The names of `allow`, of which a string is one."""
+    return [names] if isinstance(names, str) else [str(name) for name in names or []]
 
 
 def _classes(names: Iterable[str]) -> list[type]:
+    """Of the names of classes and functions the classes; functions make data."""
     try:
-        return [get_class(name) for name in names]
+        found = [get_object(name) for name in names]
     except (ImportError, ValueError) as error:
         raise ConfigError(f"allow must name classes, such as [my_module.Velocity]: {error}") from error
+    if odd := [repr(it) for it in found if not callable(it)]:
+        raise ConfigError(f"allow must name classes, such as [my_module.Velocity], but names {', '.join(odd)}")
+    return [it for it in found if isinstance(it, type)]
 
 
-def data_config(config: DictConfig, columns: list[str] | None) -> dict[str, Any]:
+def _check_classes(config: DictConfig, made_of: Mapping[str, Any], allowed: Mapping[str, type], data: bool) -> None:
+    """Refuse classes that are not allowed, those of the density and of the data that it was trained on at once."""
+    lacking = lacking_targets({name: it for name, it in made_of.items() if name not in _NAMES}, allowed)
+    if data and "_target_" not in config.data:
+        lacking |= _lacking_of_data(_data_of_run(config), set(_allowed(config.allow)), "data of its config.yaml")
+    _require_none(lacking, config)
+
+
+def _require_none(lacking: Mapping[str, str], config: DictConfig) -> None:
+    if lacking:
+        asked = ", ".join(f"{name!r} (at {where})" for name, where in lacking.items())
+        raise CheckpointError(
+            f"{config.ckpt_path} asks for {asked}, none of divflow's own for that place; if you trust what it asks for, "
+            f"allow=[{','.join([*_allowed(config.allow), *lacking])}]"
+        )
+
+
+def names_other_data(config: DictConfig) -> bool:
+    """Whether other data than the run's may be meant."""
+    return "_target_" in config.data or "path" in config.data
+
+
+def warn_of_changed_table(config: DictConfig, trained: Trained) -> None:
+    """Warn where the run's own table, if it is there, has other rows than in training; what needs no data goes on without it."""
+    from divflow.data.split import told_of_changes
+    from divflow.data.table import all_rows
+
+    state = trained.data_states.get("Table")
+    if state is None or names_other_data(config):
+        return
+    try:
+        settings = data_config(config, trained)
+        _, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
+    except DivflowError:
+        return
+    if told := told_of_changes(state, digests):
+        warnings.warn(told, stacklevel=2)
+
+
+def data_config(config: DictConfig, trained: Trained) -> dict[str, Any]:
     """The data that are named, else those of the run, with what is named of them changed.
 
     Args:
         config: with `data`: a whole choice, or single settings such as `+data.path=other.csv`.
-        columns: those the density was trained on, which a table must have.
+        trained: whose columns, context and discrete columns a table must have.
 
     Raises:
         ConfigError: neither are known, or other columns are asked for.
@@ -133,15 +206,24 @@ def data_config(config: DictConfig, columns: list[str] | None) -> dict[str, Any]
             "which data is not known: there is no config.yaml in the folder of the checkpoint's run; give data=..., such as "
             "data=table data.path=measurements.csv"
         )
-    if columns is None or "columns" not in found or Path(found["path"]).suffix == ".npy":  # which has no names
+    columns, density = trained.columns, trained.density
+    if columns is None or "columns" not in found or Path(found["path"]).suffix.lower() == ".npy":  # which has no names
         return found
-    asked = [str(column) for column in found["columns"] or columns]
-    if set(asked) != set(columns):
-        raise ConfigError(
-            f"data.columns={asked} are not those of the training, {columns}: "
-            f"{', '.join(sorted(set(asked) ^ set(columns)))} in one of them only"
-        )
-    return found | {"columns": columns}
+    given = getattr(density, "context_columns", None) or []
+    kept = {"context": given, "discrete": trained.whole}
+    for name, of_training in {"columns": columns, **kept}.items():
+        asked = _names(found.get(name)) or of_training
+        asked = [it for it in asked if it not in given] if name == "columns" else asked
+        if set(asked) != set(of_training):
+            raise ConfigError(
+                f"data.{name}={asked} are not those of the training, {of_training}: "
+                f"{', '.join(sorted(set(asked) ^ set(of_training)))} in one of them only"
+            )
+    return found | {"columns": columns} | {name: names for name, names in kept.items() if names}
+
+
+def _names(names: Any) -> list[str]:
+    return [str(names)] if isinstance(names, str | int) else [str(name) for name in names or []]
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -150,29 +232,30 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 def _saved_data(config: DictConfig) -> dict[str, Any]:
     """The data in the `config.yaml` of the checkpoint's run; nothing where there is none."""
-    if config.ckpt_path is None:
-        return {}
-    file = Path(config.ckpt_path).expanduser().absolute().parent.parent / "config.yaml"
-    if not file.is_file():
-        return {}
-    data = _plain(OmegaConf.load(file).data)
-    _check_data_targets(data, set(config.allow), file)
+    data = _data_of_run(config)
+    _require_none(_lacking_of_data(data, set(_allowed(config.allow)), "data of its config.yaml"), config)
     return data
 
 
-def _check_data_targets(data: Any, allowed: set[str], file: Path) -> None:
+def _data_of_run(config: DictConfig) -> dict[str, Any]:
+    if config.ckpt_path is None:
+        return {}
+    file = Path(config.ckpt_path).expanduser().absolute().parent.parent / "config.yaml"
+    return _plain(OmegaConf.load(file).data) if file.is_file() else {}
+
+
+def _lacking_of_data(data: Any, allowed: set[str], place: str) -> dict[str, str]:
     """A folder from elsewhere runs no code of its own: its data, and their energies, are divflow's, or named in `allow`."""
     if isinstance(data, list):
         data = dict(enumerate(data))
     if not isinstance(data, Mapping):
-        return
-    target = data.get("_target_")
+        return {}
+    target, found = data.get("_target_"), {}
     if target is not None and target not in allowed and not _is_ours(target):
-        raise CheckpointError(
-            f"{file} asks for {target!r}, which is none of divflow's data or energies; if you trust it, allow=[{target}]"
-        )
-    for value in data.values():
-        _check_data_targets(value, allowed, file)
+        found[str(target)] = place
+    for key, value in data.items():
+        found |= _lacking_of_data(value, allowed, f"{place}, {key}")
+    return found
 
 
 def _is_ours(target: Any) -> bool:
@@ -195,7 +278,7 @@ def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
     if not isinstance(made, FlowDensity | UnnormalizedDensity):
         raise ConfigError(
             f"model._target_={model._target_} made a {type(made).__name__}; it must make a ContinuousFlow or a density of "
-            "divflow.density"
+            "divflow.flow or divflow.score"
         )
     return made
 
@@ -232,8 +315,7 @@ def scaled_to_model(
             f"{name} has a transform of its own from the data to its model, which data_range={list(known)} would be beside; leave it out"
         )
     scaled = FlowDensity(density.flow, Affine.between((0, 1), known)).train(density.training)
-    scaled.columns, scaled.watch_units = density.columns, density.watch_units
-    return scaled
+    return density.like_this(scaled)
 
 
 def launched(device: DictConfig) -> "Fabric":

@@ -8,10 +8,11 @@ from divflow.data.literature import Literature
 from divflow.data.module import DataError, TensorDataModule
 from divflow.data.particles import Particles
 from divflow.data.simulations import Simulations
+from divflow.data.simulator import Simulator
 from divflow.data.table import Table
 from divflow.data.toy import Toy
 from divflow.data.uci import Uci
-from divflow.transforms import Affine, Bounded, Compose, Logit, MeanFreeScale, Transform
+from divflow.flow.transforms import Affine, Bounded, Compose, Logit, MeanFreeScale, Rounded, Transform
 
 __all__ = [
     "Affine",
@@ -27,7 +28,9 @@ __all__ = [
     "MeanFreeScale",
     "Mnist",
     "Particles",
+    "Rounded",
     "Simulations",
+    "Simulator",
     "Table",
     "TensorDataModule",
     "Toy",

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from divflow.arguments import check_positive
+from divflow.errors import check_positive
 
 __all__ = ["Dequantization", "TruncatedNormalDequantization", "UniformDequantization", "dequantize", "quantize"]
 
 # The noise keeps this far from both ends, so that float32 tells up to 256 values apart after the noise, too.
 _EDGE = 2.0**-14
+_LEVELS_OF_FLOAT32 = 256
 
 
 class Dequantization(ABC):
@@ -89,9 +90,9 @@ class TruncatedNormalDequantization(Dequantization):
 def dequantize(
     values: Tensor, levels: int, dequantization: Dequantization, generator: Generator | None = None
 ) -> Tensor:
-    """Y = (n + u) / levels in the unit cube, float32, of values n = 0, ..., levels - 1."""
+    """Y = (n + u) / levels in the unit cube of values n = 0, ..., levels - 1; float32, or float64 for more than 256 of them."""
     noise = dequantization.draw(values, generator).clamp(_EDGE, 1 - _EDGE)
-    return (values + noise) / levels
+    return (values + (noise if levels <= _LEVELS_OF_FLOAT32 else noise.double())) / levels
 
 
 def quantize(y: Tensor, levels: int) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,17 @@
 import torch
 from torch import Generator, Tensor
 
-from divflow.arguments import check_count
 from divflow.data.dequantization import Dequantization, UniformDequantization, dequantize
-from divflow.data.module import DataError, Rows, TensorDataModule, split_rows
+from divflow.data.module import DataError, Rows
 from divflow.data.order import combined_seed
-from divflow.transforms import Affine, Compose, Logit, Transform
+from divflow.data.split import SplitData
+from divflow.errors import check_count
+from divflow.flow.transforms import Affine, Compose, Logit, Transform
 
 __all__ = ["DiscreteImages"]
 
 
-class DiscreteImages(TensorDataModule):
+class DiscreteImages(SplitData):
     """Images of values 0, ..., levels - 1, split by seed; base of those that divflow reads, and usable by itself.
 
     A flow models continuous data, so that noise u is added to each value n (fresh every time in training, fixed by seed
@@ -62,9 +63,12 @@ class DiscreteImages(TensorDataModule):
                 if isinstance(values, Tensor)
                 else f"a {type(values).__name__}"
             )
-            raise DataError(f"values must be integers from 0 to {levels - 1}, a tensor (n, *event), but are {what}")
+            none = "there are no images: " if isinstance(values, Tensor) and values.numel() == 0 else ""
+            raise DataError(
+                f"{none}values must be integers from 0 to {levels - 1}, a tensor (n, *event), but are {what}"
+            )
         if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch finds no least
-            values = values.to(torch.int64)
+            values = values.to(torch.int32 if values.dtype == torch.uint16 else torch.int64)
         low, high = (end.item() for end in values.aminmax())  # numbers, since 256 is 0 beside a byte
         if low < 0 or high >= levels:
             raise DataError(
@@ -72,11 +76,14 @@ class DiscreteImages(TensorDataModule):
             )
         self.event_shape, self.levels, self.num_draws = tuple(values.shape[1:]), levels, num_draws
         self.dequantization = UniformDequantization() if dequantization is None else dequantization
-        train, val, test = split_rows(values, val_fraction, test_fraction, seed)
-        noise = Generator().manual_seed(seed)
-        self.val, self.test = (Rows(self._dequantize(rows, noise)) for rows in (val, test))
-        self.train = _Dequantized(train, self)
-        self.transform = self._fit(train, margin, noise)
+        self._values = values
+        self._split(values, val_fraction, test_fraction, seed)
+        self.transform = self._fit(self.train.rows, margin, self._noise)
+
+    def _divide(self, train: Tensor, val: Tensor, test: Tensor) -> None:
+        self._noise = Generator().manual_seed(self.seed)
+        self.val, self.test = (Rows(self._dequantize(self._values[it], self._noise), it) for it in (val, test))
+        self.train = _Dequantized(self._values[train], train, self)
 
     def _dequantize(self, values: Tensor, generator: Generator) -> Tensor:
         return dequantize(values, self.levels, self.dequantization, generator)
@@ -100,8 +107,8 @@ class DiscreteImages(TensorDataModule):
 class _Dequantized(Rows):
     """Rows of values, to which every epoch adds noise of its own."""
 
-    def __init__(self, rows: Tensor, data: DiscreteImages) -> None:
-        super().__init__(rows)
+    def __init__(self, rows: Tensor, numbers: Tensor, data: DiscreteImages) -> None:
+        super().__init__(rows, numbers)
         self._seed, self._levels, self._dequantization = data.seed, data.levels, data.dequantization
 
     def __getitem__(self, index: int) -> Tensor:

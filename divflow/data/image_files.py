@@ -3,10 +3,11 @@
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from divflow.data.module import DataError
@@ -20,7 +21,7 @@ _LOSSLESS = {"1": "L", "P": "RGB"}
 
 
 def read_images(path: str | Path, key: str | None = None, mode: str | None = None) -> Tensor:
-    """All images under a path, bytes `(n, channels, height, width)`, with one channel (grey) or three (colours).
+    """All images under a path, uint8 or uint16 `(n, channels, height, width)`, with one channel (grey) or three (colours).
 
     Args:
         path: a folder, whose image files are read in the order of their paths, those of its subfolders, too; or an
@@ -58,12 +59,12 @@ def _from_folder(folder: Path, mode: str | None) -> Tensor:
         others = f"; of its {len(files)} other files the first is {files[0].name}" if files else ""
         raise DataError(f"{folder} holds no image files ({', '.join(_SUFFIXES)}){others}")
     first = _read_image(names[0], mode)
-    images = np.empty((len(names), *first.shape), np.uint8)
+    images = np.empty((len(names), *first.shape), first.dtype)
     for i, name in enumerate(names):
         image = _read_image(name, mode)
-        if image.shape != first.shape:
+        if image.shape != first.shape or image.dtype != first.dtype:
             raise DataError(
-                f"all images must have one size and as many channels, but {name.relative_to(folder)} is "
+                f"all images must have one size and as many channels and bits, but {name.relative_to(folder)} is "
                 f"{_described(image)} and {names[0].relative_to(folder)} {_described(first)}; scale or crop them to one "
                 "size, or convert them to as many channels by data.mode=L or data.mode=RGB"
             )
@@ -76,13 +77,18 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _read_image(path: Path, mode: str | None) -> np.ndarray:
-    """One image as bytes `(channels, height, width)`."""
+    """One image as uint8 or uint16 `(channels, height, width)`, the right way up."""
     try:
         with Image.open(path) as image:
+            deep = _is_deep(image)  # which loading forgets
             image.load()
-            _check_image(image, path, mode)
-            plain = image.convert("RGBA") if image.has_transparency_data else image  # without which a palette warns
-            pixels = np.asarray(plain.convert(mode or _LOSSLESS.get(image.mode, image.mode)))
+            _check_image(image, path, mode, deep)
+            upright = ImageOps.exif_transpose(image)
+            plain = (
+                upright.convert("RGBA") if upright.has_transparency_data else upright
+            )  # without which a palette warns
+            pixels = np.asarray(upright if deep else plain.convert(mode or _LOSSLESS.get(image.mode, image.mode)))
+            pixels = pixels.astype(np.uint16) if deep else pixels
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # Pillow's, of broken files
         if isinstance(error, DataError):
             raise
@@ -90,12 +96,32 @@ def _read_image(path: Path, mode: str | None) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _check_image(image: Image.Image, path: Path, mode: str | None) -> None:
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the file of an image that is not loaded yet has 16 bits a value."""
+    ways = [tile[3] for tile in getattr(image, "tile", [])]
+    return image.mode.startswith("I;16") or any(";16" in str(way) or _largest(way) > 255 for way in ways)
+
+
+def _largest(way: Any) -> int:
+    """What a .ppm file says is its largest value, as Pillow's decoder is told it."""
+    return next((it for it in way if isinstance(it, int)), 0) if isinstance(way, tuple) and way[:1] == ("RGB",) else 0
+
+
+def _check_image(image: Image.Image, path: Path, mode: str | None, deep: bool) -> None:
     if (frames := getattr(image, "n_frames", 1)) > 1:
         raise DataError(f"{path} holds {frames} frames; save one image a file")
+    if deep and image.mode.startswith("I"):
+        if mode is not None:
+            raise DataError(f"{path} has 16 bits a pixel, which mode={mode} would cut off; leave data.mode out")
+        return
     if image.mode.startswith(("I", "F")):
         raise DataError(
-            f"{path} has pixels of mode {image.mode}, which are no bytes; bring them to 0, ..., 255 and save them with 8 bits"
+            f"{path} has pixels of mode {image.mode}, which are neither bytes nor of 16 bits; bring them to 0, ..., 255 and save them "
+            "with 8 bits, or 16"
+        )
+    if deep:
+        raise DataError(
+            f"{path} has colours of 16 bits, of which Pillow reads 8; save them with 8 bits, or as an .npy file of uint16"
         )
     if mode is None and image.has_transparency_data:
         raise DataError(
@@ -108,7 +134,8 @@ def _check_image(image: Image.Image, path: Path, mode: str | None) -> None:
 
 def _described(image: np.ndarray) -> str:
     channels, height, width = image.shape
-    return f"{width} x {height} (width x height) with {channels} channel{'s' if channels > 1 else ''}"
+    deep = " of 16 bits" if image.dtype == np.uint16 else ""
+    return f"{width} x {height} (width x height) with {channels} channel{'s' if channels > 1 else ''}{deep}"
 
 
 def _load_array(path: Path, key: str | None) -> np.ndarray:
@@ -132,14 +159,18 @@ def _load_array(path: Path, key: str | None) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray, name: str) -> Tensor:
-    if array.dtype != np.uint8:
+    if array.dtype.kind == "u":
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype not in (np.uint8, np.uint16):
         remedy = (
             "(255 * x).round().astype('uint8') of values in [0, 1]" if array.dtype.kind == "f" else "astype('uint8')"
         )
         raise DataError(
-            f"{name} holds {array.dtype}, but images are bytes, 0, ..., 255, of whose probability bits per dimension "
+            f"{name} holds {array.dtype}, but images are bytes, 0, ..., 255, or uint16, of whose probability bits per dimension "
             f"tell; save it as such, by {remedy}"
         )
+    if array.size == 0:
+        raise DataError(f"{name} holds no images: its shape is {array.shape}")
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[3] in _CHANNELS.values() and array.shape[1] not in _CHANNELS.values():

@@ -10,14 +10,15 @@ __all__ = ["Images"]
 
 
 class Images(DiscreteImages):
-    """Images from files, all of one size, bytes 0 to 255; events are `(channels, height, width)`.
+    """Images from files, all of one size, bytes 0 to 255, or values of 16 bits; events are `(channels, height, width)`.
 
-    Grey images have one channel, colours three. Bilevel images become grey, and palettes colours, without loss;
-    transparency, 16 bits and several frames a file are refused, and so are other colour spaces, unless `mode` converts
-    them. All are kept in memory, a byte a value.
+    Grey images have one channel, colours three. Bilevel images become grey, and palettes colours, without loss; images
+    are turned as their EXIF orientation says. Grey images of 16 bits have 65,536 levels, and so have arrays of uint16; colours
+    of 16 bits, transparency and several frames a file are refused, and so are other colour spaces, unless `mode` converts
+    them. All are kept in memory, a byte a value, or four for those of 16 bits.
 
     Args:
-        path: a folder of image files, with its subfolders; or an `.npy` or `.npz` file of bytes (uint8) of shape
+        path: a folder of image files, with its subfolders; or an `.npy` or `.npz` file of uint8 or uint16 of shape
             (n, height, width), (n, height, width, channels) or (n, channels, height, width).
         key: which of an `.npz` file's arrays; its only one if None.
         mode: "L" or "RGB", into which image files are converted; None for as they are.
@@ -29,4 +30,5 @@ class Images(DiscreteImages):
     """
 
     def __init__(self, path: str | Path, key: str | None = None, mode: str | None = None, **settings: Any) -> None:
-        super().__init__(read_images(path, key, mode), 256, **settings)
+        values = read_images(path, key, mode)
+        super().__init__(values, 2 ** (8 * values.element_size()), **settings)

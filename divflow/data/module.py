@@ -10,79 +10,66 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from divflow.arguments import check_count
+from divflow.data.batch import Batch, DataError, Parts
 from divflow.data.dequantization import Dequantization, UniformDequantization, dequantize, quantize
 from divflow.data.order import ShuffledRows, combined_seed
 from divflow.energies import PairEnergy
-from divflow.errors import DivflowError
-from divflow.transforms import Affine, Transform
+from divflow.errors import check_count
+from divflow.flow.transforms import Affine, Transform
 
 __all__ = [
     "Batch",
-    "ConditionalRows",
     "DataError",
     "Rows",
     "TensorDataModule",
     "check_finite",
-    "split_context",
-    "split_rows",
+    "listed",
 ]
-
-Batch = Tensor | tuple[Tensor, Tensor]
-"""Data `(k, *event)`, or these and a context of one row a sample, `(k, ...)`."""
-
-
-class DataError(DivflowError, ValueError):
-    """The data can't be used as they are; the message says which part, and what to do."""
 
 
 class Rows(Dataset):
-    """The rows of a tensor, fetched a batch at a time.
+    """The rows of a tensor, fetched a batch at a time, each with a context and a weight or without.
 
     Attributes:
+        numbers: of the rows, in the file that they are from; 0, 1, ... where there is none.
+        context: of each row, `(n, ...)`, or None.
+        weight: of each row, `(n,)`, or None.
         epoch: of training: what is drawn for a row may depend on it, and on nothing else that changes.
     """
 
     epoch = 0
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(
+        self,
+        rows: Tensor,
+        numbers: Tensor | None = None,
+        context: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        self.rows, self.context, self.weight = rows, context, weight
+        self.numbers = torch.arange(len(rows), device="cpu") if numbers is None else numbers
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def taken(self, numbers: Tensor) -> "Rows":
+        """Some of the rows, by their places."""
+        context, weight = (None if it is None else it[numbers] for it in (self.context, self.weight))
+        return Rows(self.rows[numbers], self.numbers[numbers], context, weight)
+
     def __getitem__(self, index: int) -> Batch:
-        """One row."""
-        return self.rows[index]
+        """One row, or `(row, context)`, or all `Parts` of one that has a weight."""
+        return self._batch(index)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A batch of rows, `(k, *event)`."""
-        return self.rows[indices]
+        """A batch of rows, `(k, *event)`, or pairs of these and their contexts, or all `Parts` where they have weights."""
+        return self._batch(indices)
 
-
-class ConditionalRows(Rows):
-    """The rows of a tensor, each with a context: batches are pairs of `(k, *event)` and `(k, ...)`.
-
-    Attributes:
-        context: of each row.
-    """
-
-    def __init__(self, rows: Tensor, context: Tensor) -> None:
-        super().__init__(rows)
-        self.context = context
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One row and its context."""
-        return self.rows[index], self.context[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A batch of rows and their contexts."""
-        return self.rows[indices], self.context[indices]
-
-
-def split_context(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The data of a batch, and their context, None where there is none."""
-    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+    def _batch(self, which: Any) -> Batch:
+        x, context = self.rows[which], None if self.context is None else self.context[which]
+        if self.weight is not None:
+            return Parts(x, context, self.weight[which])
+        return x if context is None else (x, context)
 
 
 class TensorDataModule(L.LightningDataModule):
@@ -184,11 +171,11 @@ class TensorDataModule(L.LightningDataModule):
             collate_fn=_as_it_is,
         )
 
-    def state_dict(self) -> dict[str, int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to take the rows in the same order."""
         return {"order_seed": self._order_seed}
 
-    def load_state_dict(self, state_dict: dict[str, int | None]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the order of an earlier run."""
         self._order_seed = state_dict["order_seed"]
 
@@ -205,6 +192,10 @@ class TensorDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """All test rows, in order."""
+        return self._evaluation_loader(self.test)
+
+    def predict_dataloader(self) -> DataLoader:
+        """All test rows, in order, for `trainer.predict`; other rows are predicted by a loader of their own."""
         return self._evaluation_loader(self.test)
 
     def _evaluation_loader(self, dataset: Rows) -> DataLoader:
@@ -224,29 +215,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def split_rows(rows: Tensor, val_fraction: float, test_fraction: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows divided at random, by seed, into training, validation and test.
-
-    Raises:
-        DataError: fractions out of range, or a split without rows.
-    """
-    if not (0 < val_fraction < 1 and 0 < test_fraction < 1 and val_fraction + test_fraction < 1):
-        raise DataError(
-            f"val_fraction and test_fraction must be positive and leave something to train on, but are {val_fraction} "
-            f"and {test_fraction}"
-        )
-    order = torch.randperm(len(rows), generator=Generator().manual_seed(seed), device="cpu")
-    val, test = int(len(rows) * val_fraction), int(len(rows) * test_fraction)
-    sizes = [len(rows) - val - test, val, test]
-    if min(sizes[1:]) < 2 or sizes[0] < 2:
-        raise DataError(
-            f"{len(rows)} rows are too few to split into training, validation and test ({sizes[0]}, {val} and {test} "
-            "rows, where each needs 2); give more data, or larger fractions"
-        )
-    train, val_rows, test_rows = rows[order].split(sizes)
-    return train, val_rows, test_rows
-
-
 def check_finite(rows: Tensor, names: Sequence[str] | None = None) -> None:
     """Refuse rows with NaN or infinite entries, naming them.
 
@@ -257,8 +225,15 @@ def check_finite(rows: Tensor, names: Sequence[str] | None = None) -> None:
     if bad.any():
         where = bad.any(dim=1).nonzero().flatten().tolist()
         columns = [] if names is None else [names[i] for i in bad.any(dim=0).nonzero().flatten().tolist()]
+        missing = " Missing values are NaN here." if rows.isnan().any() else ""
         raise DataError(
             f"{len(where)} of {len(rows)} rows are not finite: row {', '.join(map(str, where[:10]))}"
             f"{', ...' if len(where) > 10 else ''} (counted from 0)"
-            f"{f', column {chr(44).join(columns)}' if columns else ''}; drop them or fill them in"
+            f"{f', column {chr(44).join(columns)}' if columns else ''}.{missing} Drop them or fill them in"
+            f"{', or leave the column out, by data.columns=[...]' if columns else ''}"
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first ten of these, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
-
-if TYPE_CHECKING:
-    from divflow.data.module import Rows
 
 __all__ = ["ShuffledRows", "combined_seed"]
 
@@ -29,7 +26,7 @@ class ShuffledRows(DistributedSampler):
         position: the epoch, and how many of its batches have been taken.
     """
 
-    dataset: "Rows"
+    dataset: Any  # whose rows may depend on its `epoch`, as those of `Rows`
 
     def __init__(
         self,

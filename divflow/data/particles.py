@@ -10,7 +10,7 @@ from divflow.data.cache import StaleError, cache_folder, cached
 from divflow.data.module import DataError, Rows, TensorDataModule
 from divflow.energies import DoubleWell, EnergyError, PairEnergy, Tempering, quartet
 from divflow.energies.pairs import check_energy
-from divflow.transforms import MeanFreeScale
+from divflow.flow.transforms import MeanFreeScale
 
 __all__ = ["Particles"]
 

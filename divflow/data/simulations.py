@@ -1,4 +1,4 @@
-"""Parameters and what simulators make of them, for posteriors p(parameters | observation) by conditional flows."""
+"""The simulators that the literature compares posteriors by."""
 
 import importlib.util
 import math
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from divflow.data.module import ConditionalRows, DataError, TensorDataModule
-from divflow.transforms import Affine
+from divflow.data.module import DataError
+from divflow.data.simulator import Simulator
 
 __all__ = ["Simulations", "slcp", "two_moons"]
 
@@ -27,14 +27,11 @@ class _Simulator(NamedTuple):
     simulate: Callable[[Tensor, Generator | None], Tensor]
 
 
-class Simulations(TensorDataModule):
-    """Parameters of a simulator, each with a simulation as its context; the flow's density is the posterior.
+class Simulations(Simulator):
+    """A `Simulator` by name; the flow's density is the posterior of its parameters.
 
-    A conditional flow that maximizes the likelihood of parameters given simulations, or matches them, estimates the posterior for
-    every observation at once (neural posterior estimation, Papamakarios and Murray 2016). Simulators and priors are those
-    of Lueckmann et al. 2021 (arXiv:2101.04653, tasks T.3 and T.8), whose package sbibm ships ten observations of each with samples of
-    their posteriors (`observation`, `reference`). Parameters and simulations are in their own units, and standardized by `transform`
-    and `context_transform`, which are fitted on the training rows and saved with the density.
+    Simulators and priors are those of Lueckmann et al. 2021 (arXiv:2101.04653, tasks T.3 and T.8), whose package sbibm ships ten
+    observations of each with samples of their posteriors (`observation`, `reference`).
 
     Args:
         name: "two_moons" or "slcp".
@@ -66,26 +63,14 @@ class Simulations(TensorDataModule):
         eval_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, seed)
         if name not in _SIMULATORS:
-            raise DataError(f"there is no simulator {name!r}; data.name must be one of {', '.join(_SIMULATORS)}")
-        if num_simulations < 20 or num_test < 2:
             raise DataError(
-                f"num_simulations must be at least 20 and num_test at least 2, but they are {num_simulations} and {num_test}"
+                f"there is no simulator {name!r}; data.name must be one of {', '.join(_SIMULATORS)}, and one of your own is data=simulator"
             )
         self.simulator = name
         size, bound, simulate = _SIMULATORS[name]
-        generator = Generator().manual_seed(seed)
-        parameters = (2 * torch.rand(num_simulations + num_test, size, generator=generator, device="cpu") - 1) * bound
-        simulations = simulate(parameters, generator)
-        sizes = [num_simulations - num_simulations // 10, num_simulations // 10, num_test]
-        train, seen = parameters[: sizes[0]], simulations[: sizes[0]]
-        self.transform = Affine(train.mean(dim=0), train.std(dim=0))
-        self.context_transform = Affine(seen.mean(dim=0), seen.std(dim=0))
-        splits = zip(parameters.split(sizes), simulations.split(sizes), strict=True)
-        self.train, self.val, self.test = (ConditionalRows(*split) for split in splits)
-        self.event_shape, self.context_features = (size,), simulations.shape[1]
-        self.columns = [f"parameter_{i + 1}" for i in range(size)]
+        prior = [(-bound, bound)] * size
+        super().__init__(simulate, prior, num_simulations, num_test, batch_size, eval_batch_size, seed)
 
     def observation(self, number: int) -> Tensor:
         """One of sbibm's observations, 1 to 10, a context: `(context_features,)`.

@@ -5,6 +5,8 @@
 Needs torch alone: import it into any training code of your own.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from divflow.divergence.autograd import Autograd
@@ -12,12 +14,14 @@ from divflow.divergence.check import check_field
 from divflow.divergence.control_variate import ControlVariate
 from divflow.divergence.estimator import Estimate, Estimator, ValueAndDivergence
 from divflow.divergence.exact import Exact
-from divflow.divergence.field import Field, FieldError
+from divflow.divergence.exact.conditioned import given
+from divflow.divergence.exact.layered.contract import shared_products
 from divflow.divergence.hutchinson import Hutchinson
-from divflow.divergence.layered.contract import shared_products
-from divflow.divergence.plan import Plan
 from divflow.divergence.sketched import HutchPlusPlus, XTrace
-from divflow.errors import FieldWarning
+from divflow.errors import FieldError, FieldWarning
+from divflow.operators.context import Context
+from divflow.operators.field import Field
+from divflow.operators.plan import Plan
 from divflow.verification import severed_fields
 
 __all__ = [
@@ -44,18 +48,27 @@ _EXACT = Exact()
 
 
 def value_and_divergence(
-    g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT, *, detached: bool = False
+    g: Callable[..., Tensor],
+    t: Tensor | float,
+    x: Tensor,
+    estimator: Estimator = _EXACT,
+    *,
+    detached: bool = False,
+    context: Context | None = None,
 ) -> ValueAndDivergence:
     """The value g(t, x) and its divergence, from one evaluation of the field.
 
     Args:
-        g: the field; called as `g(t, x)`, returns a tensor of x's shape, dtype and device, and treats
-            the samples of a batch independently (`check_field` tells).
+        g: the field; called as `g(t, x)`, or `g(t, x, context)` where there is a context, returns a tensor of x's shape, dtype
+            and device, and treats the samples of a batch independently (`check_field` tells).
         t: time, a scalar or one a sample `(k,)`.
         x: states `(k, *event)`, of a floating dtype; an event is a vector, an image, any tensor.
         estimator: `Exact()`, `Autograd()`, `Hutchinson()` or one of your own.
         detached: whether the field means what it hides from autograd (`detach`, `no_grad`, numpy), which gets a warning
             otherwise, since the divergence leaves it out.
+        context: conditions that change from call to call, a tensor or any tree of tensors (dict, tuple, list) of any dtype; g
+            gets a copy. What was planned for g serves for other numbers in it, where a closure over them, `lambda t, x: net(t,
+            x, c)`, is planned anew with each c. It may require grad, and need not be of one row a sample.
 
     Returns:
         `ValueAndDivergence(value, divergence)` of shapes `(k, *event)` and `(k,)`. The divergence has
@@ -77,14 +90,21 @@ def value_and_divergence(
         >>> value_and_divergence(lambda t, x: t * x**2, 0.5, x).divergence
         tensor([3., 7.])
     """
+    field = given(g, context, x)
     if not detached:
-        return estimator(g, t, x)
+        return estimator(field, t, x)
     with severed_fields("allow"):
-        return estimator(g, t, x)
+        return estimator(field, t, x)
 
 
 def divergence(
-    g: Field, t: Tensor | float, x: Tensor, estimator: Estimator = _EXACT, *, detached: bool = False
+    g: Callable[..., Tensor],
+    t: Tensor | float,
+    x: Tensor,
+    estimator: Estimator = _EXACT,
+    *,
+    detached: bool = False,
+    context: Context | None = None,
 ) -> Tensor:
     """The divergence of g at (t, x), shape `(k,)`: the second half of `value_and_divergence`.
 
@@ -93,5 +113,8 @@ def divergence(
         >>> images = torch.ones(2, 3, 4, 4)
         >>> divergence(lambda t, x: x**3, 0.0, images)
         tensor([144., 144.])
+        >>> labels = torch.tensor([0, 1])
+        >>> divergence(lambda t, x, c: (1 + c["label"])[:, None] * x, 0.0, torch.ones(2, 3), context={"label": labels})
+        tensor([3., 6.])
     """
-    return value_and_divergence(g, t, x, estimator, detached=detached).divergence
+    return value_and_divergence(g, t, x, estimator, detached=detached, context=context).divergence

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from divflow.divergence.estimator import Estimate, Estimator, accumulation_dtype
-from divflow.divergence.field import Field, event_size, flatten_event, linearize_field
+from divflow.divergence.estimator import Estimate, Estimator
+from divflow.operators.field import Field, accumulation_dtype, event_size, flatten_event
+from divflow.operators.linearization import linearize_field
+from divflow.operators.progress import tell
 
 __all__ = ["Autograd"]
 
@@ -30,4 +32,5 @@ class Autograd(Estimator):
             basis[:, i] = 1
             row = field.pullback(basis.view(1, *x.shape))
             divergence = divergence + flatten_event(row, 2)[0, :, i]
+            tell("products", i + 1, event_size(x))
         return Estimate(field.value, divergence, torch.zeros_like(divergence, requires_grad=False))

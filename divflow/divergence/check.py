@@ -1,35 +1,41 @@
 """Is a function a field? Samples are independent, a state is not carried on, and autograd sees all that it does to x."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from divflow.divergence.compiled import eagerly
 from divflow.divergence.estimator import Estimator
-from divflow.divergence.field import AtTime, Field, as_time, checked_state, checked_value, linearize_field
+from divflow.divergence.exact.conditioned import given
 from divflow.divergence.hutchinson import Hutchinson
-from divflow.divergence.transformed import refuse_transforms
 from divflow.errors import FieldError, FieldWarning
+from divflow.operators.compiled import eagerly
+from divflow.operators.context import Context
+from divflow.operators.differentiating import differentiates, evaluated, note_differentiates
+from divflow.operators.field import AtTime, Field, as_time, checked_state, checked_value
+from divflow.operators.linearization import linearize_field
+from divflow.operators.transformed import refuse_transforms
 from divflow.verification.copies import CopyError, copied
 from divflow.verification.gradients import check_gradient
 from divflow.verification.schedule import answer, record_of, severed_fields
 from divflow.verification.seeded import seeded
 
-__all__ = ["accepts_sample_times", "check_field", "fresh_copy"]
+__all__ = ["accepts_sample_times", "check_field", "check_sample_times", "fresh_copy"]
 
 
 @eagerly
 @torch.no_grad()
 def check_field(
-    g: Field,
+    g: Callable[..., Tensor],
     t: Tensor | float,
     x: Tensor,
     *,
     detached: bool = False,
     gradient: bool = False,
     estimator: Estimator | None = None,
+    context: Context | None = None,
 ) -> None:
     """Refuse a field that mixes the samples of a batch, remembers others, or hides a derivative; or is no field at all.
 
@@ -53,6 +59,7 @@ def check_field(
             right (see `divflow.verification.gradients`).
         estimator: of that divergence. Of a stochastic one the gradient need not be that of the estimate, so one
             probe of `Hutchinson` is taken in its place, and where there is none.
+        context: what g is called with beside t and x, `g(t, x, context)`, as in `divergence`.
 
     Raises:
         FieldError: one of these (the message names the module or the line where it can be known), or shape, dtype or
@@ -60,14 +67,16 @@ def check_field(
     """
     refuse_transforms("check_field", "call it once beforehand")
     x = checked_state(x)
-    t = as_time(t, x)
+    t, g = as_time(t, x), given(g, context, x)
     if x.numel() == 0:
-        checked_value(g(t, x.clone()), x)
+        checked_value(evaluated(g, t, x.clone()), x)
         return
-    given = t, x
+    alone = g, t, x
     if len(x) == 1:
         x = x.expand(2, *x.shape[1:])
         t = t if t.ndim == 0 else t.expand(2)
+        of_rows = getattr(g, "divflow_rows", None)
+        g = g if of_rows is None else of_rows([0, 0])
     _check_samples(g, t, x)
     with severed_fields("allow" if detached or answer() == "allow" else "refuse"):
         field, _ = fresh_copy(g)
@@ -75,7 +84,7 @@ def check_field(
         linearize_field(field, t, x)
         if gradient:
             estimated = estimator is None or estimator.stochastic or estimator.frozen
-            check_gradient(g, *given, Hutchinson() if estimator is None or estimated else estimator)
+            check_gradient(*alone, Hutchinson() if estimator is None or estimated else estimator)
 
 
 def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:
@@ -86,6 +95,11 @@ def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:
     changed[1::2] += steps * (1 + x.abs().max())
     field, fresh = fresh_copy(g)
     before = _same_randomness(field, t, x)
+    if differentiates(field) and not differentiates(g):
+        # Found by an evaluation that was refused, and drew random numbers: begin anew, with copies that know.
+        note_differentiates(g)
+        _check_samples(g, t, x)
+        return
     again = _same_randomness(field, t, x)
     other, fresh_too = fresh_copy(g)
     after = _same_randomness(other, t, changed)
@@ -136,9 +150,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def fresh_copy(g: Any) -> tuple[Any, bool]:
     """A copy in the state that g is in, its all-zero parameters perturbed, and whether it is one: else it is g itself."""
     try:
-        return copied(g).field, True
+        field = copied(g).field
     except CopyError:
         return g, False
+    if differentiates(g):
+        note_differentiates(field)
+    return field, True
 
 
 @torch.no_grad()
@@ -167,11 +184,31 @@ def accepts_sample_times(g: Field, start: float, stop: float, x: Tensor) -> bool
     return True
 
 
+def check_sample_times(g: Field, start: float, stop: float, x: Tensor, who: str) -> None:
+    """Refuse a field that `accepts_sample_times` says takes none.
+
+    Args:
+        g: the field.
+        start: the first time that it will be given.
+        stop: the last one.
+        x: states such as it will be given, one at least; two, or it can't be told.
+        who: who draws the times of what, for the message, such as `flow matching draws ..., but the velocity`.
+
+    Raises:
+        FieldError: naming the shape of the times and the remedy.
+    """
+    if not accepts_sample_times(g, start, stop, x):
+        raise FieldError(
+            f"{who} takes scalar times only, or not every time in its row: with t of shape ({len(x)},) it fails, or differs from "
+            "its values at these times one by one. Bring t to the columns of x in it: t.reshape(-1, 1).expand(len(x), 1)"
+        )
+
+
 def _same_randomness(field: Field, t: Tensor, x: Tensor) -> Tensor:
     devices = [x.device] if x.is_cuda else []
     # Without autocast, whose rounding would hide small differences, or look like some.
     with seeded(0, devices), torch.autocast(x.device.type, enabled=False):
-        return checked_value(field(t.clone(), x.clone()), x).detach()
+        return checked_value(evaluated(field, t.clone(), x.clone()), x).detach()
 
 
 def _name(g: Field) -> str:

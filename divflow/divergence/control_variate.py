@@ -6,19 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
-from divflow.arguments import check_count
 from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes
 from divflow.divergence.exact import Exact
-from divflow.divergence.field import (
-    Field,
-    FieldError,
-    Linearization,
-    as_time,
-    checked_state,
-    event_size,
-    linearize_field,
-)
+from divflow.divergence.exact.conditioned import Conditioned
 from divflow.divergence.mean_jacobian import Matrices, MeanJacobianCurve, of_batch, of_states
+from divflow.errors import FieldError, check_count
+from divflow.operators.field import Field, as_time, checked_state, event_size
+from divflow.operators.linearization import Linearization, linearize_field
 from divflow.verification.kept import Plans
 from divflow.verification.state import state_of
 
@@ -93,7 +87,7 @@ class ControlVariate(Estimator):
                 f"a control variate is for a stochastic estimator, such as Hutchinson(), but got {self.estimator!r}"
             )
         if isinstance(self.references, Tensor):
-            if checked_state(self.references).numel() == 0:
+            if len(checked_state(self.references)) == 0:
                 raise FieldError(
                     f"references must hold one sample at least, but have shape {tuple(self.references.shape)}"
                 )
@@ -120,17 +114,17 @@ class ControlVariate(Estimator):
 
     def prepare(self, g: Field, x: Tensor, trajectories: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Estimator:
         """With the mean Jacobian of given references along a flow, which is kept until the field's parameters change."""
-        if not isinstance(self.references, Tensor):
+        if not isinstance(self.references, Tensor) or event_size(x) == 0:
             return self
         self._check(x)
-        circumstances = self, x.dtype, x.device, _version(g)
-        curve = _CURVES.get(g, *circumstances)
+        conditions = self, x.dtype, x.device, _version(g)
+        curve = _CURVES.get(g, *conditions)
         if curve is None:
             with torch.no_grad():
                 times, states = trajectories(self.references.detach().to(x))
                 matrices = [of_states(g, t, part, self._rank_for(x)) for t, part in zip(times, states, strict=True)]
                 curve = MeanJacobianCurve.through(times, matrices)
-            _CURVES.keep(curve, g, *circumstances)
+            _CURVES.keep(curve, g, *conditions)
         return replace(self, references=curve)
 
     def _rank_for(self, x: Tensor) -> int | None:
@@ -166,7 +160,9 @@ class _Controlled(Estimator):
         t = as_time(t, x)
         drawn = self.estimator if self.estimator.frozen else self.estimator.freeze(x, generator)
         references = self.references
-        if isinstance(references, int) and len(x) <= (references * self.times if self.rank is None else 0):
+        if event_size(x) == 0 or (
+            isinstance(references, int) and len(x) <= (references * self.times if self.rank is None else 0)
+        ):
             return Exact().estimate(g, t, x)
         if not isinstance(drawn, FrozenProbes):
             return drawn.estimate(g, t, x)  # exact, since it has more products than there are dimensions
@@ -183,6 +179,11 @@ class _Controlled(Estimator):
         if isinstance(self.references, int):
             return of_batch(field, x, self.times, self.references, self.rank)
         if isinstance(self.references, Tensor):
+            if isinstance(g, Conditioned) and g.context is not None:
+                raise FieldError(
+                    "reference samples of a field with a context would need contexts of their own; take references from the batch, such as "
+                    "ControlVariate(Hutchinson(), references=16)"
+                )
             return of_states(g, t.detach().mean(), self.references.detach().to(x), self.rank)
         # One time for each part of the batch: any other C than that of a sample's own time is as unbiased.
         return self.references.at(t.reshape(-1)[:: max(1, t.numel() // self.times)])

@@ -1,6 +1,8 @@
 """The protocol that every way to a divergence follows, exact or estimated."""
 
+import functools
 import types
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -8,11 +10,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from divflow.divergence.compiled import eagerly
-from divflow.divergence.field import Field, linearize_field
-from divflow.divergence.transformed import transformable
+from divflow.errors import FieldError
+from divflow.operators.compiled import eagerly
+from divflow.operators.field import Field
+from divflow.operators.linearization import linearize_field
+from divflow.operators.transformed import transformable, transformed
 
-__all__ = ["Estimate", "Estimator", "FrozenProbes", "Products", "ValueAndDivergence", "accumulation_dtype"]
+__all__ = ["Estimate", "Estimator", "FrozenProbes", "Products", "ValueAndDivergence"]
 
 
 class ValueAndDivergence(NamedTuple):
@@ -46,7 +50,10 @@ class Estimator(ABC):
 
     Write your own by implementing `estimate`; everything in divflow then accepts it. A stochastic one
     draws from `generator` (torch's default one if None), keeps no state between calls, and implements
-    `freeze`.
+    `freeze`. At its first call one that says it is not random is asked twice about a field of our own.
+
+    Raises:
+        FieldError: by a call, a result of another shape than `Estimate` says, or an estimator that is random and says it is not.
     """
 
     stochastic: bool = False
@@ -68,7 +75,7 @@ class Estimator(ABC):
         super().__init_subclass__(**options)
         for name in ("estimate", "freeze"):
             if isinstance(method := vars(cls).get(name), types.FunctionType):
-                setattr(cls, name, eagerly(transformable(method)))
+                setattr(cls, name, eagerly(transformable(_checked(method) if name == "estimate" else method)))
 
     def __call__(
         self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None
@@ -115,6 +122,84 @@ class Estimator(ABC):
         return self
 
 
+Method = Callable[..., Estimate]
+
+# Samples of that field: in two dimensions half of all probes have the same product with it.
+_ROWS = 16
+# Classes that say that they are not random, and were found not to be.
+_DETERMINISTIC: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _checked(estimate: Method) -> Method:
+    """An estimator's `estimate`, whose results have the shapes that all else relies on, and which is as random as it says."""
+
+    @functools.wraps(estimate)
+    def call(self: Estimator, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
+        if not (self.estimates or type(self) in _DETERMINISTIC or type(self).__module__.startswith("divflow.")):
+            _check_deterministic(self, estimate, x)
+        found = estimate(self, g, t, x, generator)
+        _check_shapes(self, found, x)
+        return found
+
+    return call
+
+
+def _check_shapes(estimator: Estimator, found: Estimate, x: Tensor) -> None:
+    name, rows = type(estimator).__name__, tuple(x.shape[:1])
+    if not isinstance(found, Estimate):
+        raise FieldError(
+            f"{name}.estimate must return an Estimate(value, divergence, standard_error), but returned a {type(found).__name__}"
+        )
+    shapes = {
+        "value": tuple(x.shape),
+        "divergence": rows,
+        "standard_error": rows,
+        "samples": rows,
+        "products": tuple(x.shape),
+    }
+    for part, shape in shapes.items():
+        given = getattr(found, part)
+        leading = 1 if part in ("samples", "products") else 0  # of several
+        if given is None and part not in ("value", "divergence"):
+            continue
+        if not isinstance(given, Tensor) or tuple(given.shape[leading:]) != shape or given.ndim != leading + len(shape):
+            what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            expected = f"(m, {', '.join(map(str, shape))})" if leading else str(shape)
+            raise FieldError(
+                f"{name}.estimate returned a {part} of {what} for x of shape {tuple(x.shape)}; it must be of shape {expected}"
+            )
+
+
+def _check_deterministic(estimator: Estimator, estimate: Method, x: Tensor) -> None:
+    """Refuse an estimator that says it is not random, and of whose two estimates of one trace the second is another.
+
+    It is asked about a field whose Jacobian is no diagonal matrix, for which products with random vectors differ.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or x.numel() == 0 or transformed():
+        return
+    zeros = x.detach().new_zeros(_ROWS, *x.shape[1:])
+    try:
+        with torch.inference_mode(False):
+            first, second = (estimate(estimator, _shear, 0.0, zeros.clone()).divergence for _ in range(2))
+        # Up to sums in another order, as some devices take them.
+        same = torch.allclose(first, second, rtol=torch.finfo(first.dtype).eps ** 0.5)
+    except Exception:  # it is for fields of another kind, or what it returns is no estimate
+        same = True
+    if same:
+        _DETERMINISTIC.add(type(estimator))
+    else:
+        name, row = type(estimator).__name__, int((first - second).abs().argmax())
+        raise FieldError(
+            f"{name} estimated two divergences of one field, {first[row].item():.6g} and then {second[row].item():.6g}, but says that it is not "
+            f"random; set stochastic = True in {name}, and write its freeze(x, generator), which draws the random vectors once"
+        )
+
+
+def _shear(t: Tensor, x: Tensor) -> Tensor:
+    flat = x.flatten(1)
+    return (flat + 2 * flat.roll(1, dims=1)).view_as(x)
+
+
 class Products(Protocol):
     """A field at a point: its value, and vector-Jacobian products there (`Linearization`)."""
 
@@ -141,8 +226,3 @@ class FrozenProbes(Estimator):
     @abstractmethod
     def from_products(self, field: Products, x: Tensor) -> Estimate:
         """The estimate of the trace of that Jacobian at x."""
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a divergence is summed and returned in: x's, but float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from divflow.arguments import check_count
-from divflow.divergence.dense import products_per_pass
-from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes, Products, accumulation_dtype
-from divflow.divergence.field import Field, FieldError, checked_state, flatten_event
+from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes, Products
 from divflow.divergence.probes import DISTRIBUTIONS, draw_orthogonal_probes, draw_probes
+from divflow.errors import FieldError, check_count
+from divflow.operators.dense import products_per_pass
+from divflow.operators.field import Field, accumulation_dtype, checked_state, flatten_event
 
 __all__ = ["FixedProbes", "Hutchinson", "standard_error_of_mean"]
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from divflow.divergence.dense import products_per_pass
-from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import Field, Linearization, event_size, flatten_event, linearize_field
+from divflow.operators.dense import products_per_pass
+from divflow.operators.field import Field, accumulation_dtype, event_size, flatten_event
+from divflow.operators.linearization import Linearization, linearize_field
 
 __all__ = ["Matrices", "MeanJacobianCurve", "of_batch", "of_states"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from divflow.arguments import check_generator
-from divflow.divergence.field import event_size
+from divflow.errors import check_generator
+from divflow.operators.field import event_size
 
 __all__ = ["DISTRIBUTIONS", "draw_orthogonal_probes", "draw_probes"]
 

@@ -17,19 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from divflow.divergence.dense import products_per_pass
-from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes, Products, accumulation_dtype
+from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes, Products
 from divflow.divergence.exact import Exact
-from divflow.divergence.field import (
-    Field,
-    FieldError,
-    checked_state,
-    event_size,
-    flatten_event,
-)
 from divflow.divergence.hutchinson import standard_error_of_mean
 from divflow.divergence.left_out import Terms, covariance
 from divflow.divergence.probes import draw_probes
+from divflow.errors import FieldError
+from divflow.operators.dense import products_per_pass
+from divflow.operators.field import Field, accumulation_dtype, checked_state, event_size, flatten_event
 
 __all__ = ["HutchPlusPlus", "XTrace"]
 

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divflow.arguments import check_count, check_numbers, check_positive
-from divflow.errors import DivflowError
+from divflow.errors import DivflowError, check_count, check_numbers, check_positive
 
 __all__ = ["DoubleWell", "EnergyError", "LennardJones", "PairEnergy", "check_energy"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from divflow.arguments import check_count, check_positive
 from divflow.energies.pairs import EnergyError, PairEnergy, check_energy
+from divflow.errors import check_count, check_positive
 
 __all__ = ["Quartet", "quartet"]
 

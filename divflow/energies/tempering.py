@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from divflow.arguments import check_count, check_generator, check_positive
+from divflow.distributions.noise import normal_like, uniform_like
 from divflow.energies.bennett import log_ratios
 from divflow.energies.pairs import EnergyError, PairEnergy, check_energy
-from divflow.score.noise import normal_like, uniform_like
+from divflow.errors import check_count, check_generator, check_positive
 
 __all__ = ["Tempered", "Tempering"]
 

@@ -4,7 +4,7 @@ log |det dx(t_end) / dx(t_start)| = integral from t_start to t_end of (div v)(t,
 """
 
 from divflow.likelihood.augmented import Augmented
-from divflow.likelihood.conditioned import ConditionedField, check_context
+from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.penalties import PENALTIES
 from divflow.likelihood.quadrature import Quadrature
 from divflow.likelihood.transport import Finer, Likelihood, Transport
@@ -17,5 +17,4 @@ __all__ = [
     "Likelihood",
     "Quadrature",
     "Transport",
-    "check_context",
 ]

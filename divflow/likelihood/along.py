@@ -7,13 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from divflow.dense_output import Steps
 from divflow.divergence import Estimator
-from divflow.divergence.field import flatten_event
+from divflow.errors import DivflowError, FieldError
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.penalties import PENALTIES
+from divflow.operators.field import flatten_event
+from divflow.operators.progress import tell
 from divflow.solver import Evaluations, Solver
-from divflow.step_control import COARSELY_INTERPOLATED, StepTimes, as_times, steps_for_one
+from divflow.solver.dense_output import Steps
+from divflow.solver.step_control import COARSELY_INTERPOLATED, StepTimes, as_times, steps_for_one
 
 __all__ = ["Along", "AtNodes"]
 
@@ -148,6 +150,7 @@ class Along:
             chosen = slice(done, done + bundle)
             parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties))
             done += bundle
+            tell("nodes", done, count)
         return AtNodes.cat(parts)
 
     def _times(self, nodes: Tensor) -> Tensor:
@@ -187,7 +190,12 @@ class Along:
         field, t, x = self.field, times[0], states[0]
         if count > 1:
             field, t, x = self.field.repeat(count), times.repeat_interleave(batch), states.flatten(0, 1)
-        estimate = estimator.estimate(field, t, x, generator)
+        try:
+            estimate = estimator.estimate(field, t, x, generator)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if count > 1 and not isinstance(error, DivflowError | torch.OutOfMemoryError):
+                self._explain(error, times[0], states)
+            raise
         integrands = [PENALTIES[name](estimate, field, t, x, generator) for name in penalties]
         if integrands and "jacobian_norm" in penalties and estimate.products is None:
             self.evaluations.divergence += count
@@ -199,6 +207,24 @@ class Along:
             flatten_event(estimate.value.detach()).T,
         )
         return AtNodes._make(None if column is None else column.unflatten(-1, (count, batch)) for column in columns)
+
+    @torch.no_grad()
+    def _explain(self, error: Exception, t: Tensor, states: Tensor) -> None:
+        """Say why a velocity fails for all nodes as one batch, if it does not for those of one.
+
+        Raises:
+            FieldError: naming both batches and the remedy.
+        """
+        count, batch = states.shape[:2]
+        try:
+            self.field(t.expand(batch), states[0].detach())
+        except Exception:
+            return
+        raise FieldError(
+            f"the velocity fails for the states of {count} nodes as one batch, {(count * batch, *states.shape[2:])}, but not for those of "
+            f"one, {tuple(states.shape[1:])}: it holds something of a row for each of {batch} samples, as a closure over a batch of "
+            "conditions does. Give that as the context, whose rows go with the states: flow.log_prob(x, context), velocity(t, x, context)"
+        ) from error
 
 
 class AtNodes(NamedTuple):

@@ -2,53 +2,49 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from divflow.captured import is_differentiated, substituted
-from divflow.divergence.field import FieldError, checked_value
-from divflow.divergence.own import OwnDivergence, own_divergence
+from divflow.divergence.exact.conditioned import Conditioned
+from divflow.divergence.exact.own import OwnDivergence, own_divergence
+from divflow.operators.context import Context, context_rows, mapped, named_tensors, repeated
+from divflow.solver.captured import is_differentiated, substituted
 
-__all__ = ["ConditionedField", "check_context"]
+__all__ = ["ConditionedField"]
 
 
-class ConditionedField(nn.Module):
+class ConditionedField(Conditioned):
     """The field `g(t, x) = velocity(t, x)`, or `velocity(t, x, context)` where there is a context, of which it gets a copy.
 
     Attributes:
-        velocity: a module or function.
-        context: `(k, ...)`, one row a sample, or None.
+        context: a tensor `(k, ...)`, or a tree of tensors, one row a sample, or None.
         sample_times: whether the velocity takes one time a sample, so that several times fit one batch.
     """
 
-    def __init__(self, velocity: Callable[..., Tensor], context: Tensor | None, sample_times: bool = False) -> None:
-        super().__init__()
-        self.velocity, self.context, self.sample_times = velocity, context, sample_times
+    def __init__(self, velocity: Callable[..., Tensor], context: Context | None, sample_times: bool = False) -> None:
+        super().__init__(velocity, context)
+        self.sample_times = sample_times
         self._solved: dict[str, Tensor] = {}
 
     @property
-    def divflow_identity(self) -> tuple[object, ...]:
-        """What this field is, for plans to be kept: not the context's numbers."""
-        return self.velocity, self.context is None
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The velocity at time t, `()` or `(k,)`, and state x, in x's dtype."""
-        context = substituted(self.context)
-        with self._as_solved():
-            value = self.velocity(t, x) if context is None else self.velocity(t, x, context.clone())
-        return checked_value(value, x)
+    def velocity(self) -> Callable[..., Tensor]:
+        """A module or function."""
+        return self.g
 
     @property
     def value_and_divergence(self) -> OwnDivergence | None:
         """The velocity's own divergence, if it has one: `value_and_divergence(t, x)`, or `(t, x, context)`."""
         own = own_divergence(self.velocity)
-        return own if own is None or (self.context is None and not is_differentiated()) else self._own
+        return (
+            own if own is None or (self.context is None and not is_differentiated()) else super().value_and_divergence
+        )
 
-    def _own(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        own, context = own_divergence(self.velocity), substituted(self.context)
-        assert own is not None
+    def call(self, function: Callable[..., Any], t: Tensor, x: Tensor) -> Any:
+        """A function of the velocity's, with the tensors of the solve."""
+        context = mapped(lambda leaf: substituted(leaf).clone(), self.context)
         with self._as_solved():
-            return own(t, x) if context is None else own(t, x, context.clone())
+            return function(t, x) if self.context is None else function(t, x, context)
 
     @property
     def finest_scale(self) -> Callable[[Tensor], Tensor] | None:
@@ -56,30 +52,25 @@ class ConditionedField(nn.Module):
         scale = getattr(self.velocity, "finest_scale", None)
         return scale if callable(scale) else None
 
-    def divflow_rows(self, rows: list[int]) -> "ConditionedField":
-        """The field for some samples of the batch."""
-        context = None if self.context is None else self.context[rows]
-        return ConditionedField(self.velocity, context, self.sample_times)
+    def _of_rows(self, rows: list[int]) -> "ConditionedField":
+        return ConditionedField(self.velocity, context_rows(self.context, rows), self.sample_times)
 
     def repeat(self, times: int) -> "ConditionedField":
         """The field for `times` copies of the batch, one after another."""
         if self.context is None or times == 1:
             return self
-        context = self.context.repeat(times, *[1] * (self.context.ndim - 1))
-        return ConditionedField(self.velocity, context, self.sample_times)
+        return ConditionedField(self.velocity, repeated(self.context, times), self.sample_times)
 
     def differentiable_tensors(self) -> list[Tensor]:
-        """What an adjoint differentiates in: the parameters, and a context that requires grad.
+        """What an adjoint differentiates in: the parameters, and the tensors of the context that require grad.
 
         It evaluates the velocity with the tensors that are a module's now, which `torch.func.functional_call` takes away
         before the adjoint is solved.
         """
-        tensors: list[Tensor] = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if self.context is not None and self.context.requires_grad:
-            tensors.append(self.context)
+        tensors = [*self.parameters(), *(leaf for _, leaf in named_tensors(self.context))]
         if isinstance(self.velocity, nn.Module):
             self._solved = _tensors_of(self.velocity)
-        return tensors
+        return list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
 
     @contextlib.contextmanager
     def _as_solved(self) -> Iterator[None]:
@@ -107,18 +98,3 @@ def _put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         place, _, key = name.rpartition(".")
         owner = module.get_submodule(place)
         (owner._parameters if key in owner._parameters else owner._buffers)[key] = tensor  # type: ignore[assignment]
-
-
-def check_context(context: Tensor | None, x: Tensor) -> None:
-    """Refuse a context that is no tensor of one row a sample.
-
-    Raises:
-        FieldError: naming its shape.
-    """
-    if context is not None and not isinstance(context, Tensor):
-        raise FieldError(f"the context must be a tensor of one row a sample, but is a {type(context).__name__}")
-    if context is not None and (context.ndim == 0 or len(context) != len(x)):
-        raise FieldError(
-            f"the context needs one row a sample, ({len(x)}, ...), but has shape {tuple(context.shape)}; "
-            f"repeat a single one by context.expand({len(x)}, ...)"
-        )

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from torch import Generator, Tensor
 
 from divflow.divergence import Estimate, Field, Hutchinson
-from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import flatten_event
+from divflow.operators.field import accumulation_dtype, flatten_event
 
 __all__ = ["PENALTIES"]
 

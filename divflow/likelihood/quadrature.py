@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from divflow.arguments import check_count, check_positive
 from divflow.divergence import Estimator
 from divflow.divergence.hutchinson import standard_error_of_mean
+from divflow.errors import check_count, check_positive
 from divflow.likelihood.along import Along, AtNodes
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.gauss_kronrod import gauss_kronrod

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divflow.divergence.field import flatten_event
 from divflow.likelihood.along import Along, AtNodes
 from divflow.likelihood.pieces import Rule
+from divflow.operators.field import flatten_event
 
 __all__ = ["unseen", "weighted_sum"]
 

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from divflow.arguments import check_count
-from divflow.divergence.estimator import accumulation_dtype
+from divflow.errors import check_count
 from divflow.matching.coupling import Coupling
 from divflow.matching.times import MatchingError
+from divflow.operators.context import Context
+from divflow.operators.field import accumulation_dtype
 
 __all__ = ["EquivariantCoupling"]
 
@@ -47,7 +48,7 @@ class EquivariantCoupling(Coupling):
     def __post_init__(self) -> None:
         check_count("turns", self.turns)
 
-    def __call__(self, noise: Tensor, data: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, noise: Tensor, data: Tensor, context: Context | None = None) -> Tensor:
         """See `Coupling`; each row stays with its datum, whatever the context."""
         if data.ndim != 3 or (self.types is not None and len(self.types) != data.shape[1]):
             raise MatchingError(

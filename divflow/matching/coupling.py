@@ -1,17 +1,17 @@
 """Which noise is joined to which datum."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from divflow.arguments import check_count
-from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import flatten_event
+from divflow.errors import check_count
 from divflow.matching.times import MatchingError
+from divflow.operators.context import Context, named_tensors
+from divflow.operators.field import accumulation_dtype, flatten_event
 
 __all__ = ["Coupling", "IndependentCoupling", "OptimalTransportCoupling"]
 
@@ -23,13 +23,13 @@ class Coupling(ABC):
     """
 
     @abstractmethod
-    def __call__(self, noise: Tensor, data: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, noise: Tensor, data: Tensor, context: Context | None = None) -> Tensor:
         """The rows of the noise in the order of their data, `(k, *event)`.
 
         Args:
             noise: independent draws, `(k, *event)`.
             data: `(k, *event)`.
-            context: one row a sample, `(k, ...)`, or None.
+            context: a tensor or a tree of tensors, one row a sample, `(k, ...)`, or None.
         """
 
 
@@ -37,7 +37,7 @@ class Coupling(ABC):
 class IndependentCoupling(Coupling):
     """Noise as it was drawn, whatever the datum (Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2023, arXiv:2209.03003)."""
 
-    def __call__(self, noise: Tensor, data: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, noise: Tensor, data: Tensor, context: Context | None = None) -> Tensor:
         """The noise itself."""
         return noise
 
@@ -74,19 +74,22 @@ class OptimalTransportCoupling(Coupling):
     def __post_init__(self) -> None:
         check_count("max_rows", self.max_rows)
 
-    def __call__(self, noise: Tensor, data: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, noise: Tensor, data: Tensor, context: Context | None = None) -> Tensor:
         """See `Coupling`."""
         paired, every = noise.clone(), torch.arange(len(data), device=data.device)
-        for alike in [every] if context is None else _alike(context):
+        leaves = [leaf for _, leaf in named_tensors(context) if leaf.numel()]
+        for alike in _alike(leaves) if leaves else [every]:
             for rows in alike.split(self.max_rows):
                 if len(rows) > 1:
                     paired[rows] = noise[rows[_nearest(noise[rows], data[rows])]]
         return paired
 
 
-def _alike(context: Tensor) -> Iterator[Tensor]:
-    """The numbers of the rows of each context that several have."""
-    _, number, sizes = flatten_event(context).unique(dim=0, return_inverse=True, return_counts=True)
+def _alike(leaves: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The numbers of the rows of each context that several have, the same in all of its tensors."""
+    # By tensor, since an integer and a float have no dtype in common that holds both.
+    numbers = [flatten_event(leaf).unique(dim=0, return_inverse=True)[1] for leaf in leaves]
+    _, number, sizes = torch.stack(numbers, dim=1).unique(dim=0, return_inverse=True, return_counts=True)
     for several in (sizes > 1).nonzero():
         yield (number == several).nonzero().flatten()
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from divflow.distributions.noise import normal_like
 from divflow.divergence import FieldError, check_field
-from divflow.divergence.check import accepts_sample_times
-from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import as_time, checked_state, flatten_event
-from divflow.likelihood import ConditionedField, check_context
+from divflow.divergence.check import check_sample_times
+from divflow.likelihood import ConditionedField
 from divflow.matching.coupling import Coupling, IndependentCoupling
 from divflow.matching.path import LinearPath, Path
 from divflow.matching.times import Times, UniformTimes, check_times
-from divflow.score.noise import normal_like
+from divflow.operators.context import Context, check_context
+from divflow.operators.field import accumulation_dtype, as_time, checked_state, flatten_event
 
 __all__ = ["ConditionalFlowMatching"]
 
@@ -63,9 +63,10 @@ class ConditionalFlowMatching:
         x: Tensor,
         generator: Generator | None = None,
         *,
-        context: Tensor | None = None,
+        context: Context | None = None,
         t: Tensor | float | None = None,
         noise: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """The losses of a batch, `(k,)`, differentiable in the velocity's parameters.
 
@@ -73,9 +74,12 @@ class ConditionalFlowMatching:
             velocity: `v(t, x)`, or `v(t, x, context)` where there is a context, of x's shape, t one time a sample, `(k,)`.
             x: data `(k, *event)`, of a floating dtype.
             generator: of noise and times; torch's default one if None.
-            context: one row a sample, `(k, ...)`.
+            context: a tensor or a tree of tensors, one row a sample, `(k, ...)`.
             t: times in [0, 1], a scalar or one a sample; drawn if None.
             noise: of the flow's base density, `(k, *event)`, before the coupling; standard normal if None.
+            weight: by which the caller averages the losses, `(k,)`, or None. It does not multiply them, but rows are coupled with
+                noise of rows of the same weight alone, as of the same context: other noise would be weighted by its datum's
+                weight, and would no longer be that of the base.
 
         Raises:
             FieldError: x, t, the noise, the context or the velocity's value has a wrong type, shape, dtype or device.
@@ -89,18 +93,19 @@ class ConditionalFlowMatching:
             t = as_time(t, x).expand(len(x))
             check_times(t)
         check_context(context, x)
-        point = self.path(t, self.coupling(noise, x, context), x)
+        alike = context if weight is None else (context, weight)
+        point = self.path(t, self.coupling(noise, x, alike), x)
         error = ConditionedField(velocity, context)(t.clone(), point.x.clone()) - point.velocity
         entries = flatten_event(error).to(accumulation_dtype(error))
         return entries.square().sum(dim=1) / max(1, entries.shape[1])
 
-    def check(self, velocity: Callable[..., Tensor], x: Tensor, context: Tensor | None = None) -> None:
+    def check(self, velocity: Callable[..., Tensor], x: Tensor, context: Context | None = None) -> None:
         """Refuse a velocity that mixes the samples of a batch, or takes none but scalar times; call it once before training.
 
         Args:
             velocity: as in a call.
             x: data `(k, *event)`.
-            context: one row a sample.
+            context: a tensor or a tree of tensors, one row a sample.
 
         Raises:
             FieldError: naming what is wrong and the remedy.
@@ -111,12 +116,8 @@ class ConditionalFlowMatching:
         check_field(field, 0.5, x, gradient=True)
         if len(x) == 1:  # one sample has one time, which a velocity of scalar times takes, too
             field, x = field.repeat(2), x.repeat(2, *[1] * (x.ndim - 1))
-        if len(x) and not accepts_sample_times(field, 0.0, 1.0, x):
-            raise FieldError(
-                "flow matching draws a time for each sample, but the velocity takes scalar times only, or not every time in "
-                f"its row: with t of shape ({len(x)},) it fails, or differs from its values at these times one by one. Bring "
-                "t to the columns of x in it: t.reshape(-1, 1).expand(len(x), 1)"
-            )
+        if len(x):
+            check_sample_times(field, 0.0, 1.0, x, "flow matching draws a time for each sample, but the velocity")
 
 
 def _checked_noise(noise: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from divflow.arguments import check_numbers, on_copies
+from divflow.errors import check_numbers, on_copies
 from divflow.score.sde import broadcast
 
 __all__ = ["LinearPath", "Path", "PathPoint", "TrigonometricPath", "VariancePreservingPath"]

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from divflow.arguments import check_numbers, check_positive
-from divflow.errors import DivflowError
-from divflow.score.noise import uniform_times_like
+from divflow.distributions.noise import uniform_times_like
+from divflow.errors import DivflowError, check_numbers, check_positive
 
 __all__ = ["LogitNormalTimes", "MatchingError", "PowerTimes", "Times", "UniformTimes", "check_times"]
 

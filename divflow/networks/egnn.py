@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divflow.arguments import check_count
+from divflow.errors import check_count
 from divflow.networks.particles import (
     ParticleFeatures,
     RadialLinear,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divflow.arguments import check_count, checked_event_shape
+from divflow.errors import check_count, checked_event_shape
 from divflow.networks.conditioning import NetworkError, condition, time_features
 from divflow.networks.hollow import Hollow
 from divflow.networks.tangents import perceptron, push_forward

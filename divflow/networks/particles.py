@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divflow.arguments import check_count, checked_event_shape
+from divflow.errors import check_count, checked_event_shape
 from divflow.networks.conditioning import NetworkError, condition, time_features
 
 __all__ = [

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from divflow.divergence import FieldError, ValueAndDivergence
-from divflow.laplacian import value_gradient_laplacian
 from divflow.networks.conditioning import NetworkError, condition, time_features, zero_initialize
 from divflow.networks.mlp import fully_connected
 from divflow.operators import gradient
+from divflow.operators.forward_laplacian import value_gradient_laplacian
 
 __all__ = ["MLPPotential", "Potential", "QuadraticPotential"]
 
@@ -21,7 +21,7 @@ class Potential(nn.Module):
 
     With sign -1 it is the velocity of OT-Flow (Onken et al. 2021, arXiv 2006.00104), or the score of an energy phi.
     The divergence is the Laplacian, which `value_and_divergence` carries forward with the gradient where the
-    operations of phi have rules (`divflow.laplacian`): no double backward is left, not in training either. phi should
+    operations of phi have rules (`divflow.operators.forward_laplacian`): no double backward is left, not in training either. phi should
     be smooth: the divergence takes its second derivatives, and training the third ones.
 
     Args:

@@ -3,6 +3,7 @@
 A score is a field s(t, x) that approximates grad_x log p_t(x), t = 0 being the data and t = T the noise.
 """
 
+from divflow.score.data_density import ScoreDensity, UnnormalizedDensity
 from divflow.score.probability_flow import ProbabilityFlow, probability_flow
 from divflow.score.scaling import ScaledScore
 from divflow.score.sde import (
@@ -20,7 +21,9 @@ __all__ = [
     "ProbabilityFlow",
     "SDEError",
     "ScaledScore",
+    "ScoreDensity",
     "SubVariancePreserving",
+    "UnnormalizedDensity",
     "VarianceExploding",
     "VariancePreserving",
     "probability_flow",

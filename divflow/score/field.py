@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from divflow.divergence import Field, FieldError
-from divflow.divergence.field import checked_value
-from divflow.divergence.own import OwnDivergence, own_divergence
+from divflow.divergence.exact.own import OwnDivergence, own_divergence
+from divflow.operators.differentiating import evaluated
+from divflow.operators.field import checked_value
 
-__all__ = ["AtTime", "Score", "TimeFree", "as_field", "evaluate", "parameters_of", "tensor_settings"]
+__all__ = ["AtTime", "Score", "TimeFree", "as_field", "evaluate", "parameters_of"]
 
 Score = Callable[..., Tensor]
 """`score(t, x)`, or `score(x)` where the time does not matter; returns a tensor of x's shape."""
@@ -91,11 +92,4 @@ def evaluate(score: Field, t: Tensor, x: Tensor) -> Tensor:
     Raises:
         FieldError: naming both shapes, dtypes or devices.
     """
-    return checked_value(score(t.clone(), x.clone()), x)
-
-
-def tensor_settings(score: Score) -> dict[str, Any]:
-    """The dtype and device of a module's first floating parameter or buffer; nothing for what has none."""
-    tensors = (*score.parameters(), *score.buffers()) if isinstance(score, nn.Module) else ()
-    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
-    return {} if first is None else {"dtype": first.dtype, "device": first.device}
+    return checked_value(evaluated(score, t.clone(), x.clone()), x)

@@ -5,11 +5,12 @@ import functools
 from torch import Tensor, nn
 
 from divflow.divergence import Estimator
-from divflow.divergence.field import checked_value, event_size
-from divflow.divergence.own import OwnDivergence, own_divergence
+from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.flow import ContinuousFlow
+from divflow.flow.settings import tensor_settings
 from divflow.likelihood import Likelihood, Quadrature
-from divflow.score.field import Score, as_field, tensor_settings
+from divflow.operators.field import checked_value, event_size
+from divflow.score.field import Score, as_field
 from divflow.score.sde import SDE, Prior, broadcast
 from divflow.solver import Solver
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from divflow.arguments import check_count, check_positive, checked_event_shape
+from divflow.distributions.noise import normal_like
 from divflow.divergence import Field
-from divflow.divergence.field import as_time, checked_state, flatten_event
-from divflow.errors import DivflowError
-from divflow.score.field import Score, as_field, evaluate, tensor_settings
-from divflow.score.noise import normal_like
+from divflow.errors import DivflowError, check_count, check_positive, checked_event_shape
+from divflow.flow.settings import tensor_settings
+from divflow.operators.field import as_time, checked_state, flatten_event
+from divflow.score.field import Score, as_field, evaluate
 from divflow.score.probability_flow import probability_flow
 from divflow.score.sde import SDE, broadcast
 from divflow.solver import Solver

@@ -5,8 +5,8 @@ import math
 
 from torch import Tensor, nn
 
-from divflow.divergence.field import checked_value, event_size
-from divflow.divergence.own import OwnDivergence, own_divergence
+from divflow.divergence.exact.own import OwnDivergence, own_divergence
+from divflow.operators.field import checked_value, event_size
 from divflow.score.field import as_field
 from divflow.score.sde import SDE, SDEError, broadcast
 

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
-from torch.distributions import Independent, Normal
+from torch import Tensor
 
-from divflow.arguments import check_numbers, checked_event_shape, on_copies
-from divflow.divergence.field import as_time, checked_state, flatten_event
-from divflow.divergence.transformed import forward_mode
-from divflow.errors import DivflowError
-from divflow.score.noise import normal_like
+from divflow.errors import check_numbers, checked_event_shape, on_copies
+from divflow.operators.field import as_time, checked_state
+from divflow.operators.transformed import forward_mode
+from divflow.score.prior import Prior, SDEError
 
 __all__ = [
     "SDE",
@@ -25,10 +23,6 @@ __all__ = [
     "VariancePreserving",
     "broadcast",
 ]
-
-
-class SDEError(DivflowError, ValueError):
-    """A time, shape or setting that an SDE is not defined for."""
 
 
 class Marginal(NamedTuple):
@@ -203,41 +197,6 @@ class SDE(ABC):
                 f"t must lie in [0, T], T = {self.T}, but reaches from {t.min().item():g} to {t.max().item():g}"
             )
         return t
-
-
-class Prior(Independent):
-    """N(0, std^2 I) over events of one shape, and no other.
-
-    Args:
-        event_shape: shape of one sample.
-        std: standard deviation.
-        settings: dtype and device of its samples, torch's defaults if not given.
-    """
-
-    def __init__(self, event_shape: tuple[int, ...], std: float, **settings: Any) -> None:
-        self.std = std
-        loc, scale = torch.zeros(event_shape, **settings), torch.full(event_shape, std, **settings)
-        super().__init__(Normal(loc, scale, validate_args=False), len(event_shape), validate_args=False)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """The log-density of x `(k, *event)` in nats, `(k,)`.
-
-        Raises:
-            FieldError: x is not a floating-point tensor with a batch dimension.
-            SDEError: x has another event shape.
-        """
-        if checked_state(x).shape[1:] != self.event_shape:
-            raise SDEError(
-                f"the prior is over events of shape {tuple(self.event_shape)}, but x has shape {tuple(x.shape)}, whose "
-                f"events are of shape {tuple(x.shape[1:])}; give the SDE the event_shape of your data"
-            )
-        size = math.prod(self.event_shape)
-        log_normalizer = size * (math.log(self.std) + math.log(2 * math.pi) / 2)
-        return -flatten_event(x / self.std).square().sum(dim=1) / 2 - log_normalizer
-
-    def draw(self, like: Tensor, generator: Generator | None = None) -> Tensor:
-        """Samples of the shape, dtype and device of `like`, `(k, *event)`, from a generator."""
-        return self.std * normal_like(like, generator)
 
 
 def broadcast(values: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The LightningModules."""
 
-from divflow.tasks.flow import FlowTask
+from divflow.tasks.errors import TaskError, TrainingError
 from divflow.tasks.flow_matching import FlowMatchingTask
-from divflow.tasks.score import ScoreTask
-from divflow.tasks.task import TrainingError
+from divflow.tasks.maximum_likelihood import FlowTask
+from divflow.tasks.score_matching import ScoreTask
 
-__all__ = ["FlowMatchingTask", "FlowTask", "ScoreTask", "TrainingError"]
+__all__ = ["FlowMatchingTask", "FlowTask", "ScoreTask", "TaskError", "TrainingError"]

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from divflow.arguments import check_count
-from divflow.data.module import Batch
-from divflow.density import FlowDensity
-from divflow.flow import ContinuousFlow
+from divflow.data.batch import Batch, Keys
+from divflow.errors import check_count
+from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.matching import ConditionalFlowMatching
-from divflow.tasks.flow_density import FlowDensityTask
+from divflow.operators.context import repeated
+from divflow.tasks.judged_flow import FlowDensityTask
+from divflow.tasks.task import mean
 from divflow.verification import severed_fields
 
 __all__ = ["FlowMatchingTask"]
@@ -25,7 +26,7 @@ _OBJECTIVE = ConditionalFlowMatching()
 class FlowMatchingTask(FlowDensityTask):
     """Flow matching: the loss is the mean of `ConditionalFlowMatching` over the batch, in the units of the transformed data squared.
 
-    Training solves no ODE: a step costs one evaluation of the velocity, forward and backward. The flow is judged by the exact
+    It is a weighted mean, where samples have weights (`Task`). Training solves no ODE: a step costs one evaluation of the velocity, forward and backward. The flow is judged by the exact
     likelihood of the data, as `FlowTask` judges, which solves it; validate seldom.
 
     Logged: `train/loss`; in validation and test what `FlowTask` logs there: `/nll` (nats), `/bits_per_dim`, `/gap`, `/nfe`,
@@ -38,16 +39,21 @@ class FlowMatchingTask(FlowDensityTask):
         draws: pairs of noise and time for each datum in a step, 1 or more: they cost less than more data, and lower the variance
             of the gradient almost as well.
         optimizer: function of the parameters that makes the optimizer.
-        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every
-            training step; None for none.
+        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every step of the optimizer, or, if it
+            is a `ReduceLROnPlateau`, after every validation; None for none.
         evaluation: the flow that judges in validation and test, such as one of another estimator or solver that
             shares the trained one's velocity; the trained one itself if None.
-        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density.
+        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density, and `load_from_checkpoint` the
+            task, if it has `task`, as `build_task` takes it.
+        monitor: the validation's value that `ReduceLROnPlateau` follows; `val/nll` if None.
+        keys: where x, context and weight are in a batch that is a dict or a tuple of other parts, such as `{"x": "image", "context":
+            "label"}` or `{"x": 0, "weight": 2}` (`divflow.data.batch.parts_of`).
 
     Raises:
         ValueError: a flow whose times are others than those of the paths, or no draws.
         FieldError: when training begins, a velocity that mixes the batch, or takes none but scalar times.
-        TrainingError: while training, a loss or gradient that is not finite.
+        DataError, FieldError: while training, a batch that `parts_of` refuses.
+        TrainingError: a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -59,8 +65,10 @@ class FlowMatchingTask(FlowDensityTask):
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         evaluation: ContinuousFlow | None = None,
         config: dict[str, Any] | None = None,
+        monitor: str | None = None,
+        keys: Keys | None = None,
     ) -> None:
-        super().__init__(flow, optimizer, scheduler, evaluation, config)
+        super().__init__(flow, optimizer, scheduler, evaluation, config, monitor, keys)
         check_count("draws", draws)
         self.objective, self.draws = objective, draws
         t_base, t_data = self.density.flow.times()
@@ -72,7 +80,7 @@ class FlowMatchingTask(FlowDensityTask):
 
     def check(self, batch: Batch) -> None:
         """Before the first step: the velocity must be a field, treat the samples independently, and take a time for each."""
-        x, context = self.transformed(batch)
+        x, context = self.checked(batch)
         flow = self.density.flow
         with severed_fields("allow") if flow.detached else contextlib.nullcontext():
             self.objective.check(flow.velocity, x, context)
@@ -80,14 +88,10 @@ class FlowMatchingTask(FlowDensityTask):
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean of the objective over a batch."""
-        flow, (x, context) = self.density.flow, self.transformed(batch)
-        x = _repeated(x, self.draws)
-        context = None if context is None else _repeated(context, self.draws)
+        flow, (x, context), weight = self.density.flow, self.transformed(batch), self.parts(batch).weight
+        x, context, weight = (repeated(part, self.draws) for part in (x, context, weight))
         noise = flow.sample_base(len(x)).to(x)
-        loss = self.objective(flow.velocity, x, noise=noise, context=context).mean()
+        losses = self.objective(flow.velocity, x, noise=noise, context=context, weight=weight)
+        loss = mean(losses, self.shares(weight))
         self.log("train/loss", loss.detach())
         return loss
-
-
-def _repeated(rows: Tensor, times: int) -> Tensor:
-    return rows.repeat(times, *[1] * (rows.ndim - 1))

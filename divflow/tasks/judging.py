@@ -6,8 +6,10 @@ import warnings
 import torch
 from torch import Generator, Tensor
 
-from divflow.data.module import Batch, TensorDataModule, split_context
-from divflow.density import FlowDensity
+from divflow.data.batch import Batch, parts_of
+from divflow.data.module import TensorDataModule
+from divflow.flow import FlowDensity
+from divflow.operators.context import Context
 
 __all__ = ["judge_likelihood"]
 
@@ -33,12 +35,12 @@ def judge_likelihood(
 
     Args:
         density: that judges.
-        batch: data `(k, *event)`, or these and their context.
+        batch: data `(k, *event)`, or these and their context, as `parts_of` takes them.
         data: the data module, where it is one of divflow's.
         num_draws: K, of the noise of discrete data; the batch itself is the first draw.
         generator: of probes and noise; torch's default one if None.
     """
-    x, context = split_context(batch)
+    x, context, _ = parts_of(batch)
     draws = [_judge(density, x, context, data, generator)]
     if data is None or data.bit_per_dim is None or num_draws == 1:
         return draws[0]
@@ -61,10 +63,8 @@ def judge_likelihood(
 
 
 def _judge(
-    density: FlowDensity, x: Tensor, context: Tensor | None, data: TensorDataModule | None, generator: Generator | None
+    density: FlowDensity, x: Tensor, context: Context | None, data: TensorDataModule | None, generator: Generator | None
 ) -> Values:
-    if context is not None and density.context_transform is None:  # which takes it in all its digits
-        context = context.to(density.dtype)
     result = density.evaluate(x, context, generator)
     truth = None if data is None else data.log_prob(x)
     nll, errors = -result.log_prob, result.standard_error

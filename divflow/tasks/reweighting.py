@@ -6,10 +6,10 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.data.module import TensorDataModule
-from divflow.density import FlowDensity
 from divflow.energies import DoubleWell
 from divflow.errors import DivflowError
-from divflow.importance import ImportanceWarning
+from divflow.flow import FlowDensity
+from divflow.flow.importance import ImportanceWarning
 
 __all__ = ["reweighted"]
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.distributions import Distribution
 
 __all__ = ["Copied", "CopyError", "copied"]
@@ -203,7 +205,7 @@ class _Copy:
     def _object(self, value: Any, depth: int) -> Any:
         """A callable, a dataclass or a distribution with what it holds; anything else stays as it is."""
         called = callable(value) or dataclasses.is_dataclass(value) or isinstance(value, Distribution)
-        if isinstance(value, type | types.ModuleType) or not called:
+        if isinstance(value, type | types.ModuleType | OpOverload | OpOverloadPacket | CustomOpDef) or not called:
             return value
         try:
             new = copy.copy(value)

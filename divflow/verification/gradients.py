@@ -14,8 +14,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from divflow.errors import FieldError, FieldWarning
+from divflow.tape.graph import graph_of
 from divflow.verification.copies import copied
-from divflow.verification.graph import graph_of
 from divflow.verification.schedule import answer, verifying
 from divflow.verification.seeded import seeded
 

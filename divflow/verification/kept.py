@@ -2,45 +2,56 @@
 
 import contextlib
 import functools
+import itertools
 import types
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
-from divflow.verification.recent import Recent
+from divflow.tape.cache import Cache
 
-__all__ = ["Plans", "contents", "kin"]
+__all__ = ["Plans", "captured", "contents", "kin", "referred"]
 
 Kept = TypeVar("Kept")
 
 
 class Plans(Generic[Kept]):
-    """What is kept of fields, by their identity and some circumstances; fields are held weakly.
+    """What is kept of fields, by their identity and some conditions; fields are held weakly.
 
     Args:
         size: how many are kept, the least recent forgotten first.
     """
 
     def __init__(self, size: int = 256) -> None:
-        self._kept: Recent[tuple[list[weakref.ref], Kept]] = Recent(size)
+        self._kept: Cache[tuple[list[weakref.ref], Kept]] = Cache(size)
 
-    def get(self, g: object, *circumstances: Hashable) -> Kept | None:
+    def get(self, g: object, *conditions: Hashable) -> Kept | None:
         """What is kept of this field, or None."""
+        if not len(self._kept):  # identities take their time
+            return None
         parts, _ = _identity(g)
-        references, kept = self._kept.get((parts, circumstances)) or ((), None)
+        references, kept = self._kept.get((parts, conditions)) or ((), None)
         return None if any(reference() is None for reference in references) else kept
 
-    def keep(self, kept: Kept, g: object, *circumstances: Hashable) -> None:
+    def keep(self, kept: Kept, g: object, *conditions: Hashable) -> None:
         """Keep something of this field, for as long as it lives."""
         parts, objects = _identity(g)
-        key = parts, circumstances
+        key = parts, conditions
         try:
             references = [weakref.ref(item, lambda _: self._kept.forget(key)) for item in objects]
         except TypeError:  # something that can't be referenced weakly: its identity could be another's tomorrow
             return
         self._kept.keep(key, (references, kept))
+
+    def of(self, make: Callable[[], Kept], g: object, *conditions: Hashable) -> Kept:
+        """What is kept of this field; made, and kept, if there is nothing."""
+        kept = self.get(g, *conditions)
+        if kept is None:
+            kept = make()
+            self.keep(kept, g, *conditions)
+        return kept
 
 
 def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
@@ -53,7 +64,13 @@ def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
         return (type(g), g), []
     if depth < 8:
         if isinstance(g, types.FunctionType):
-            parts = [g.__code__, g.__defaults__ or (), tuple((g.__kwdefaults__ or {}).items()), *contents(g)]
+            parts = [
+                g.__code__,
+                g.__defaults__ or (),
+                tuple((g.__kwdefaults__ or {}).items()),
+                *contents(g),
+                *referred(g),
+            ]
             return _joined(g.__code__, [g.__code__], parts[1:], depth)
         if isinstance(g, types.MethodType):
             return _joined("method", [], [g.__func__, g.__self__], depth)
@@ -84,13 +101,56 @@ def contents(function: types.FunctionType) -> list[object]:
     return found
 
 
+def referred(function: types.FunctionType) -> list[object]:
+    """The networks that a function refers to as globals, itself or by functions of its module, and the codes of those."""
+    found: list[object] = []
+    functions, seen = [function], {function.__code__}
+    while functions:
+        own = functions.pop()
+        for name in _names(own.__code__):
+            value = own.__globals__.get(name)
+            if isinstance(value, nn.Module):
+                found.append(value)
+            elif (
+                isinstance(value, types.FunctionType)
+                and value.__module__ == function.__module__
+                and value.__code__ not in seen
+            ):
+                seen.add(value.__code__)
+                found.append(value.__code__)
+                functions.append(value)
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Of the globals that a function, or one inside it, may use, in an order of its own."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return (*code.co_names, *itertools.chain.from_iterable(map(_names, inner)))
+
+
+def captured(g: object, depth: int = 0) -> list[Tensor]:
+    """The tensors in a function's closure, and in those of the functions there."""
+    if isinstance(g, Tensor):
+        return [g]
+    if depth < 8 and isinstance(g, types.FunctionType):
+        parts: list[object] = [*contents(g), *(g.__defaults__ or ())]
+    elif depth < 8 and isinstance(g, functools.partial):
+        parts = [g.func, *g.args, *g.keywords.values()]
+    elif depth < 8 and isinstance(g, tuple | list | dict):
+        parts = list(g.values() if isinstance(g, dict) else g)
+    else:
+        return []
+    return [tensor for part in parts for tensor in captured(part, depth + 1)]
+
+
 def kin(g: object, depth: int = 0) -> object:
     """What a field has in common with those that the same code makes at other calls: all but the tensors in its closure.
 
     A lambda that is made in each step over a new tensor is another field each time, but is written in the same way.
     """
     if isinstance(g, types.FunctionType) and depth < 8:
-        return (g.__code__, *(kin(item, depth + 1) for item in (*contents(g), *(g.__defaults__ or ()))))
+        return (g.__code__, *(kin(item, depth + 1) for item in (*contents(g), *(g.__defaults__ or ()), *referred(g))))
     if isinstance(g, types.MethodType):
         return g.__func__.__code__ if isinstance(g.__func__, types.FunctionType) else g, kin(g.__self__, depth + 1)
     if isinstance(g, functools.partial) and depth < 8:

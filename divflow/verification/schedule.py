@@ -11,7 +11,7 @@ from torch import Tensor
 
 from divflow.verification.kept import Plans, kin
 
-__all__ = ["Record", "answer", "due", "record_of", "severed_fields", "verifying"]
+__all__ = ["Record", "Schedule", "answer", "due", "record_of", "severed_fields", "verifying"]
 
 Answer = Literal["warn", "refuse", "allow"]
 
@@ -38,11 +38,42 @@ def answer() -> Answer:
     return _ANSWER.get()
 
 
+class Schedule:
+    """When a call is verified: calls 1, 2, 4, 8, ..., and the one after a surprise.
+
+    Attributes:
+        calls: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.calls, self._surprised = 0, False
+
+    def due(self) -> bool:
+        """Count a call, and say whether it is verified."""
+        self.calls += 1
+        due = self._surprised or self.calls & (self.calls - 1) == 0
+        self._surprised = False
+        return due
+
+    def surprise(self) -> None:
+        """Note that something was done that has not been verified."""
+        self._surprised = True
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Around a verification: where it refuses, the next call is verified, too."""
+        try:
+            yield
+        except BaseException:
+            self.surprise()
+            raise
+
+
 class Record:
     """What is known of a field from the calls that were verified.
 
     Attributes:
-        calls: how many there were.
+        schedule: of its calls.
         wrong: whether the last one that was verified was refused or warned of; then the next one is verified, too.
         warned: whether a warning was given.
         right: how often a field that is suspect for a reason was found to be right.
@@ -50,14 +81,13 @@ class Record:
     """
 
     def __init__(self) -> None:
-        self.calls, self.wrong, self.warned = 0, False, False
+        self.schedule, self.wrong, self.warned = Schedule(), False, False
         self.right: dict[str, int] = {}
         self.note = ""
 
     def due(self) -> bool:
         """Count a call, and say whether it is verified."""
-        self.calls += 1
-        return self.wrong or self.calls & (self.calls - 1) == 0
+        return self.schedule.due() or self.wrong
 
 
 _RECORDS: Plans[Record] = Plans(size=1024)
@@ -65,16 +95,11 @@ _VERIFYING = threading.local()
 
 
 def record_of(g: Callable[[Tensor], object], x: Tensor) -> Record:
-    """The record of a function of the state in the circumstances that what it does may depend on, kept for as long as it lives."""
+    """The record of a function of the state in the conditions that what it does may depend on, kept for as long as it lives."""
     device, few = x.device.type, len(x) if len(x) < 2 else 2
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    circumstances = few, x.shape[1:], x.dtype, device, autocast, torch.is_grad_enabled()
-    relatives = kin(g)
-    record = _RECORDS.get(relatives, *circumstances)
-    if record is None:
-        record = Record()
-        _RECORDS.keep(record, relatives, *circumstances)
-    return record
+    conditions = few, x.shape[1:], x.dtype, device, autocast, torch.is_grad_enabled()
+    return _RECORDS.of(Record, kin(g), *conditions)
 
 
 def due(g: Callable[[Tensor], object], x: Tensor) -> Record | None:

@@ -14,36 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from divflow.tape.listening import Listening
+from divflow.tape.operation import HOOKS, name_of
+from divflow.tape.registry import registered
+from divflow.tape.table import SHAPED
 
 __all__ = ["Following"]
 
-# Of these an argument's shape alone counts.
-_FREE = frozenset(
-    """
-    zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
-    new_tensor
-    """.split()  # noqa: SIM905 - a list of these would take a screen
-)
 # By these a number leaves torch; `__bool__` decides a branch, which is piecewise constant.
 _LEAVING = frozenset(
     "item tolist numpy __array__ __float__ __complex__ __int__ __index__ __dlpack__".split()  # noqa: SIM905
 )
-_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 _OURS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
 
 
-class Following(TorchFunctionMode):
-    """While it is entered, every torch function shows what of its results depends on x, and whether autograd knows.
+class Following:
+    """While it is listening, every torch function shows what of its results depends on x, and whether autograd knows.
 
     Args:
         x: the point, which requires grad; what the field is given.
     """
 
     def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self._x = x
         self._kept = [x]  # an identity is that of a tensor that lives
         self._depends = {id(x)}
         # True where a severed operand went in; False where there was no graph when it was made: there may be one later,
@@ -53,11 +47,13 @@ class Following(TorchFunctionMode):
         self._left: list[str] = []
         self._other: list[str] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    @property
+    def listening(self) -> Listening:
+        """Entered while the field is evaluated."""
+        return Listening(self)
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate, and note what of it depends on x."""
-        kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():  # what is looked at here is no operation of the field
             before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             operands = [tensor for tensor in before if id(tensor) in self._depends]
@@ -65,6 +61,8 @@ class Following(TorchFunctionMode):
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             self._note(_name_of(func), out, args, before, operands, severed)
+            if operands and registered(func, name_of(func)) is not None:  # whose inside is not seen
+                self._other.append(f"a function with a rule of its own, {_name_of(func)}")
         return out
 
     def _note(
@@ -78,11 +76,11 @@ class Following(TorchFunctionMode):
     ) -> None:
         if not self._other and any(map(_is_transformed, before)):
             self._other.append(f"a transform of torch.func{_line()}")
-        if not operands or name in _FREE:
+        if not operands or name in SHAPED:
             return
         if name in _LEAVING:
             self._left.append(f"{name}{_line()}")
-        elif name in _HOOKS:
+        elif name in HOOKS:
             self._other.append(f"a hook on a gradient{_line()}")
         else:
             self._learn(name, out, args, before, severed)

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch import Tensor, nn
 
-from divflow.verification.kept import contents
+from divflow.verification.kept import contents, referred
 
 __all__ = ["state_of"]
 
@@ -24,7 +24,7 @@ def state_of(g: object, depth: int = 0) -> Hashable:
         return tuple(state_of(item, 8) for item in parts if not isinstance(item, dict))
     parts = []
     if isinstance(g, types.FunctionType):
-        parts = contents(g)
+        parts = contents(g) + referred(g)
     elif isinstance(g, types.MethodType):
         parts = [g.__self__]
     elif isinstance(g, functools.partial):

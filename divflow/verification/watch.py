@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from divflow.errors import FieldError, FieldWarning
+from divflow.tape.graph import graph_of
 from divflow.verification.differences import compare
-from divflow.verification.graph import graph_of, reentrant_refused
 from divflow.verification.mixing import mixed_by
+from divflow.verification.products import reentrant_refused
 from divflow.verification.schedule import Record, answer, due, verifying
 from divflow.verification.severed import Following
 
@@ -56,7 +57,7 @@ class Watch:
     def __call__(self, z: Tensor) -> Tensor:
         """The function's value at the state z, which requires grad."""
         self._following = Following(z)
-        with self._following:
+        with self._following.listening:
             output = self._function(z)
         self._output = output
         return output
@@ -84,7 +85,7 @@ class Watch:
                 "alone; under torch.no_grad any kernel will do"
             )
         with verifying(), reentrant_refused():
-            mixed = mixed_by(output, point, record.calls)
+            mixed = mixed_by(output, point, record.schedule.calls)
         if mixed is not None:
             record.wrong = True
             raise FieldError(

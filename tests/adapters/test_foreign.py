@@ -12,11 +12,11 @@ from torch import Generator, nn
 
 import divflow
 from divflow.adapters import AdapterError, from_denoiser, from_diffusers, from_flow_matching, from_torchcfm
-from divflow.density import FlowDensity
 from divflow.divergence import Exact, FieldError
 from divflow.errors import DivflowError
-from divflow.transforms import Affine
-from divflow.units import UnitsWarning
+from divflow.flow import FlowDensity
+from divflow.flow.transforms import Affine
+from divflow.flow.units import UnitsWarning
 
 SCHEDULER = SimpleNamespace(
     alphas_cumprod=torch.linspace(0.99, 0.01, 10).double(), config=SimpleNamespace(prediction_type="sample")
@@ -65,7 +65,7 @@ def test_are_reached_from_the_package(name):
 
 
 def test_import_no_other_library():
-    code = "import divflow.adapters, sys; print(sorted(m for m in sys.modules if '.' not in m))"
+    code = "import divflow.adapters, divflow.networks, sys; print(sorted(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     for name in ("diffusers", "flow_matching", "torchcfm", "torchdyn", "transformers", "lightning", "hydra", "sklearn"):
         assert f"'{name}'" not in loaded

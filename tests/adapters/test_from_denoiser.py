@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covering import alternated
 from gaussian_mixtures import Mixture, over
 from torch import Generator
 
@@ -23,8 +24,7 @@ def denoiser(data):
     return model
 
 
-@pytest.mark.parametrize("data_std", [0.0, 1.0])
-@pytest.mark.parametrize("event", EVENTS, ids=str)
+@alternated(event=EVENTS, data_std=[0.0, 1.0])
 def test_log_prob_of_a_mixture(event, data_std):
     data = Mixture(event)
     x = data.sample(6)
@@ -63,8 +63,10 @@ def test_samples_are_noisy_data():
     assert abs(-data.log_prob(samples).mean() - expected.mean()) < 4 * error
 
 
-@pytest.mark.parametrize("estimator", [Hutchinson(1), Hutchinson(1, "sphere"), XTrace(4)], ids=repr)
-@pytest.mark.parametrize("likelihood", [Quadrature(tolerance=1e-4), Augmented()], ids=repr)
+@alternated(
+    likelihood=[Quadrature(tolerance=1e-4), Augmented()],
+    estimator=[Hutchinson(1), Hutchinson(1, "sphere"), XTrace(4)],
+)
 def test_the_linear_part_has_no_variance(likelihood, estimator):
     """All data at one point m: D = m, and the density is N(m, sigma_min^2 I), whatever the probes."""
     m = torch.randn(6, dtype=torch.float64)

@@ -6,7 +6,7 @@
 runs these rows, all of them if none is named: ours by `python train.py experiment=ROW seed=...`, and each peer of
 `results_rows.py` in turn. Every process is one of its own, whose peak memory is taken. What is found is added to
 `outputs/results/results.json`, seed by seed; what is there is not run again, so that a run that was stopped goes on, unless
-`--again` says so. From it the table and the figure are made, which `--publish` puts into docs/results.md and the README. A word with = is a
+`--again` says so. From it the table and the figure are made, which `--publish` puts into docs/results.md, and six rows of it into the README. A word with = is a
 setting of ours, for trials: trainer.max_steps=20 trainer.val_check_interval=10 --seeds 0 --out elsewhere.
 """
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from divflow.build import build_network
-from divflow.data.module import Batch, TensorDataModule, split_context
+from divflow.data.batch import Batch, parts_of
+from divflow.data.module import TensorDataModule
+from divflow.saved.build import build_network
 
 # Dimensions up to which flow_matching's likelihood is exact, a product for each of them in every evaluation.
 EXACT = 64
@@ -197,7 +198,7 @@ def train(peer: Peer, batches: Iterator[Batch], seconds: float, decay: float) ->
         for group in optimizer.param_groups:
             group["lr"] = peer.rate * (1 + math.cos(math.pi * min(share, 1))) / 2
         optimizer.zero_grad()
-        peer.loss(*split_context(next(batches))).backward()
+        peer.loss(*parts_of(next(batches))[:2]).backward()
         if nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
             optimizer.step()
             average.update_parameters(model)
@@ -216,7 +217,7 @@ def train(peer: Peer, batches: Iterator[Batch], seconds: float, decay: float) ->
 @torch.no_grad()
 def validation(peer: Peer) -> float:
     """The mean of -log p over the validation rows."""
-    parts = [-peer.log_prob(*split_context(batch)) for batch in peer.data.val_dataloader()]
+    parts = [-peer.log_prob(*parts_of(batch)[:2]) for batch in peer.data.val_dataloader()]
     return torch.cat(parts).mean().item()
 
 

@@ -57,7 +57,7 @@ ROWS = {
         "MNIST, from the weights of flow matching by maximum likelihood, UNet",
         measure="spread",
         start="mnist_flow_matching",
-        note="60 steps, each with a probe at 31 nodes; judged at 63 nodes instead, 125 rows of seed 0 change by 0.8 nats, 0.0016 bits/dim",
+        note="60 steps, each with a probe at 31 nodes; evaluated at 63 nodes instead, 125 rows of seed 0 change by 0.8 nats, 0.0016 bits/dim",
     ),
     "mnist_score": Row("MNIST, 28 x 28, score matching, UNet", ("flow_matching",)),
     "dw4_flow_matching": Row("DW4, 4 particles in the plane, flow matching", (), "particles", figure="final.png"),

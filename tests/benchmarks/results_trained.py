@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor, nn
 
 import divflow
-from divflow.data.module import TensorDataModule, split_context
+from divflow.data.batch import parts_of
+from divflow.data.module import TensorDataModule
 from divflow.tasks.metrics import MeanWithStandardError
 
 
@@ -75,7 +76,7 @@ def tested(trained: Trained) -> dict[str, float]:
     """The mean of -log p over the test rows, bits per dimension of discrete data, and their standard errors over rows."""
     data, found = trained.data, {"nll": MeanWithStandardError(), "bits_per_dim": MeanWithStandardError()}
     for batch in data.test_dataloader():
-        x, context = split_context(batch)
+        x, context, _ = parts_of(batch)
         log_prob = trained.log_prob(x, context)
         found["nll"].update(-log_prob)
         if (bits := data.bits_per_dim(log_prob, x)) is not None:
@@ -83,6 +84,6 @@ def tested(trained: Trained) -> dict[str, float]:
     metrics = {}
     for name, metric in found.items():
         if metric.count:
-            mean, error = metric.compute()
+            mean, error, _ = metric.compute()
             metrics |= {name: mean.item(), f"{name}_standard_error": error.item()}
     return metrics

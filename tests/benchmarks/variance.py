@@ -8,9 +8,9 @@ from torch import Generator, Tensor
 
 import divflow
 from divflow.divergence import ControlVariate, Estimator, Hutchinson, HutchPlusPlus, XTrace
-from divflow.experiment import train
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Quadrature
+from divflow.runs.experiment import train
 from divflow.solver import Solver
 
 Row = tuple[str, str, str, str]

@@ -1,6 +1,9 @@
 """What `divflow train` gives to a sweeper, what `divflow compare` shows, and whose weights are tested."""
 
+import errno
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -12,9 +15,11 @@ from run import FAST, SMALL_TOY, config
 
 import divflow
 from divflow.cli import main
-from divflow.experiment import train
+from divflow.runs.experiment import train
+from divflow.saved.build import ConfigError
 
-SMALL = [*FAST, *SMALL_TOY, "callbacks.figures=null"]
+SMALL = [*FAST, *SMALL_TOY]
+DATA = ["data=two_moons", *SMALL_TOY]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,7 @@ def test_runs_are_named_by_what_differs(runs, tmp_path, monkeypatch, capsys):
         results = json.loads((runs / name / "results.json").read_text())["metrics"]
         expected = f"{results['test/nll']:.4f} ± {results['test/nll_standard_error']:.4f}"
         assert table["test/nll"][column] == expected
+        assert table["test/quadrature_error"][column] == f"{results['test/quadrature_error']:.1e}"
     with open("compare.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
 
@@ -81,6 +87,97 @@ def test_what_can_not_be_compared(runs, tmp_path, monkeypatch, capsys, arguments
     assert ("test/nll" in capsys.readouterr().out) == ("runs" in arguments[0])  # the table is shown before its figure
 
 
+def finished(folder, nll, seed, lr):
+    folder.mkdir(parents=True)
+    metrics = {"test/nll": nll, "test/nll_standard_error": 0.5}
+    (folder / "results.json").write_text(json.dumps({"metrics": metrics, "seconds": 1.0, "steps": 3}))
+    (folder / "config.yaml").write_text(f"seed: {seed}\ntask:\n  lr: {lr}\n")
+
+
+def test_seeds_are_one_line_and_the_best_comes_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for lr, values in ((0.1, [3.0, 4.0, 5.0]), (0.01, [1.0, 2.0, 1.5])):
+        for seed, nll in enumerate(values):
+            finished(tmp_path / "sweep" / f"lr-{lr}_seed-{seed}", nll, seed, lr)
+    finished(tmp_path / "sweep" / "alone", 2.0, 7, 0.3)
+    finished(tmp_path / "sweep" / "broken", 2.0, 0, 0.1)
+    (tmp_path / "sweep" / "broken" / "results.json").write_text("{")
+    main(["compare", "sweep"])
+    printed = capsys.readouterr()
+    assert re.search("left out: .*broken/results.json is not that of a run", printed.err)
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in printed.out.splitlines()]
+    table = {cells[0]: cells[1:] for cells in lines if len(cells) == 4}
+    assert table[""] == ["lr-0.01_seed-*", "alone", "lr-0.1_seed-*"]
+    assert table["test/nll"] == ["1.5000 ± 0.2887", "2.0000 ± 0.5000", "4.0000 ± 0.5774"]  # 0.5 / sqrt(3), 1 / sqrt(3)
+    assert table["seed"] == ["0, 1, 2", "7", "0, 1, 2"]
+    assert table["seeds"] == ["3", "–", "3"]
+
+
+def test_one_failing_run_of_a_sweep_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "-m", *SMALL, "solver.method=foo,dopri5", "callbacks.best=null"])
+    assert ended.value.code == 1
+    assert "error: unknown solver method 'foo'" in capsys.readouterr().err
+    (done,) = (tmp_path / "outputs" / "sweeps").glob("*/*/results.json")
+    assert done.parent.name == "method-dopri5"
+
+
+def test_an_output_that_can_not_be_written_is_told_before_the_work(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    monkeypatch.setattr("divflow.cli.evaluate.load_trained", None)  # is not come to
+    for out in ("file/log_prob.csv", "folder.csv", "/proc/log_prob.csv"):
+        with pytest.raises(SystemExit, match=rf"out={out} can't be written \(.+\); choose another file by out="):
+            main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", f"out={out}", "overwrite=true"])
+
+
+def test_what_can_not_be_written_at_the_end_is_kept_elsewhere(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    whole = os.replace
+
+    def full(source, target):
+        if "there" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", "out=there/log_prob.csv"])
+    kept = re.search(r"could not be written \(No space left on device\); it is in (\S+)", ended.value.code)
+    assert len(pd.read_csv(kept[1])) == 30
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [3, -1])
+def test_the_best_of_several_is_the_best(tmp_path, count):
+    """By a value that is the step, which the first is the best of."""
+    cfg = config(*SMALL, "trainer.max_steps=8", f"callbacks.best.save_top_k={count}", "callbacks.best.monitor=val/nll",
+                 "+callbacks.best.mode=max", "network.zero_init=false", f"output_dir={tmp_path}")  # fmt: skip
+    results = train(cfg)
+    values = pd.read_csv(tmp_path / "metrics.csv").dropna(subset="val/nll")
+    best = values["val/nll"].idxmax()
+    np.testing.assert_allclose(results["val/nll"], values["val/nll"][best], rtol=1e-6)
+    kept = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert kept["global_step"] == values["step"][best] + 1
+    assert kept["global_step"] < 8  # else it would say nothing
+    steps = sorted(values["step"][values["val/nll"].nlargest(count if count > 0 else 4).index] + 1)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "best.ckpt", "last.ckpt", *(f"best-{step}.ckpt" for step in steps),
+    }  # fmt: skip
+
+
+def test_a_run_ends_with_a_validation(tmp_path):
+    train(config(*SMALL, "trainer.max_steps=3", "trainer.val_check_interval=100", f"output_dir={tmp_path}/a"))
+    assert torch.load(tmp_path / "a" / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 3
+    steps = ["trainer.max_steps=-1", "+trainer.max_epochs=1", "trainer.val_check_interval=100"]
+    train(config(*SMALL, *steps, f"output_dir={tmp_path}/b"))
+    assert torch.load(tmp_path / "b" / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 4
+
+
 def test_a_checkpoint_gets_one_number_whoever_loads_it(tmp_path):
     """Averaged weights, also where a run that goes on has no step left to train."""
     cfg = config(*SMALL, "callbacks.average.decay=0.9", "network.zero_init=false", f"output_dir={tmp_path}/run")
@@ -88,12 +185,25 @@ def test_a_checkpoint_gets_one_number_whoever_loads_it(tmp_path):
     moved = tmp_path / "moved.ckpt"
     shutil.copy(tmp_path / "run" / "checkpoints" / "best.ckpt", moved)
     again = train(
-        config(*SMALL, "trainer.max_steps=0", "callbacks.average.decay=0.9", "network.zero_init=false",
+        config(*SMALL, "trainer.max_steps=0", "task.scheduler.T_max=4", "callbacks.average.decay=0.9", "network.zero_init=false",
                f"ckpt_path={moved}", f"output_dir={tmp_path}/again")
     )  # fmt: skip
     rows = instantiate(cfg.data, _convert_="all").test.rows
     loaded = -divflow.load(moved).log_prob(rows).mean().item()
     np.testing.assert_allclose(again["test/nll"], loaded, rtol=1e-6)
     state = torch.load(moved, weights_only=True)
+    current = -divflow.load(moved, weights="current").log_prob(rows).mean().item()
+    assert current != loaded
+    for weights, expected in (("current", current), ("averaged", loaded)):
+        results = train(config(*SMALL, "trainer.max_steps=0", "task.scheduler.T_max=4", "network.zero_init=false", f"weights={weights}",
+                               f"ckpt_path={moved}", f"output_dir={tmp_path}/{weights}"))  # fmt: skip
+        np.testing.assert_allclose(results["test/nll"], expected, rtol=1e-6)
+        main(["evaluate", f"ckpt_path={moved}", f"weights={weights}", f"out={tmp_path}/{weights}.csv", *DATA])
+        np.testing.assert_allclose(-pd.read_csv(tmp_path / f"{weights}.csv")["log_prob"].mean(), expected, rtol=1e-5)
+        start = train(config(*SMALL, f"init_from={moved}", f"weights={weights}", "task.optimizer.lr=0",
+                             "callbacks.average=null", f"output_dir={tmp_path}/from_{weights}"))  # fmt: skip
+        np.testing.assert_allclose(start["test/nll"], expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match="weights must be averaged or current, but is 'best'"):
+        divflow.load(moved, weights="best")
     differ = [not torch.equal(state["state_dict"][name], value) for name, value in state["current_model_state"].items()]
     assert any(differ)  # else it would say nothing

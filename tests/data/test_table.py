@@ -12,7 +12,7 @@ import divflow
 from divflow.data import DataError, Table
 from divflow.data.columns import Columns
 from divflow.data.table import read_table
-from divflow.experiment import train
+from divflow.runs.experiment import train
 
 VALUES = np.random.default_rng(0).normal([3.0, -2.0], [2.0, 0.5], (100, 2))
 
@@ -44,7 +44,7 @@ def test_reads_standardizes_and_splits_by_seed(tmp_path, kind):
 
 
 def test_chosen_columns_and_integers(tmp_path):
-    frame = pd.DataFrame({"name": "x", "n": range(50), "y": np.linspace(0, 1, 50) ** 2})
+    frame = pd.DataFrame({"name": "x", "n": [i**3 for i in range(50)], "y": np.linspace(0, 1, 50) ** 2})
     frame.to_csv(tmp_path / "t.csv", index=False)
     data = Table(tmp_path / "t.csv", columns=["y", "n"])
     assert data.columns == ["y", "n"]
@@ -169,7 +169,10 @@ def test_columns_that_are_linear_functions_of_others_are_warned_of(tmp_path):
 def test_a_whole_one_hot_code_is_warned_of(tmp_path):
     kind = np.arange(100) % 3
     bad(red=kind == 0, green=kind == 1, blue=kind == 2).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.warns(UserWarning, match=r"blue \(of red, green\).*columns=\[a,b,red,green\]"):
+    with (
+        pytest.warns(UserWarning, match=r"blue \(of red, green\).*columns=\[a,b,red,green\]"),
+        pytest.warns(UserWarning, match=r"red, green, blue of t\.csv has whole numbers"),
+    ):
         Table(tmp_path / "t.csv")
 
 
@@ -237,7 +240,23 @@ def test_rows_that_are_none(rows):
         Columns(rows, ["a", "b"])
 
 
-def test_a_column_whose_deviation_is_beyond_its_dtype():
-    rows = torch.randn(40, 2, dtype=torch.float64) * torch.tensor([1.0, 1e200], dtype=torch.float64)
-    with pytest.raises(DataError, match=r"column b has a standard deviation beyond torch\.float64"):
+@pytest.mark.parametrize("scale", [1e-300, 1e200, 1e300])
+def test_columns_of_any_scale_are_standardized(scale):
+    """Whose squares are beyond float64, or nothing."""
+    rows = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain, scaled = (
+        Columns(rows, ["a", "b"]),
+        Columns(rows * torch.tensor([1.0, scale], dtype=torch.float64), ["a", "b"]),
+    )
+    y, log_det = scaled.transform(scaled.train.rows)
+    torch.testing.assert_close(y, plain.transform(plain.train.rows)[0])
+    torch.testing.assert_close(log_det + math.log(scale), plain.transform(plain.train.rows)[1])
+
+
+@pytest.mark.parametrize("value", [1e300, 1e25])
+@pytest.mark.parametrize("row", range(0, 100, 9))
+def test_one_value_that_hides_all_others_is_refused(value, row):
+    rows = torch.from_numpy(VALUES.copy())
+    rows[row, 1] = value
+    with pytest.raises(DataError, match=rf"column b has 1e\+{math.log10(value):.0f} in row {row} \(counted from 0\)"):
         Columns(rows, ["a", "b"])

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from covering import alternated
 from torch import nn
 from torch.nn import functional as F
 
-from divflow.divergence import Autograd, Exact, FieldError, divergence, statistics
+from divflow.divergence import Autograd, Exact, FieldError, divergence
+from divflow.divergence.exact.colored import statistics
 from divflow.verification import severed_fields
 
 
@@ -106,12 +108,14 @@ def make(name):
     return field, torch.randn(3, *event, dtype=torch.float64), colors, said
 
 
-@pytest.mark.parametrize("t", [0.3, torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)], ids=["one time", "times"])
-@pytest.mark.parametrize("name", FIELDS)
-def test_value_divergence_and_derivatives(name, t):
+TIMES = {"one time": 0.3, "times": torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)}
+
+
+@alternated(name=FIELDS, time=TIMES)
+def test_value_divergence_and_derivatives(name, time):
     field, x, (least, most), said = make(name)
     x.requires_grad_()
-    t = torch.as_tensor(t, dtype=torch.float64).clone().requires_grad_()
+    t = torch.as_tensor(TIMES[time], dtype=torch.float64).clone().requires_grad_()
     plan = Exact().explain(field, t, x)
     assert plan.method == "colored"
     assert said in plan.why
@@ -207,7 +211,7 @@ def test_a_field_that_was_changed_is_planned_anew():
         field.net[1] = norm.double()
         for _ in range(3):
             torch.testing.assert_close(divergence(field, 0.3, x), divergence(field, 0.3, x, Autograd()))
-        assert Exact().explain(field, 0.3, x).method == ("reverse" if norm is norms[-1] else "colored")
+        assert (Exact().explain(field, 0.3, x).method == "colored") == (norm is not norms[-1])
 
 
 def test_weights_that_start_at_zero_and_are_trained():
@@ -250,7 +254,7 @@ WRONG = {
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("name", WRONG)
 def test_normalizations_by_other_parts_are_refused(name, later, monkeypatch):
-    """Where a torch function is not what its parts are, there are dense products, and never another number."""
+    """Where a torch function is not what its parts are, there are no colours, and never another number."""
     field, x, _, _ = make("two groups")
     right = statistics.NORMALIZATIONS["group_norm"]
 
@@ -263,7 +267,7 @@ def test_normalizations_by_other_parts_are_refused(name, later, monkeypatch):
     monkeypatch.setitem(statistics.NORMALIZATIONS, "group_norm", wrong)
     for _ in range(3):
         torch.testing.assert_close(divergence(field, 0.3, x), divergence(field, 0.3, x, Autograd()))
-    assert Exact().explain(field, 0.3, x).method == "reverse"
+    assert Exact().explain(field, 0.3, x).method != "colored"
 
 
 def test_another_value_is_refused_behind_a_last_layer_of_zeros(monkeypatch):
@@ -271,19 +275,19 @@ def test_another_value_is_refused_behind_a_last_layer_of_zeros(monkeypatch):
     nn.init.zeros_(field.net[-1].weight)
     right = statistics.NORMALIZATIONS["group_norm"]
     monkeypatch.setitem(statistics.NORMALIZATIONS, "group_norm", lambda h, *a, **k: right(h, *a, **k) * 1.01)
-    plan = Exact().explain(field, 0.3, x)
-    assert plan.method == "reverse"
-    assert "group_norm has another value" in plan.why
+    assert Exact().explain(field, 0.3, x).method != "colored"
+    with pytest.raises(FieldError, match="group_norm has another value"):
+        divergence(field, 0.3, x, Exact("colored"))
 
 
-def test_a_field_that_never_has_the_same_value_is_dense():
+def test_a_field_that_never_has_the_same_value_has_no_colours():
     """Its noise comes from a generator that nobody can set back."""
     field, x, _, _ = make("two groups")
     noise = torch.Generator().manual_seed(0)
     field.net.insert(1, Applied(lambda h: h + torch.randn(h.shape, generator=noise, dtype=h.dtype)))
-    plan = Exact().explain(field, 0.3, x)
-    assert plan.method == "reverse"
-    assert "another value" in plan.why
+    assert Exact().explain(field, 0.3, x).method != "colored"
+    with pytest.raises(FieldError, match="another value"):
+        divergence(field, 0.3, x, Exact("colored"))
 
 
 def test_other_statistics_than_were_planned_for_are_not_held():
@@ -308,7 +312,7 @@ def test_other_statistics_than_were_planned_for_are_not_held():
 def test_other_paths_beside_the_statistics_are_seen(function):
     field, x, _, _ = make("two groups")
     field.net[1] = Applied(function)
-    assert Exact().explain(field, 0.3, x).method == "reverse"
+    assert Exact().explain(field, 0.3, x).method != "colored"
     torch.testing.assert_close(divergence(field, 0.3, x), divergence(field, 0.3, x, Autograd()))
 
 
@@ -323,14 +327,14 @@ def by_kernel(h):
 
 
 @pytest.mark.parametrize("function", [recomputed, by_kernel])
-def test_what_bears_no_parts_is_dense(function):
+def test_what_bears_no_parts_has_no_colours(function):
     field, x, _, _ = make("two groups")
     field.net[1] = nn.Sequential(Applied(function), nn.Dropout(0.5))
     results = []
     for estimator in (Exact(), Exact(), Exact("reverse")):
         torch.manual_seed(0)
         results.append((*estimator(field, 0.3, x), torch.rand(3)))
-    assert Exact().explain(field, 0.3, x).method == "reverse"
+    assert Exact().explain(field, 0.3, x).method != "colored"
     for result in results[:2]:
         torch.testing.assert_close(result, results[2])
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from divflow.divergence import Exact, FieldError, divergence, forward_mode
+from divflow.divergence import Exact, FieldError, divergence
+from divflow.divergence.exact import forward as forward_mode
 from divflow.verification.schedule import severed_fields
 
 X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

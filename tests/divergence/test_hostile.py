@@ -269,9 +269,13 @@ def test_entries_chosen_by_x_are_followed_anew(batch):
 
 def test_a_method_that_applies_no_more_is_refused():
     layered = Exact("layered")
-    divergence(in_order, 0.0, torch.zeros(3, 6), layered)
-    with pytest.raises(FieldError, match=r"'layered' does not apply.*gather between samples.*method='auto'"):
-        divergence(in_order, 0.0, torch.randn(3, 6), layered)
+
+    def written(t, x):
+        return torch.zeros_like(x).index_copy_(1, torch.arange(6), x) if x.any() else x.sin()
+
+    divergence(written, 0.0, torch.zeros(3, 6), layered)
+    with pytest.raises(FieldError, match=r"'layered' does not apply.*index_copy_ has no rule.*method='auto'"):
+        divergence(written, 0.0, torch.randn(3, 6), layered)
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([[1, 0]]), torch.tensor([[True, False]])])
@@ -369,3 +373,10 @@ def test_forward_mode_without_a_rule_names_the_remedy():
         divergence(lambda t, x: Double.apply(x) * x, 0.0, X, Exact("forward"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):  # the field's own error stays what it is
         divergence(lambda t, x: x @ torch.zeros(3, 3), 0.0, X, Exact("forward"))
+
+
+def test_true_and_one_are_two_indices():
+    """They are equal keys of a dict, and other movements."""
+    x = torch.randn(4, 6)
+    for field in (lambda t, x: x[:, 1][:, None].expand(-1, 6) * x, lambda t, x: x[:, True].reshape(len(x), 6) * x):
+        torch.testing.assert_close(divergence(field, 0.0, x), divergence(field, 0.0, x, Autograd()))

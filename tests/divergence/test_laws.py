@@ -13,6 +13,7 @@ from catalogue import (
     true_divergence,
     true_jacobian,
 )
+from covering import covered
 from torch import nn
 
 from divflow.divergence import Exact, Hutchinson, divergence, value_and_divergence
@@ -27,11 +28,7 @@ def close(estimator, actual, expected, jacobian=None):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("batch", [0, 1, 4])
-@pytest.mark.parametrize("time", TIMES)
-@pytest.mark.parametrize("event", EVENTS, ids=str)
-@pytest.mark.parametrize("name", ESTIMATORS)
+@covered(name=ESTIMATORS, event=EVENTS, time=TIMES, batch=[0, 1, 4], dtype=[torch.float64, torch.float32])
 def test_shape_dtype_and_value(name, event, time, batch, dtype):
     estimator, x = ESTIMATORS[name], torch.randn(batch, *event, dtype=dtype)
     t = TIMES[time](batch).to(dtype)

@@ -1,5 +1,6 @@
 """Networks that nobody wrote: generated ones, on which the layered method must agree with the loop."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -75,9 +76,24 @@ def build(size, steps, seed):
     return field
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def generated(count):
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@generated(100)
 @given(networks())
 def test_generated_networks(network):
+    check(network)
+
+
+@pytest.mark.slow
+@generated(1_000)
+@given(networks())
+def test_more_generated_networks(network):
+    check(network)
+
+
+def check(network):
     size, batch, steps, seed, per_sample = network
     field = build(size, steps, seed)
     noise = torch.Generator().manual_seed(seed + 1)

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from divflow.divergence import Autograd, Exact, divergence
-from divflow.divergence.layered import decompositions
+from divflow.tape import Written
+from divflow.tape.table import RULES
 
 W = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 NORMALIZATIONS = {
@@ -58,8 +59,9 @@ def test_values_keep_their_digits(name):
 @pytest.mark.parametrize("wrong", [lambda y, x: y + 1e-2 * x.detach(), lambda y, x: y + 1e-2 * (x - x.detach())])
 def test_a_wrong_decomposition_is_refused(name, wrong, monkeypatch):
     """Whether its value is wrong or its derivative alone, even behind a last layer of zeros."""
-    right = decompositions.DECOMPOSED[name]
-    monkeypatch.setitem(decompositions.DECOMPOSED, name, lambda input, *a, **k: wrong(right(input, *a, **k), input))
+    right = RULES[name].function
+    rule = Written(lambda input, *a, **k: wrong(right(input, *a, **k), input), fused=False)
+    monkeypatch.setitem(RULES, name, rule)
     last = nn.Linear(6, 6).double()
     nn.init.zeros_(last.weight)
     x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

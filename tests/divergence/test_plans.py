@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, Plan, divergence, shared_products
-from divflow.divergence.layered import contract, rules
+from divflow.divergence.exact.layered import contract
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented
 from divflow.networks import MLP, ConcatSquash
+from divflow.tape.elementwise import FORMULAS, Formula
 from divflow.verification.kept import Plans
 
 X = torch.randn(4, 3)
@@ -30,6 +31,29 @@ def test_explain_says_what_a_call_does():
     assert plan.memory > 0
     assert Exact("forward").explain(lambda t, x: x, 0.0, X).method == "forward"
     assert Exact("reverse").explain(lambda t, x: x, 0.0, X).why == "asked for"
+
+
+NET = nn.Identity()
+
+
+def through_a_helper(x):
+    return NET(x)
+
+
+def of_globals(t, x):
+    return through_a_helper(x) * t
+
+
+def test_a_function_of_a_global_network_is_planned_anew_where_that_is_another(monkeypatch):
+    class Sorted(nn.Module):
+        def forward(self, x):
+            return x.sort(dim=1).values
+
+    for net, method in ((nn.Linear(3, 3), "layered"), (Sorted(), "reverse"), (nn.Tanh(), "layered")):
+        monkeypatch.setitem(globals(), "NET", net)
+        for _ in range(3):
+            torch.testing.assert_close(divergence(of_globals, 0.5, X), divergence(of_globals, 0.5, X, Autograd()))
+        assert Exact().explain(of_globals, 0.5, X).method == method
 
 
 def test_memory_of_the_layered_method_does_not_depend_on_the_dimension():
@@ -108,7 +132,7 @@ def wrong(u, y):
 def test_a_wrong_derivative_is_found_behind_a_layer_of_zeros(monkeypatch):
     """The Jacobian of the whole field is zero then, whatever the rules say."""
     net = MLP(3, (8, 8), zero_init=True)
-    monkeypatch.setitem(rules._DERIVATIVES, "tanh", wrong)
+    monkeypatch.setitem(FORMULAS, "tanh", Formula(wrong))
     plan = Exact().explain(net, 0.0, X)
     assert plan.method == "reverse"
     assert "the derivative of tanh is another" in plan.why
@@ -125,7 +149,7 @@ def test_what_was_verified_is_verified_again(monkeypatch, mode):
         for _ in range(1, 4):
             torch.testing.assert_close(divergence(net, 0.0, X).detach(), true)
             assert Exact().explain(net, 0.0, X).method == "layered"
-        monkeypatch.setitem(rules._DERIVATIVES, "tanh", wrong)
+        monkeypatch.setitem(FORMULAS, "tanh", Formula(wrong))
         for _ in range(4, 7):
             torch.testing.assert_close(divergence(net, 0.0, X).detach(), true)
             assert Exact().explain(net, 0.0, X).method == "reverse"

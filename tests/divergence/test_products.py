@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
+from torch_samples import samples
 
-from divflow.divergence import Autograd, Exact, Hutchinson, batching, divergence, value_and_divergence
-from divflow.divergence.field import linearize
+from divflow.divergence import Autograd, Exact, Hutchinson, divergence, value_and_divergence
 from divflow.networks import UNet
+from divflow.operators import batching
+from divflow.operators.linearization import linearize
 
 SHAPE = (2, 4, 2, 2)
 NORMS = {
@@ -106,7 +108,7 @@ def test_tried_at_the_first_use_and_at_uses_2_4_8(monkeypatch):
 def _fields(op, most):
     """Functions of one tensor, of its shape or another, from torch's own samples for an operation."""
     found = 0
-    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=False):
+    for sample in samples(op):
         x = sample.input
         if found == most:
             return

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from divflow.divergence import Autograd, Exact, Hutchinson, divergence, value_and_divergence
-from divflow.divergence.field import linearize
 from divflow.networks import Potential
 from divflow.operators import gradient, hessian, laplacian
+from divflow.operators.linearization import linearize
 
 W, B, EVENT = torch.tensor([1.5, -0.5, 0.7, 2.0]).double(), torch.tensor([0.2, 0.0, -1.0, 0.5]).double(), (4, 2, 2)
 

@@ -43,10 +43,11 @@ def test_a_normal_density(energy):
     ("energy", "tempering", "split"),
     [
         (DoubleWell(), DW4, 4.0),
-        (
+        pytest.param(
             LennardJones(4, 2, r_m=2.0, oscillator=4.0),
             Tempering(rungs=8, power=6.0, std=2.0, chains=200, warm_up=150, thin=8),
             3.0,
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["dw4", "lj4"],
@@ -64,8 +65,9 @@ def test_four_in_the_plane(energy, tempering, split):
     assert abs(chains.mean() - mean) < 5 * chains.std() / math.sqrt(200)
 
 
+@pytest.mark.slow
 def test_a_run_twice_as_long_finds_the_same():
-    short, long = DW4(DoubleWell(), 6_000, seed()), DW4(DoubleWell(), 12_000, seed(1))
+    short, long = DW4(DoubleWell(), 3_000, seed()), DW4(DoubleWell(), 6_000, seed(1))
     for quantity in (DoubleWell(), lambda x: DoubleWell().distances(x)[:, 0]):
         # Every eighth, which depend on each other little.
         a, b = (quantity(run.samples)[::8].double() for run in (short, long))

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import time
 
+import lightning as L
 import pytest
 import torch
 from processes import process_group
-from run import FAST, SMALL_TOY, command
+from run import FAST, SMALL_TOY, command, config
+
+from divflow.runs import experiment
+from divflow.runs.experiment import train
 
 RUN = [setting for setting in FAST if not setting.startswith(("trainer.max_steps", "trainer.val_check"))]
 RUN += ["trainer.max_steps=60", "trainer.val_check_interval=7", "callbacks.last.every_n_steps=5"]
@@ -27,12 +31,6 @@ KILLS = [
     for variant in VARIANTS
     for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     for seed in range(1 if variant == "two processes" else 2)
-]
-EVERY_RUN = [
-    ("flow", signal.SIGKILL, 0),
-    ("flow matching", signal.SIGKILL, 1),
-    ("score", signal.SIGTERM, 0),
-    ("accumulated gradients", signal.SIGINT, 1),
 ]
 
 
@@ -77,7 +75,49 @@ def _without_folders(value):
     return os.path.basename(value) if isinstance(value, str) and os.sep in value else value
 
 
-def check(straight, tmp_path, variant, sent, seed):
+class Interrupt(L.Callback):
+    """Ctrl-C after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+RESUMED = [
+    pytest.param(variant, marks=() if variant in ("flow", "flow matching", "score") else pytest.mark.slow)
+    for variant in VARIANTS
+    if variant != "two processes"
+]
+
+
+@pytest.mark.parametrize("variant", RESUMED)
+def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, monkeypatch, variant):
+    """All in one process, which needs no start of another."""
+    settings = [*RUN, *VARIANTS[variant], "trainer.max_steps=16"]
+    train(config(*settings, f"output_dir={tmp_path}/straight"))
+    build = experiment._build_trainer
+
+    def interrupted(settings):
+        trainer = build(settings)
+        trainer.callbacks.insert(0, Interrupt(12))
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_build_trainer", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            train(config(*settings, f"output_dir={tmp_path}/stopped"))
+    assert stopped.value.code == 130
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    train(config(*settings, f"ckpt_path={last}", f"output_dir={tmp_path}/stopped"))
+    assert left(tmp_path / "stopped") == left(tmp_path / "straight")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("variant", "sent", "seed"), KILLS)
+def test_a_killed_run_ends_like_one_that_was_not(straight, tmp_path, variant, sent, seed):
     killed = tmp_path / "killed"
     last = killed / "checkpoints" / "last.ckpt"
     with process_group(started(variant, killed), tmp_path / "log") as process:
@@ -94,14 +134,3 @@ def check(straight, tmp_path, variant, sent, seed):
     (state, rows), (expected, expected_rows) = left(resumed), left(straight(variant))
     assert state == expected
     assert rows == expected_rows
-
-
-@pytest.mark.parametrize(("variant", "sent", "seed"), EVERY_RUN)
-def test_a_killed_run_ends_like_one_that_was_not(straight, tmp_path, variant, sent, seed):
-    check(straight, tmp_path, variant, sent, seed)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(("variant", "sent", "seed"), [kill for kill in KILLS if kill not in EVERY_RUN])
-def test_killed_at_another_moment(straight, tmp_path, variant, sent, seed):
-    check(straight, tmp_path, variant, sent, seed)

@@ -10,7 +10,7 @@ from fuzz.world import HALVES, Episode, form_of
 from torch import Tensor
 
 from divflow.divergence import Autograd, Exact, Hutchinson, HutchPlusPlus, XTrace
-from divflow.divergence.field import flatten_event
+from divflow.operators.field import flatten_event
 
 __all__ = ["compare", "divergences"]
 
@@ -66,7 +66,7 @@ def one_call(world: Episode, history: list[str]) -> Outcome:
     draw, module, x = world.draw, world.module, world.x
     estimator, t = estimator_of(world), world.time()
     mode = draw.choice(["grad", "grad", "grad", "no_grad", "inference"])
-    gradients = mode == "grad" and draw.random() < 0.4 and world.dtype not in HALVES
+    gradients = mode == "grad" and draw.random() < 0.4 and world.dtype not in HALVES and module.twice_differentiable
     if x.numel() and draw.random() < 0.05:
         x = x.clone(memory_format=torch.contiguous_format)
         x.view(-1)[draw.randrange(x.numel())] = draw.choice([float("nan"), float("inf"), -float("inf")])

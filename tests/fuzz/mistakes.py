@@ -124,7 +124,7 @@ CALLS = {
     "jacobian t": (lambda t: jacobian(field, t, X), NO_TIMES),
     "jacobian g": (lambda g: jacobian(g, 0.0, X), [None, 3, "g", lambda t, x: x[:1], lambda t, x: x.sum(), lambda t, x: None]),
     "laplacian x": (lambda x: laplacian(numbers, x), NO_STATES),
-    "laplacian f": (lambda f: laplacian(f, X), [None, 3, lambda x: x, lambda x: None]),
+    "laplacian f": (lambda f: laplacian(f, X), [None, 3, lambda x: x[:1], lambda x: None]),
     "laplacian estimator": (lambda e: laplacian(numbers, X, e), ["exact", 3, Exact]),
     "flat_gradient": (lambda v: flat_gradient(lambda *a: a[0].sum(), v), [[], [None], [torch.ones(2, dtype=torch.long)], 3, None, "ab"]),
     "parameter_jacobian": (lambda v: parameter_jacobian(lambda p, x: x * p["a"], X, parameters=v), [None, {}, 3, "a", {"a": 3}]),

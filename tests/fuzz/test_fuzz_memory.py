@@ -38,7 +38,8 @@ def _after(steps: int) -> tuple[int, int]:
     return tracemalloc.get_traced_memory()[0], alive
 
 
-@pytest.mark.parametrize("steps", [300, pytest.param(5_000, marks=pytest.mark.fuzz)])
+@pytest.mark.fuzz
+@pytest.mark.parametrize("steps", [100, 300, 5_000])
 def test_steps_with_fields_made_anew_leave_nothing_behind(steps):
     _after(300)  # what is kept of structures, not of fields, is bounded, and fills up
     tracemalloc.start()

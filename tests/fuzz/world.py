@@ -4,8 +4,9 @@ import functools
 import random
 
 import torch
-from fuzz.pieces import BRANCHING, IMAGE, VECTOR, Piece
 from torch import Tensor, nn
+from written import tagged
+from written.pieces import IMAGES, PIECES, VECTORS, Piece
 
 __all__ = ["HALVES", "Episode", "Generated", "form_of"]
 
@@ -20,7 +21,7 @@ class Generated(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.event, self.inner = event, inner
         self.pieces = nn.ModuleList(Piece(kind, inner, generator) for kind in kinds)
-        self.last = Piece("linear" if len(inner) == 1 else "channel mix", inner, generator)
+        self.last = Piece("linear" if len(inner) == 1 else "image channel mix", inner, generator)
         self.residual = seed % 3 == 0
 
     def forward(self, t: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
@@ -29,6 +30,10 @@ class Generated(nn.Module):
             new = piece(t, h)
             h = h + new if self.residual and i % 2 else new
         return (self.last(t, h) * factor).reshape(x.shape)
+
+    @property
+    def twice_differentiable(self) -> bool:
+        return all("once" not in PIECES[piece.kind].tags for piece in self.pieces)
 
     def describe(self) -> str:
         return f"{[piece.kind for piece in self.pieces]} inner {self.inner} residual {self.residual}"
@@ -47,10 +52,9 @@ class Episode:
         else:
             self.event = draw.choice([(), (1,), (2,), (3,), (4,), (6,), (2, 3), (1, 2, 2), (2, 1, 3)])
             self.inner = (max(1, torch.Size(self.event).numel()),)
-        kinds = list(IMAGE if image else VECTOR)
-        self.kinds = draw.choices(kinds, k=draw.choice([1, 1, 2, 2, 3, 4]))
+        self.kinds = draw.choices(list(IMAGES if image else VECTORS), k=draw.choice([1, 1, 2, 2, 3, 4]))
         self.dtype = draw.choice([torch.float64] * 5 + [torch.float32] * 3 + list(HALVES))
-        if self.dtype in HALVES and any(kind in BRANCHING or kind in _NOT_HALF for kind in self.kinds):
+        if any(PIECES[kind].tags & _ANOTHER[self.dtype] for kind in self.kinds):
             self.dtype = torch.float64
         self.module = Generated(self.kinds, self.event, self.inner, seed).to(self.dtype)
         if draw.random() < 0.25:
@@ -89,7 +93,10 @@ class Episode:
         return self.t if self.draw.random() < 0.5 else torch.tensor(self.t, dtype=self.dtype)
 
 
-_NOT_HALF = {"complex", "as complex", "matrix of time", "triangular solve", "interpolate", "warp", "float roundtrip"}
+# What is another function in float64.
+_ANOTHER = {torch.float64: set(), torch.float32: {"double"}} | {
+    half: {"branching", "full", "double"} for half in HALVES
+}
 
 
 def _scaled(parameter: Tensor, episode: Episode) -> None:
@@ -123,9 +130,7 @@ def _buffers(episode: Episode) -> None:
 
 
 def _swapped(episode: Episode) -> None:
-    kinds = list(VECTOR if len(episode.inner) == 1 else IMAGE)
-    if episode.dtype in HALVES:
-        kinds = [kind for kind in kinds if kind not in BRANCHING and kind not in _NOT_HALF]
+    kinds = tagged(VECTORS if len(episode.inner) == 1 else IMAGES, without=_ANOTHER[episode.dtype])
     place = episode.draw.randrange(len(episode.module.pieces))
     episode.module.pieces[place] = Piece(episode.draw.choice(kinds), episode.inner, episode.noise).to(episode.dtype)
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from scalar_functions import ACTIVATIONS, FUNCTIONS, D, net
+from covering import alternated
 from torch import nn
+from written import D, tagged
+from written.fields import DEFAULT, POTENTIALS
+from written.scalars import SCALARS, net
 
 from divflow.divergence import Autograd
-from divflow.laplacian import value_gradient_laplacian as at_time
 from divflow.operators import explain_laplacian, gradient, laplacian, value_gradient_laplacian
+from divflow.operators.forward_laplacian import value_gradient_laplacian as at_time
 from divflow.verification import severed_fields
 
 
@@ -28,7 +31,7 @@ def by_autograd(f, x):
 
 
 def make(name, dtype=torch.float64):
-    return FUNCTIONS[name]().to(dtype), torch.randn(4, D, dtype=dtype)
+    return POTENTIALS[name].function().to(dtype), torch.randn(4, D, dtype=dtype)
 
 
 def close(actual, expected, tolerance=1e-10):
@@ -36,9 +39,25 @@ def close(actual, expected, tolerance=1e-10):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + b.detach().abs().max().item()))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_value_gradient_and_laplacian(name, dtype, tolerance):
+FOLLOWED = tagged(POTENTIALS, "jets", without=["random", "stateful"])
+
+
+@alternated(name=SCALARS, dtype=[torch.float64, torch.float32])
+def test_value_gradient_and_laplacian(name, dtype):
+    value_gradient_and_laplacian(name, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "name", [name for name in FOLLOWED if name not in SCALARS and "double" not in POTENTIALS[name].tags]
+)
+def test_value_gradient_and_laplacian_of_sums(name, dtype):
+    value_gradient_and_laplacian(name, dtype)
+
+
+def value_gradient_and_laplacian(name, dtype):
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     f, x = make(name, dtype)
     expected = by_autograd(f, x)
     for _ in range(3):  # the second call is verified again, the third trusted
@@ -51,11 +70,21 @@ def test_value_gradient_and_laplacian(name, dtype, tolerance):
     assert explain_laplacian(f, x).method == FORWARD
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", SCALARS)
 def test_first_and_second_derivatives(name):
+    first_and_second_derivatives(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FOLLOWED if name not in SCALARS])
+def test_first_and_second_derivatives_of_sums(name):
+    first_and_second_derivatives(name)
+
+
+def first_and_second_derivatives(name):
     f, x = make(name)
     x.requires_grad_()
-    inputs, results = [x, *f.parameters()], []
+    inputs, results = [x, *(parameter for parameter in f.parameters() if parameter.requires_grad)], []
     for way in (by_autograd, value_gradient_laplacian):
         value, slope, lap = way(f, x)
         objective = (value**2).sum() + (slope**2).sum() + (torch.linspace(1, 2, 4) * lap).sum()
@@ -83,18 +112,32 @@ def test_derivatives_of_layer_normalization_by_differences():
     torch.testing.assert_close(slope, (sums[0] - sums[1]) / 2, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("i", range(len(ACTIVATIONS)))
-def test_activations(i):
-    f, x = net(5, 5, activation=ACTIVATIONS[i]).double(), torch.randn(4, D, dtype=torch.float64, requires_grad=True)
-    results = [way(f, x) for way in (value_gradient_laplacian, by_autograd)]
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in FOLLOWED if name not in SCALARS],
+)
+def test_sums(name):
+    f, x = make(name)
+    inputs = [x.requires_grad_(), *(parameter for parameter in f.parameters() if parameter.requires_grad)]
+    results, gradients = [way(f, x) for way in (value_gradient_laplacian, by_autograd)], []
     close(*results)
-    close(
-        *(
-            [*torch.autograd.grad(lap.sum() + (g**2).sum(), [x, *f.parameters()], materialize_grads=True)]
-            for _, g, lap in results
-        )
-    )
-    assert explain_laplacian(f, x).method == FORWARD
+    for _, slope, lap in results:
+        objective = lap.sum() + (slope**2).sum() + 0 * x.sum()
+        gradients.append(torch.autograd.grad(objective, inputs, materialize_grads=True))
+    close(*gradients)
+    plan = explain_laplacian(f, x)
+    assert plan.method == FORWARD
+    assert "products of its own" not in plan.why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tagged(POTENTIALS, without=["jets", "random", "stateful", "once"]))
+def test_what_is_not_carried_in_closed_form_is_exact_all_the_same(name):
+    f, x = make(name)
+    for _ in range(2):
+        close(value_gradient_laplacian(f, x), by_autograd(f, x))
+    plan = explain_laplacian(f, x)
+    assert plan.method != FORWARD or "products of its own" in plan.why
 
 
 @pytest.mark.parametrize(
@@ -168,7 +211,7 @@ def test_chunks_of_tangents(monkeypatch):
     f, x = make("four hidden layers")
     expected = by_autograd(f, x)
     for elements in (1, 60):  # one tangent at a time, or two
-        monkeypatch.setattr("divflow.laplacian.forward._CPU_ELEMENTS", elements)
+        monkeypatch.setattr("divflow.operators.forward_laplacian.forward._CPU_ELEMENTS", elements)
         close(value_gradient_laplacian(f, x), expected)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from catalogue import Network
+from covering import covered
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, Hutchinson
@@ -91,13 +92,13 @@ def test_one_sample_that_needs_more_nodes_gets_them():
     torch.testing.assert_close(flow.log_prob(hard), augmented, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "solver", [TIGHT, Solver("rk4"), Solver("dopri8", 1e-9, 1e-9)], ids=["dopri5", "rk4", "dopri8"]
-)
-@pytest.mark.parametrize(("t_base", "t_data"), [(0.0, 1.0), (1.0, -0.5)])
-@pytest.mark.parametrize("tolerance", [1e-1, 1e-8])
-def test_values_and_gradients_are_those_of_many_fixed_nodes(tolerance, t_base, t_data, solver):
+SOLVERS = {"dopri5": TIGHT, "rk4": Solver("rk4"), "dopri8": Solver("dopri8", 1e-9, 1e-9)}
+
+
+@covered(tolerance=[1e-1, 1e-8], times=[(0.0, 1.0), (1.0, -0.5)], solver=SOLVERS)
+def test_values_and_gradients_are_those_of_many_fixed_nodes(tolerance, times, solver):
     torch.manual_seed(0)
+    (t_base, t_data), solver = times, SOLVERS[solver]
     velocity, x = Network((2,)), torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     many = ContinuousFlow(
         velocity, 2, likelihood=Quadrature(61), solver=solver, t_base=t_base, t_data=t_data, estimator=Autograd()

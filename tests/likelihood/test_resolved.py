@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covering import alternated
 from torch import nn
 
 from divflow.divergence import Hutchinson
@@ -11,7 +12,7 @@ from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
 from divflow.likelihood.pieces import Piece
 from divflow.solver import Solver, SolverError
-from divflow.step_control import StepTimes
+from divflow.solver.step_control import StepTimes
 
 NESTED = Quadrature(tolerance=1e-3)
 
@@ -34,8 +35,7 @@ LAYERS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
-@pytest.mark.parametrize("name", LAYERS)
+@alternated(name=LAYERS, method=["bosh3", "dopri5", "dopri8"])
 def test_nodes_where_the_solver_took_steps(name, method):
     rate, integral = LAYERS[name]
     solver = Solver(method, max_evaluations=100_000)

@@ -4,7 +4,7 @@ from own_laws import TIMES, assert_euclidean, assert_own_divergence_is_exact, as
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, divergence
-from divflow.divergence.field import FieldError
+from divflow.errors import FieldError
 from divflow.networks import EGNN, HollowEGNN, NetworkError
 
 KINDS = {"EGNN": EGNN, "HollowEGNN": HollowEGNN}

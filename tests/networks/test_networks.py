@@ -1,8 +1,8 @@
-import subprocess
 import sys
 
 import pytest
 import torch
+from covering import alternated
 from torch import nn
 
 from divflow.divergence import Autograd, Exact, check_field, divergence
@@ -103,8 +103,7 @@ def test_float64():
     assert network(torch.tensor(0.3), torch.randn(3, 2, dtype=torch.float64)).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["UNet", "UNet with attention", "DiffusersUNet"])
-@pytest.mark.parametrize("t", [0.3, [0.1, 0.9]])
+@alternated(name=["UNet", "UNet with attention", "DiffusersUNet"], t=[0.3, [0.1, 0.9]])
 def test_divergence_of_unets_and_its_gradient(name, t):
     network, t = NETWORKS[name]().double(), torch.tensor(t, dtype=torch.float64)
     x = torch.randn(2, 1, 2, 4, dtype=torch.float64, requires_grad=True)
@@ -167,9 +166,8 @@ def test_diffusers_unet_is_its_model_at_scaled_times():
     torch.testing.assert_close(network(torch.tensor([0.1, 0.5]), x), network.model(x, torch.tensor([1.0, 5.0])).sample)
 
 
-def test_diffusers_is_loaded_when_it_is_needed_only(monkeypatch):
-    code = "import sys, divflow.networks; assert 'diffusers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_diffusers_is_asked_for_when_it_is_needed(monkeypatch):
+    """`tests/adapters/test_foreign.py` sees that it is not loaded before."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(NetworkError, match=r'pip install "divflow\[diffusers\]"'):
         DiffusersUNet((1, 2, 4))

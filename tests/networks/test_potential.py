@@ -8,8 +8,8 @@ from torch import nn
 
 from divflow.divergence import Autograd, Exact, FieldError, Hutchinson, check_field
 from divflow.flow import ContinuousFlow
-from divflow.laplacian import explain
 from divflow.networks import MLPPotential, NetworkError, Potential, QuadraticPotential
+from divflow.operators.forward_laplacian import explain
 
 TIMES = {"scalar t": torch.tensor(0.3).double(), "t per sample": torch.linspace(0.1, 0.9, 4).double()}
 NETWORKS = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import alternated, covered
 from gaussian_scores import Gaussian
 
 from divflow.divergence import FieldError
@@ -43,9 +44,7 @@ def assert_moments(samples, mean, covariance, bias):
     assert ((torch.cov(flat.T) - covariance).abs() / scale < 5 * (2 / count) ** 0.5 + bias).all()
 
 
-@pytest.mark.parametrize("event", [(3,), (1, 2, 2)], ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("name", SDES)
+@covered(name=SDES, sampler=SAMPLERS, event=[(3,), (1, 2, 2)])
 def test_mean_and_covariance(name, sampler, event):
     data, sde = Gaussian(event), SDES[name](event)
     samples = SAMPLERS[sampler](sde)(data.score(sde), COUNT, seeded()).samples
@@ -66,8 +65,7 @@ def test_euler_maruyama_converges():
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
-@pytest.mark.parametrize("std", [0.01, 0.05])
-@pytest.mark.parametrize("name", SDES)
+@alternated(name=SDES, std=[0.01, 0.05])
 def test_sharp_data_keep_their_width(name, std):
     """No noise of the last steps is left in the samples, and no adaptive step leaps over the end."""
     sde = type(SDES[name]((1,)))(event_shape=1)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from covering import thinned
 from run import FAST, SMALL_TOY, config
 from test_flow_task import as_it_is, trainer
 from torch import nn
@@ -14,13 +15,13 @@ from torch.distributions import Independent, Normal
 from torch.utils.data import DataLoader
 
 import divflow
-from divflow.build import ConfigError
 from divflow.divergence import FieldError
-from divflow.experiment import train
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Quadrature
 from divflow.matching import ConditionalFlowMatching, OptimalTransportCoupling
 from divflow.networks import MLP
+from divflow.runs.experiment import train
+from divflow.saved.build import ConfigError
 from divflow.tasks import FlowMatchingTask, FlowTask
 
 
@@ -46,15 +47,15 @@ class Recorder(nn.Module):
         return self.net(t, x)
 
 
-@pytest.mark.parametrize("coupling", [None, OptimalTransportCoupling()], ids=str)
+@pytest.mark.parametrize("coupling", [pytest.param(None, marks=pytest.mark.slow), OptimalTransportCoupling()], ids=str)
 def test_learns_the_density_of_the_data(tmp_path, coupling):
     torch.manual_seed(0)
     rows = 0.5 * torch.randn(4_000, 2) + torch.tensor([1.0, -1.0])
     objective = ConditionalFlowMatching() if coupling is None else ConditionalFlowMatching(coupling=coupling)
     flow = ContinuousFlow(MLP(2, hidden=(32,), activation=nn.SiLU, zero_init=True), 2, likelihood=Quadrature(7))
-    schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=640)
+    schedule = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=320)
     task = FlowMatchingTask(flow, objective, 2, functools.partial(torch.optim.Adam, lr=0.02), schedule)
-    run = trainer(tmp_path, max_epochs=40, limit_val_batches=0)
+    run = trainer(tmp_path, max_epochs=20, limit_val_batches=0)
     run.fit(task, loader(rows, 250), loader(rows))
     results = run.test(task, loader(rows, 1_000), verbose=False)[0]
     entropy = Normal(0.0, 0.5).entropy().item() * 2
@@ -150,7 +151,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@thinned(variant=VARIANTS)
 def test_variants_run(tmp_path, variant):
     results = run(tmp_path, *VARIANTS[variant])
     assert all(math.isfinite(value) for value in results.values())

@@ -43,7 +43,7 @@ def test_recovers_a_gaussian(tmp_path):
     task = FlowTask(flow, functools.partial(torch.optim.Adam, lr=0.03), evaluation=flow.replace(estimator=Exact()))
     loader = DataLoader(data, batch_size=500, shuffle=True, collate_fn=as_it_is)
     held_out = DataLoader(truth.sample((4_000,)).float(), batch_size=1_000, collate_fn=as_it_is)
-    run = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
+    run = trainer(tmp_path, max_epochs=25, check_val_every_n_epoch=25)
     run.fit(task, loader, held_out)
     results = run.test(task, held_out, verbose=False)[0]
     entropy = truth.entropy().item()

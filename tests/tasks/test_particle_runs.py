@@ -6,23 +6,23 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from covering import alternated
 from matplotlib.figure import Figure
-from run import FAST, config
+from run import DRAWN, config
 from torch import Generator
 
 import divflow
-from divflow.bases import BaseError, MeanFreeNormal
-from divflow.build import ConfigError
 from divflow.callbacks import figures
+from divflow.callbacks.plots import plot_energies
 from divflow.cli import main
 from divflow.data import MeanFreeScale, Particles
-from divflow.density import FlowDensity
+from divflow.distributions import BaseError, MeanFreeNormal
 from divflow.divergence import Hutchinson
 from divflow.energies import DoubleWell, Tempering
-from divflow.experiment import train
-from divflow.figures import plot_energies
-from divflow.flow import ContinuousFlow
-from divflow.importance import ImportanceError, ImportanceWarning
+from divflow.flow import ContinuousFlow, FlowDensity
+from divflow.flow.importance import ImportanceError, ImportanceWarning
+from divflow.runs.experiment import train
+from divflow.saved.build import ConfigError
 from divflow.tasks.reweighting import reweighted
 
 SAMPLES = ["data.num_train=64", "data.num_val=20", "data.num_test=30", "data.num_weighted=40", "data.batch_size=16"]
@@ -31,8 +31,10 @@ SMALL = [
     *SAMPLES,
     *SAMPLER,
     "data.eval_batch_size=15",
-    *[it for it in FAST if "hidden" not in it],
+    *[it for it in DRAWN if "hidden" not in it and "step_size" not in it],
     "network.hidden=8",
+    "network.layers=1",
+    "evaluation.solver.options.step_size=0.5",
     "callbacks.figures.num_samples=30",
 ]
 
@@ -46,8 +48,7 @@ def run(tmp_path, kept, *overrides):
     return train(config(*SMALL, *overrides, f"data.cache={kept}", f"output_dir={tmp_path}/run"))
 
 
-@pytest.mark.parametrize("data", ["dw4", "lj13"])
-@pytest.mark.parametrize("task", ["flow", "flow_matching"])
+@alternated(task=["flow", "flow_matching"], data=["dw4", "lj13"])
 def test_either_way_trains_and_is_judged(tmp_path, kept, data, task):
     results = run(tmp_path, kept, f"data={data}", f"task={task}")
     assert 1 / 40 <= results["test/effective_sample_fraction"] <= 1
@@ -108,7 +109,9 @@ class _Springs:
 def test_weights_towards_the_flows_own_density(tmp_path):
     flow = ContinuousFlow(lambda t, x: 0 * x, (4, 2), base=MeanFreeNormal((4, 2)))
     density = FlowDensity(flow, MeanFreeScale(1.5))
-    data = Particles(DoubleWell(), Tempering(rungs=8, power=2.0, std=2.0, chains=20), 2, 2, 2, 4_000, cache=tmp_path)
+    data = Particles(
+        DoubleWell(), Tempering(rungs=8, power=2.0, std=2.0, chains=20, warm_up=20), 2, 2, 2, 4_000, cache=tmp_path
+    )
     data.energy = _Springs()
     found = reweighted(density, data, Generator().manual_seed(0))
     assert abs(found["effective_sample_fraction"] - 1) < 1e-4
@@ -132,7 +135,9 @@ def test_too_few_effective_samples_are_warned_of(tmp_path):
     """One weight outweighs all: the free energy's error is then next to nothing, whatever the truth."""
     flow = ContinuousFlow(lambda t, x: 0 * x, (4, 2), base=MeanFreeNormal((4, 2)))
     density = FlowDensity(flow, MeanFreeScale(1.5))
-    data = Particles(DoubleWell(), Tempering(rungs=8, power=2.0, std=2.0, chains=20), 2, 2, 2, 100, cache=tmp_path)
+    data = Particles(
+        DoubleWell(), Tempering(rungs=8, power=2.0, std=2.0, chains=20, warm_up=20), 2, 2, 2, 100, cache=tmp_path
+    )
     with pytest.warns(ImportanceWarning, match=r"rests on \d+\.\d effective samples of 100.*num_weighted"):
         found = reweighted(density, data, Generator().manual_seed(0))
     assert 100 * found["effective_sample_fraction"] < 20

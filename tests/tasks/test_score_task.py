@@ -11,14 +11,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from divflow.callbacks import LastCheckpoint
-from divflow.density import ScoreDensity, UnnormalizedDensity
 from divflow.divergence import FieldError
+from divflow.flow.transforms import Affine, Compose, Logit
 from divflow.networks import MLP
-from divflow.score import ScaledScore, SDEError, VarianceExploding, VariancePreserving, probability_flow
+from divflow.score import (
+    ScaledScore,
+    ScoreDensity,
+    SDEError,
+    UnnormalizedDensity,
+    VarianceExploding,
+    VariancePreserving,
+    probability_flow,
+)
 from divflow.score.objectives import DenoisingScoreMatching, ImplicitScoreMatching, TimeConditionalScoreMatching
 from divflow.score.sampling import AnnealedLangevin, ReverseSDE
 from divflow.tasks import ScoreTask, TrainingError
-from divflow.transforms import Affine, Compose, Logit
 
 
 def loader(rows, batch_size=100):
@@ -44,15 +51,17 @@ def test_trains_over_an_sde_and_is_judged_by_its_likelihood(tmp_path):
     torch.manual_seed(0)
     rows = 0.5 * torch.randn(3_000, 2)
     sde = VariancePreserving(event_shape=2, epsilon=1e-3)
-    score = ScaledScore(MLP(2, hidden=(32,), activation=nn.SiLU, zero_init=True), sde)
+    score = ScaledScore(MLP(2, hidden=(32,), activation=nn.SiLU, zero_init=True), sde, data_std=0.65)
     objective = TimeConditionalScoreMatching(sde, weighting="likelihood", importance=True)
-    task = ScoreTask(score, objective, functools.partial(torch.optim.Adam, lr=0.02))
+    # To a rate of zero: at a constant one the weights of the end wander, and the result is the seed's.
+    cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=720)
+    task = ScoreTask(score, objective, functools.partial(torch.optim.Adam, lr=0.02), cosine)
     run = trainer(tmp_path, max_epochs=60, limit_val_batches=0)
     untrained = run.test(task, loader(rows[:1_000], 500), verbose=False)[0]["test/nll"]
     run.fit(task, loader(rows, 250), loader(torch.zeros(2, 2)))
     results = run.test(task, loader(rows[:1_000], 500), verbose=False)[0]
     entropy = torch.distributions.Normal(0.0, 0.5).entropy().item() * 2
-    assert untrained > entropy + 0.5
+    assert untrained > entropy + 0.08  # of a normal density of standard deviation 0.65, 0.116 in expectation
     assert abs(results["test/nll"] - entropy) < 3 * results["test/nll_standard_error"] + 0.03
     assert {"test/nfe", "test/nfe_divergence", "test/quadrature_error", "test/loss_standard_error"} <= set(results)
     samples = task.judged.sample(4_000, generator=torch.Generator().manual_seed(0))

@@ -1,44 +1,48 @@
 """Fields by number: right ones, of what people put into networks, and ones that are cut off from autograd by some share."""
 
-import contextlib
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from written import tagged
+from written.pieces import PIECES, VECTORS, Piece
 
-Part = Callable[[Tensor], Tensor]
 NORM = nn.utils.parametrizations
 
 SIZES = (1, 2, 3, 6, 16, 64, 784)
 SHARES = (1.0, 0.1, 0.01, 0.001)
-
-
-class Twice(torch.autograd.Function):
-    """x^2, with a backward pass of its own that is right, once and twice."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient * ctx.saved_tensors[0]
+RIGHT = tagged(VECTORS, without=["severed", "stateful", "joint"])
+PARTS = 6
+PERIOD = math.ceil(len(RIGHT) / PARTS)
+"""Of so many seeds in a row, from a multiple of it, the right fields have every piece."""
 
 
 class Field(nn.Module):
-    """A part as a field of time and state."""
+    """A sum of parts as a field of time and state, and perhaps of what autograd does not see."""
 
-    def __init__(self, part: Part, modules: list[nn.Module]) -> None:
+    def __init__(self, parts: list[nn.Module], severed: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.part, self.held = part, nn.ModuleList(modules)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.parts, self.severed, self.scale = nn.ModuleList(parts), severed, nn.Parameter(torch.ones(()))
 
     def forward(self, t, x):
-        return self.scale.to(x.dtype) * self.part(x)
+        total = sum(part(t, x.clone()) for part in self.parts)
+        return self.scale.to(x.dtype) * (total if self.severed is None else total + self.severed(x))
+
+
+class Layers(nn.Module):
+    """A perceptron with pieces between its layers."""
+
+    def __init__(self, first: nn.Module, pieces: list[Piece], last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.pieces, self.last = first, nn.ModuleList(pieces), last
+
+    def forward(self, t, x):
+        h = self.first(x)
+        for piece in self.pieces:
+            h = piece(t, h)
+        return self.last(h)
 
 
 class Draw:
@@ -50,167 +54,48 @@ class Draw:
     """
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
-        self.numbers, self.dtype, self.modules = np.random.default_rng(seed), dtype, []
+        self.seed, self.numbers, self.dtype = seed, np.random.default_rng(seed), dtype
         torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self.size = int(self.numbers.choice(SIZES))
         self.batch = int(self.numbers.integers(1, 9 if self.size < 100 else 3))
 
-    def state(self) -> Tensor:
-        scale = float(self.numbers.choice([0.0, 1e-3, 1.0, 1.0, 1.0, 30.0]))
+    def state(self, several: bool = False) -> Tensor:
+        """Where several, without zeros, whose entries are all equal."""
+        scale = float(self.numbers.choice([1.0 if several else 0.0, 1e-3, 1.0, 1.0, 1.0, 30.0]))
         return scale * torch.randn(self.batch, self.size, dtype=self.dtype)
 
-    def module(self, module: nn.Module) -> nn.Module:
-        module = module.to(self.dtype)
-        self.modules.append(module)
-        return module
+    def piece(self, kind: str, size: int) -> Piece:
+        return Piece(kind, (size,), self.generator).to(self.dtype)
 
-    def layers(self) -> Part:
+    def layers(self) -> nn.Module:
         """A perceptron with one of many activations, and perhaps a normalization or dropout."""
         hidden = int(self.numbers.choice([8, 32]))
-        activation = self.numbers.choice(
-            ["ReLU", "Tanh", "SiLU", "GELU", "ELU", "Softplus", "LeakyReLU", "Hardtanh", "Softsign", "ReLU6", "Mish"]
-        )
-        middle = self.numbers.choice(["", "LayerNorm", "Dropout", "GroupNorm", "Alpha"])
-        between = {
-            "": nn.Identity,
-            "LayerNorm": lambda: nn.LayerNorm(hidden),
-            "Dropout": lambda: nn.Dropout(0.5),
-            "GroupNorm": lambda: nn.GroupNorm(2, hidden),
-            "Alpha": lambda: nn.AlphaDropout(0.2),
-        }[middle]()
+        middle = self.numbers.choice(["", "LayerNorm", "Dropout", "GroupNorm", "AlphaDropout"])
+        kinds = [middle] if middle else []
+        kinds.append(str(self.numbers.choice(tagged(VECTORS, "activation"))))
         wrap = self.numbers.choice([None, NORM.spectral_norm, NORM.weight_norm, None, None])
         linear = (lambda *sizes: wrap(nn.Linear(*sizes))) if wrap else nn.Linear
         first, last = linear(self.size, hidden), linear(hidden, self.size)
         if wrap is None and self.numbers.random() < 0.15:
             nn.init.zeros_(last.weight)
-        return self.module(nn.Sequential(first, between, getattr(nn, activation)(), last))
-
-    def part(self) -> Part:
-        """One of the things that people do in a field, and do rightly."""
-        kind = self.numbers.choice([name for name in dir(self) if name.startswith("do_")])
-        return getattr(self, kind)()
-
-    def do_network(self) -> Part:
-        return self.layers()
-
-    def do_steep(self) -> Part:
-        steepness = float(self.numbers.choice([10.0, 1e3, 1e5]))
-        return lambda x: torch.tanh(steepness * x)
-
-    def do_dropout(self) -> Part:
-        net = self.layers()
-        return lambda x: F.dropout(net(x), 0.3)
-
-    def do_recurrent(self) -> Part:
-        gru = self.module(nn.GRU(1, 4, batch_first=True))
-        last = self.module(nn.Linear(4, 1))
-        return lambda x: last(gru(x[..., None])[0])[..., 0] if self.size < 100 else x
-
-    def do_neighbours(self) -> Part:
-        count = min(3, self.size)
-
-        def part(x):
-            with torch.no_grad():
-                nearest = torch.cdist(x[..., None], x[..., None]).topk(count, largest=False).indices
-            return x.gather(1, nearest[..., -1]).sin()
-
-        return part
-
-    def do_one_hot(self) -> Part:
-        return lambda x: F.one_hot(x.argmax(1), self.size).to(x) * x
-
-    def do_stable_softmax(self) -> Part:
-        def part(x):
-            e = (x - x.amax(1, keepdim=True).detach()).exp()
-            return e / e.sum(1, keepdim=True)
-
-        return part
-
-    def do_own_backward(self) -> Part:
-        return lambda x: Twice.apply(x.tanh())
-
-    def do_gradient(self) -> Part:
-        net = self.layers()
-
-        def part(x):
-            with torch.enable_grad():
-                z = x if x.requires_grad else x.detach().requires_grad_()
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)
-                    energy = net(z).square().sum()
-                return torch.autograd.grad(energy, z, create_graph=True)[0]
-
-        return part
-
-    def do_functorch(self) -> Part:
-        return lambda x: torch.func.vmap(torch.func.grad(lambda z: z.sin().sum()))(x)
-
-    def do_script(self) -> Part:
-        script = torch.jit.script(nn.Sequential(nn.Linear(self.size, 8), nn.Tanh(), nn.Linear(8, self.size)))
-        return self.module(script)
-
-    def do_written(self) -> Part:
-        def part(x):
-            y = torch.zeros_like(x)
-            y[:, 0] = x[:, -1].sin()
-            return y.add_(x).mul_(2)
-
-        return part
-
-    def do_in_place(self) -> Part:
-        elu = nn.ELU(inplace=True)
-        return lambda x: elu(x)
-
-    def do_branch(self) -> Part:
-        return lambda x: -x if bool((x > 1e6).any()) else x.sin()
-
-    def do_branch_by_a_number(self) -> Part:
-        return lambda x: torch.stack([row.sin() if row.abs().max().item() > -1 else row for row in x])
-
-    def do_sort(self) -> Part:
-        return lambda x: x.sort(dim=1).values * x.sign()
-
-    def do_kinks(self) -> Part:
-        return lambda x: x.abs() + x.clamp(-0.5, 0.5) + x.round() + torch.where(x > 0, x, 0.1 * x)
-
-    def do_checkpoint(self) -> Part:
-        # Without a spectral norm, whose state is another when a checkpoint computes it again: its derivative is wrong.
-        net = self.module(nn.Sequential(nn.Linear(self.size, 8), nn.Dropout(0.5), nn.SiLU(), nn.Linear(8, self.size)))
-        return lambda x: checkpoint(net, x, use_reentrant=False)
-
-    def do_attention(self) -> Part:
-        def part(x):
-            h = x[..., None] * torch.ones(4, dtype=x.dtype)
-            return F.scaled_dot_product_attention(h, h, h)[..., 0] if self.size < 100 else x
-
-        return part
-
-    def do_autocast(self) -> Part:
-        net = self.module(nn.Sequential(nn.Linear(self.size, 8), nn.Tanh(), nn.Linear(8, self.size)))
-
-        def part(x):
-            with torch.autocast("cpu", torch.bfloat16) if x.dtype == torch.float32 else contextlib.nullcontext():
-                return net(x).to(x.dtype)
-
-        return part
-
-    def do_constant(self) -> Part:
-        return lambda x: torch.ones_like(x)
-
-    def do_normalized(self) -> Part:
-        return lambda x: F.normalize(x + 0.1, dim=1) + F.layer_norm(x, (self.size,))
+        return Layers(first, [self.piece(kind, hidden) for kind in kinds], last).to(self.dtype)
 
     def right(self) -> tuple[nn.Module, Tensor]:
         """A field that is right, and a state."""
-        parts = [self.part() for _ in range(int(self.numbers.integers(1, 4)))]
-        return Field(lambda x: sum(part(x.clone()) for part in parts), self.modules), self.state()
+        order = np.random.default_rng(self.seed // PERIOD).permutation(RIGHT)
+        kinds = [str(kind) for kind in order[self.seed % PERIOD :: PERIOD]]
+        impossible = {"small"} if self.size >= 100 else {"several"} if self.size == 1 else set()
+        kinds = [kind for kind in kinds if not PIECES[kind].tags & impossible]
+        parts = [self.piece(kind, self.size) for kind in kinds]
+        if not parts or self.numbers.random() < 0.5:
+            parts.append(self.layers())
+        return Field(parts), self.state(any("several" in PIECES[kind].tags for kind in kinds))
 
     def cut(self, share: float) -> tuple[nn.Module, Tensor]:
         """A field of which autograd misses a part of that share, and a state."""
-        net, other = (
-            self.layers(),
-            self.module(nn.Sequential(nn.Linear(self.size, 8), nn.Tanh(), nn.Linear(8, self.size))),
-        )
+        net = self.layers()
+        other = nn.Sequential(nn.Linear(self.size, 8), nn.Tanh(), nn.Linear(8, self.size)).to(self.dtype)
         kind = self.numbers.choice(["detach", "no_grad", "data", "numpy", "geometry", "force", "leaf", "list"])
 
         def severed(x):
@@ -234,6 +119,5 @@ class Draw:
                 energy = other(z).square().sum()
                 return torch.autograd.grad(energy, z, create_graph=kind == "leaf", retain_graph=True)[0]
 
-        return Field(lambda x: net(x) + share * severed(x), self.modules), torch.randn(
-            self.batch, self.size, dtype=self.dtype
-        )
+        state = torch.randn(self.batch, self.size, dtype=self.dtype)
+        return Field([net], lambda x: share * severed(x)), state

@@ -6,8 +6,16 @@ from typing import Protocol, runtime_checkable
 from torch import Generator, Tensor
 
 from divflow.data.module import DataError, Rows, TensorDataModule
+from divflow.data.toy.curves import circles, swiss_roll, two_moons, two_spirals
+from divflow.data.toy.patches import checkerboard, eight_gaussians, pinwheel
 
 __all__ = ["Density", "HasScore", "Toy"]
+
+
+_NAMED = {
+    make.__name__: make
+    for make in (two_moons, circles, two_spirals, swiss_roll, eight_gaussians, checkerboard, pinwheel)
+}
 
 
 @runtime_checkable
@@ -39,7 +47,7 @@ class Toy(TensorDataModule):
     from the model q to the truth p, in nats.
 
     Args:
-        density: a `Density`, such as `two_moons()`, or a function that makes one.
+        density: a `Density`, such as `two_moons()`, a function that makes one, or the name of one of these functions.
         num_train: training points, drawn once.
         num_val: validation points.
         num_test: test points.
@@ -48,14 +56,14 @@ class Toy(TensorDataModule):
         seed: of all points.
 
     Raises:
-        DataError: a split of fewer than two points.
+        DataError: a split of fewer than two points; a name of no density.
     """
 
     event_shape = (2,)
 
     def __init__(
         self,
-        density: Density | Callable[[], Density],
+        density: Density | Callable[[], Density] | str,
         num_train: int = 100_000,
         num_val: int = 2_000,
         num_test: int = 10_000,
@@ -67,7 +75,7 @@ class Toy(TensorDataModule):
         for name, count in {"num_train": num_train, "num_val": num_val, "num_test": num_test}.items():
             if count < 2:
                 raise DataError(f"{name} must be at least 2, but is {count}")
-        self.density = density if isinstance(density, Density) else density()
+        self.density = _made(density)
         generator = Generator().manual_seed(seed)
         self.train, self.val, self.test = (
             Rows(self.density.sample(count, generator)) for count in (num_train, num_val, num_test)
@@ -80,3 +88,11 @@ class Toy(TensorDataModule):
     def score(self, x: Tensor) -> Tensor | None:
         """The true score of x `(k, 2)`, `(k, 2)`; None for a density that has none, such as one with edges."""
         return self.density.score(x) if isinstance(self.density, HasScore) else None
+
+
+def _made(density: Density | Callable[[], Density] | str) -> Density:
+    if isinstance(density, str):
+        if density not in _NAMED:
+            raise DataError(f"there is no density {density!r}; it must be one of {', '.join(_NAMED)}")
+        density = _NAMED[density]
+    return density if isinstance(density, Density) else density()

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from divflow.arguments import check_positive
+from divflow.distributions.noise import integers_like, normal_like
 from divflow.divergence import Field
-from divflow.divergence.field import as_time, checked_state
+from divflow.errors import check_positive
+from divflow.operators.field import as_time, checked_state
 from divflow.score.field import Score, as_field, evaluate
-from divflow.score.noise import integers_like, normal_like
 from divflow.score.objectives.objective import Objective, half_squared_norm
 from divflow.score.sde import broadcast
 

@@ -5,8 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Generator, Tensor
 
 from divflow.divergence import Field
-from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import as_time, checked_state, flatten_event
+from divflow.operators.field import accumulation_dtype, as_time, checked_state, flatten_event
 from divflow.score.field import Score, as_field
 
 __all__ = ["Objective", "half_squared_norm"]

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from divflow.arguments import check_count, check_positive
 from divflow.divergence import Field, FieldError, Hutchinson
-from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import flatten_event
+from divflow.errors import check_count, check_positive
+from divflow.operators.field import accumulation_dtype, flatten_event
 from divflow.score.field import evaluate
 from divflow.score.objectives.objective import Objective, half_squared_norm
 

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from divflow.distributions.noise import normal_like, uniform_times_like
 from divflow.divergence import Field
-from divflow.divergence.estimator import accumulation_dtype
-from divflow.divergence.field import as_time, checked_state
+from divflow.operators.field import accumulation_dtype, as_time, checked_state
 from divflow.score.field import Score, as_field
-from divflow.score.noise import normal_like, uniform_times_like
 from divflow.score.objectives.denoising import DenoisingScoreMatching
 from divflow.score.objectives.objective import Objective
 from divflow.score.sde import SDE, broadcast

@@ -1,0 +1,73 @@
+"""What a table may hold that is no datum, or has no density: it is used as it is, and warned of."""
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from divflow.data.module import listed
+
+__all__ = ["warn_of_suspicious"]
+
+# Whole numbers from here on are not all float64's, and beyond these they are no ids.
+_DIGITS = 2.0**53, 1e30
+# Share of the rows that may repeat others by chance, as rounded ones do.
+_FEW = 0.01
+
+
+def warn_of_suspicious(
+    rows: Tensor, digests: Tensor, names: Sequence[str], modelled: Sequence[str], discrete: Sequence[str], file: str
+) -> None:
+    """Warn of columns that are modelled as continuous and probably are not, and of repeated rows.
+
+    Args:
+        rows: of the file, in its order, `(n, columns)`.
+        digests: of the rows, `row_digests`.
+        names: of the columns.
+        modelled: those that are, the others are given.
+        discrete: those that get noise.
+        file: its name.
+    """
+    continuous = [(name, rows[:, names.index(name)]) for name in modelled if name not in discrete]
+    whole = {name: column for name, column in continuous if bool((column == column.round()).all())}
+    index = [name for name, column in whole.items() if _counts(column)]
+    ids = [name for name, column in whole.items() if _DIGITS[0] <= column.abs().max() < _DIGITS[1]]
+    tied = [
+        name for name, column in whole.items() if name not in (*index, *ids) and len(column.unique()) <= len(column) / 2
+    ]
+    others = ",".join(name for name in modelled if name not in (*index, *ids)) or "..."
+    leave = f"leave it out, by data.columns=[{others}]"
+    if index:
+        _warn(
+            f"column {_shown(index)} of {file} counts its rows, as an index does, and is modelled like the others; {leave}"
+        )
+    if ids:
+        column = whole[ids[0]]
+        _warn(
+            f"column {_shown(ids)} of {file} has whole numbers of more digits than the 15 that float64 holds ({len(column.unique())} different "
+            f"ones are left in {len(column)} rows), as ids have; {leave}"
+        )
+    if tied:
+        _warn(
+            f"column {_shown(tied)} of {file} has whole numbers, the same in many rows, whose density as continuous ones has no bound: their "
+            "likelihood grows for as long as training goes on. Give them noise within their step by "
+            f"data.discrete=[{','.join(tied)}], or leave them out, by data.columns=[...]"
+        )
+    repeated = len(rows) - len(digests.unique())
+    if repeated > _FEW * len(rows) and any(name not in whole for name in modelled):
+        _warn(
+            f"{repeated} of the {len(rows)} rows of {file} repeat another one, so that the test has rows that were trained on; drop them, "
+            "unless they are data of few values"
+        )
+
+
+def _counts(column: Tensor) -> bool:
+    return len(column) > 2 and bool((column.diff() == 1).all())
+
+
+def _shown(names: Sequence[str]) -> str:
+    return listed([name or "'' (without a name)" for name in names])
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,113 @@
+"""How columns and numbers are written in a text file: what a user says of it, and what its first lines look like."""
+
+import codecs
+import io
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from divflow.data.module import DataError
+
+__all__ = ["TextFormat", "apparent_format", "check_apparent", "is_number"]
+
+_SEPARATORS = (",", ";", "\t", "|", " ")
+_LINES = 50
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    r"""Of a `.csv`.
+
+    Args:
+        separator: of columns, one character; `\t`, as a command writes it, is the tab.
+        decimal: what stands before the fraction of a number, one character.
+        thousands: what groups the digits of a number, one character; None for nothing.
+        encoding: such as "latin-1"; None for UTF-8, or UTF-16 where the file begins with its mark.
+
+    Raises:
+        DataError: no characters, or the same for two of them; an encoding that there is not.
+    """
+
+    separator: str = ","
+    decimal: str = "."
+    thousands: str | None = None
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "separator", "\t" if self.separator == "\\t" else self.separator)
+        if not _is_character(self.separator) or self.separator in '"\n\r':
+            raise DataError(f"separator must be one character, such as ',' or ';', but is {self.separator!r}")
+        for name, sign in {"decimal": self.decimal, "thousands": self.thousands}.items():
+            if sign is not None and not (_is_character(sign) and not sign.isalnum() and sign not in '"\n\r+-'):
+                raise DataError(f"{name} must be one sign, such as ',' or '.', but is {sign!r}")
+        if self.decimal == self.thousands:
+            raise DataError(f"decimal and thousands must be two signs, but both are {self.decimal!r}")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except (LookupError, TypeError) as error:
+            raise DataError(f"there is no encoding {self.encoding!r}; utf-8, utf-16 and latin-1 are some") from error
+
+    @property
+    def number(self) -> str:
+        """A regular expression of numbers, as pyarrow takes it."""
+        grouped = "" if self.thousands is None else rf"[0-9]{{1,3}}(?:{re.escape(self.thousands)}[0-9]{{3}})+|"
+        fraction = rf"{re.escape(self.decimal)}[0-9]*"
+        whole = rf"(?:{grouped}[0-9]+)(?:{fraction})?|{re.escape(self.decimal)}[0-9]+"
+        return rf"^\s*[+-]?(?:{whole})(?:[eE][+-]?[0-9]+)?\s*$"
+
+
+def _is_character(sign: object) -> bool:
+    return isinstance(sign, str) and len(sign) == 1
+
+
+def is_number(text: str, written: TextFormat) -> bool:
+    """Whether this is a number, as numbers are written there."""
+    return re.match(written.number, text) is not None or text.strip().lower() in ("nan", "inf", "-inf")
+
+
+def apparent_format(path: Path, written: TextFormat) -> TextFormat:
+    """The same format, its encoding that of the file's mark if it has one and none was given."""
+    with pa.input_stream(str(path)) as file:
+        start = file.read(4)
+    found = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), "utf-8")
+    return TextFormat(written.separator, written.decimal, written.thousands, written.encoding or found)
+
+
+def check_apparent(path: Path, written: TextFormat) -> None:
+    """Refuse a file whose first lines look otherwise.
+
+    Raises:
+        DataError: they are in another encoding; by another separator they have one number of columns, at least 2, and by
+            this one they have not.
+    """
+    try:
+        with pa.input_stream(str(path)) as file, io.TextIOWrapper(file, written.encoding) as text:
+            lines = [line for line in itertools.islice(text, _LINES) if line.strip()]
+    except UnicodeError as error:
+        raise DataError(
+            f"{path.name} is not encoded as {written.encoding} ({error}); set its encoding, such as data.encoding=latin-1, or "
+            "utf-16"
+        ) from error
+    if any("\0" in line for line in lines):
+        raise DataError(f"{path.name} holds zero bytes, as UTF-16 without its mark does; set data.encoding=utf-16-le")
+    if _columns(lines, written.separator) > 1:
+        return
+    counts = {other: _columns(lines, other) for other in _SEPARATORS if other != written.separator}
+    best = max(counts, key=counts.__getitem__)
+    if counts[best] > 1:
+        commas = best != "," and written.decimal == "." and any(re.search(r"\d,\d", line) for line in lines[1:])
+        decimal = ", and the decimal comma by \"data.decimal=','\"" if commas else ""
+        raise DataError(
+            f"the columns of {path.name} seem to be separated by {best!r}, and not by {written.separator!r}; set it by "
+            f'"data.separator={best!r}"{decimal} (with both quotes)'
+        )
+
+
+def _columns(lines: list[str], separator: str) -> int:
+    """The number of columns, the same in each line; 0 if it is not."""
+    numbers = {re.sub('"[^"]*"', "", line.strip(" \r\n")).count(separator) + 1 for line in lines}
+    return numbers.pop() if len(numbers) == 1 else 0

@@ -1,0 +1,241 @@
+"""A flow's base density as a module: a distribution of torch whose tensors move and are saved with the flow."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Generator, Size, Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, Transform
+from torch.distributions.transforms import _InverseTransform
+
+from divflow.distributions.base import BaseError, OnSubspace
+from divflow.distributions.support import log_density, without_volume
+from divflow.errors import check_count, check_generator
+from divflow.operators.transformed import refuse_transforms
+from divflow.verification.seeded import seeded
+
+__all__ = ["BaseDensity"]
+
+_Path = tuple[str | int, ...]
+_Held = tuple[_Path, dict | list, Any, Tensor | nn.Module]
+
+
+class BaseDensity(nn.Module):
+    """A base distribution as a module: its tensors are buffers, so they move and are saved with the flow.
+
+    What a distribution keeps beside what it was given (torch computes `probs` from `logits` when first asked, and keeps
+    the last point that a transform was at) is dropped before each use: it would be that of other tensors once these are loaded,
+    moved, averaged or replaced. Outside of its support the density is zero.
+
+    Args:
+        distribution: of `event_shape`, without batch shape; it is copied.
+        event_shape: of the flow.
+
+    Raises:
+        BaseError: no distribution, one of another shape, one whose tensors require grad, or one without a density over all entries
+            of an event: a discrete one, or one of a surface, such as a Dirichlet distribution.
+    """
+
+    def __init__(self, distribution: Distribution, event_shape: Size) -> None:
+        super().__init__()
+        _check(distribution, event_shape)
+        self._distribution = _own_copy(distribution, {})
+        self._buffer_of: dict[_Path, str] = {}
+        for path, place, key, value in list(_held(self._distribution)):
+            name = "_".join(map(str, path))
+            if isinstance(value, nn.Module):
+                self.add_module(name, value)
+                continue
+            self._buffer_of[path] = name
+            # A clone, since broadcast parameters share memory that a checkpoint could not be loaded into.
+            self.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
+            place[key] = getattr(self, name)
+        self._names = {path: frozenset(vars(part)) for path, part in _parts(self._distribution)}
+
+    @property
+    def distribution(self) -> Distribution:
+        """The distribution, of the tensors that are now the buffers."""
+        return self._current(None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the distribution's tensors, the first floating one."""
+        floating = (tensor.dtype for tensor in self.buffers() if tensor.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The log-density of z `(k, *event)` in nats, `(k,)`, in z's precision or the distribution's, whichever is the finer.
+
+        Whatever autocast makes of the matrix products inside; -inf outside of the support.
+        """
+        if len(z) == 0:  # which torch's Independent can't reshape
+            return z.new_zeros(0)
+        if any(buffer.device != z.device for buffer in self.buffers()):  # as that of a function without tensors may be
+            return copy.deepcopy(self).to(z.device).log_prob(z)
+        dtype = torch.promote_types(z.dtype, self.dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            return log_density(self._current(dtype), z.to(dtype))
+
+    def check_states(self, x: Tensor) -> None:
+        """Refuse states that the base, or a flow of it, has no density of: off its subspace, where it has one."""
+        if isinstance(self._distribution, OnSubspace):
+            self._distribution.check_states(x)
+
+    def sample(self, num_samples: int, generator: Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Draws `(num_samples, *event)`.
+
+        Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
+        threads may draw from, too; normal draws, of the base that most flows have, need it not.
+
+        Args:
+            num_samples: how many.
+            generator: torch's default one if None.
+            dtype: drawn in; the distribution's own if None.
+        """
+        refuse_transforms("samples of a flow", "draw all of them at once", only_vmap=True)
+        check_count("num_samples", num_samples, least=0)
+        check_generator(generator)
+        distribution = self._current(dtype)
+        if generator is None:
+            return distribution.sample((num_samples,))
+        normal = getattr(distribution, "base_dist", None)
+        if isinstance(distribution, Independent) and type(normal) is Normal:
+            noise = torch.randn(
+                (num_samples, *distribution.event_shape),
+                generator=generator,
+                dtype=normal.loc.dtype,
+                device=generator.device,
+            )
+            return (normal.loc + normal.scale * noise.to(normal.loc.device)).detach()
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        devices = [buffer.device for buffer in self.buffers() if buffer.is_cuda][:1]
+        with seeded(seed, devices):
+            return distribution.sample((num_samples,))
+
+    def _current(self, dtype: torch.dtype | None) -> Distribution:
+        """The distribution with the present buffers in it, floating ones in `dtype`, and nothing that was computed from others."""
+        for path, part in _parts(self._distribution):
+            if isinstance(part, Transform) and getattr(part, "_cache_size", False):
+                part._cached_x_y = None, None
+            for key in [key for key, value in vars(part).items() if isinstance(value, Tensor)]:
+                if (*path, key) in self._buffer_of:
+                    continue
+                if key in self._names[path]:
+                    vars(part)[key] = None
+                else:
+                    vars(part).pop(key, None)  # another thread may have been faster
+        for path, place, key, _ in list(_held(self._distribution)):
+            if path in self._buffer_of:
+                buffer = getattr(self, self._buffer_of[path])
+                converted = dtype is not None and buffer.is_floating_point() and buffer.dtype != dtype
+                place[key] = buffer.to(dtype) if converted else buffer
+        return self._distribution
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._current(None)  # lest a device that was left keeps its tensors
+        return self
+
+
+def _check(distribution: object, event_shape: Size) -> None:
+    if not isinstance(distribution, Distribution):
+        raise BaseError(f"base must be a torch.distributions.Distribution, but is a {type(distribution).__name__}")
+    if distribution.batch_shape or distribution.event_shape != event_shape:
+        raise BaseError(
+            f"the base must have event shape {tuple(event_shape)} and no batch shape, but has event shape "
+            f"{tuple(distribution.event_shape)} and batch shape {tuple(distribution.batch_shape)}; wrap it in "
+            "torch.distributions.Independent(base, n) to make n batch dimensions part of the event"
+        )
+    if (reason := without_volume(distribution)) is not None:
+        raise BaseError(
+            f"the base {type(distribution).__name__} {reason}, where a flow needs a density over all {event_shape.numel()} entries of "
+            "an event; take another base, and bring the data to the whole space by a transform with its log-determinant"
+        )
+    for *_, value in _held(distribution):
+        tensors = value.parameters() if isinstance(value, nn.Module) else [value]
+        if any(tensor.requires_grad for tensor in tensors):
+            raise BaseError(
+                "the base's tensors require grad, but would not be among the flow's parameters; detach them"
+            )
+
+
+class _Inverse(_InverseTransform):
+    """An inverse that knows whose it is after it was copied, which torch's own forgets."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+def _own_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a distribution and all that it is made of, without what it computed by itself.
+
+    It does not validate, since what lies outside of a support has the density zero; those on a subspace alone do.
+    """
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in (list, tuple):
+        return type(value)(_own_copy(part, memo) for part in value)
+    if type(value) is dict:
+        return {key: _own_copy(part, memo) for key, part in value.items()}
+    if not isinstance(value, Distribution | Transform):
+        return copy.deepcopy(value, memo)
+    kind = _Inverse if isinstance(value, _InverseTransform) else type(value)
+    memo[id(value)] = new = object.__new__(kind)
+    computed = _computed(value)
+    for key, part in vars(value).items():
+        if key == "_inv" and not isinstance(value, _InverseTransform):
+            part = None  # made anew when it is asked for
+        elif key == "_cached_x_y":
+            part = (None, None)
+        if key not in computed:
+            vars(new)[key] = _own_copy(part, memo)
+    if isinstance(new, Distribution) and not isinstance(new, OnSubspace):
+        new._validate_args = False
+    return new
+
+
+def _computed(part: Distribution | Transform) -> set[str]:
+    """Attributes that torch's `lazy_property` keeps, once it has computed them.
+
+    What a constructor was given may have such a name, too (`logits`, beside `probs`): it stands before the shapes, which the
+    constructors of distributions set when they have all that they were given.
+    """
+    names = list(vars(part))
+    after = names[names.index("_batch_shape") :] if "_batch_shape" in names else []
+    return {name for name in after if type(getattr(type(part), name, None)).__name__ == "_lazy_property_and_property"}
+
+
+def _parts(distribution: Distribution) -> Iterator[tuple[_Path, Distribution | Transform]]:
+    """A distribution, and all distributions and transforms inside it, each once, with the way to it."""
+    found: list[tuple[_Path, Distribution | Transform]] = [((), distribution)]
+    seen = {id(distribution)}
+    while found:
+        path, current = found.pop()
+        yield path, current
+        for key, value in list(vars(current).items()):
+            if key == "_inv" and not isinstance(current, _InverseTransform):
+                continue  # an inverse that is kept, and leads back
+            for i, part in _items(value):
+                if isinstance(part, Distribution | Transform) and id(part) not in seen:
+                    seen.add(id(part))
+                    found.append(((*path, key, i), part))
+
+
+def _held(distribution: Distribution) -> Iterator[_Held]:
+    """Every tensor and module of a distribution and of what is inside it: path, place, key, value."""
+    for path, part in _parts(distribution):
+        for key, value in list(vars(part).items()):
+            if isinstance(value, Tensor | nn.Module):
+                yield (*path, key), vars(part), key, value
+            elif isinstance(value, list | dict):
+                for i, entry in _items(value):
+                    if isinstance(entry, Tensor | nn.Module):
+                        yield (*path, key, i), value, i, entry
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """Of a list or mapping; anything else is the one item of itself."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list | tuple) else [(0, value)]

@@ -1,0 +1,74 @@
+"""A function g(t, x, context) with its context bound: a field g(t, x) that is known again when only the context's numbers are others."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from divflow.divergence.exact.own import OwnDivergence, own_divergence
+from divflow.operators.context import Context, context_rows, has_rows, mapped, structure
+from divflow.operators.differentiating import evaluated
+from divflow.operators.field import Field, checked_state, checked_value
+
+__all__ = ["Conditioned", "given"]
+
+
+class Conditioned(nn.Module):
+    """The field `g(t, x, context)` of t and x alone; g gets a copy of the context.
+
+    Plans are kept by g and the structure of the context. A closure over a context is another function with each one, and is
+    planned anew.
+
+    Args:
+        g: called as `g(t, x, context)`.
+        context: a tensor or a tree of tensors.
+        by_rows: whether each of these has one row a sample.
+    """
+
+    def __init__(self, g: Callable[..., Tensor], context: Context, by_rows: bool = True) -> None:
+        super().__init__()
+        self.g, self.by_rows = g, by_rows
+        # In a tuple, so that a parameter, such as a learnt condition, is none of the field's module.
+        self._held = (context,)
+
+    @property
+    def context(self) -> Context:
+        """What it is given."""
+        return self._held[0]
+
+    @functools.cached_property
+    def divflow_identity(self) -> tuple[object, ...]:
+        """What this field is, for plans to be kept: not the context's numbers."""
+        return self.g, structure(self.context)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The value at time t, `()` or `(k,)`, and state x, in x's dtype."""
+        return checked_value(evaluated(self, t, x, functools.partial(self.call, self.g)), x)
+
+    @property
+    def value_and_divergence(self) -> OwnDivergence | None:
+        """The own divergence of g, if it has one: `value_and_divergence(t, x, context)`."""
+        own = own_divergence(self.g)
+        return None if own is None else functools.partial(self.call, own)
+
+    def call(self, function: Callable[..., Any], t: Tensor, x: Tensor) -> Any:
+        """A function of g's, of t, x and a copy of the context."""
+        return function(t, x, mapped(Tensor.clone, self.context))
+
+    @property
+    def divflow_rows(self) -> "Callable[[list[int]], Conditioned] | None":
+        """The field for some samples of the batch; None where its context is not one of rows."""
+        return self._of_rows if self.by_rows else None
+
+    def _of_rows(self, rows: list[int]) -> "Conditioned":
+        return Conditioned(self.g, context_rows(self.context, rows))
+
+
+def given(g: Callable[..., Tensor], context: Context | None, x: Tensor) -> Field:
+    """The field g(t, x), or g(t, x, context) where there is a context, which need not be of rows: nothing is evaluated in parts.
+
+    Raises:
+        FieldError: a leaf of the context that is no tensor.
+    """
+    return g if context is None else Conditioned(g, context, has_rows(context, len(checked_state(x))))

@@ -1,0 +1,294 @@
+"""The exact divergence: which method, and why."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.divergence.estimator import Estimate, Estimator
+from divflow.divergence.exact.colored.method import Colored
+from divflow.divergence.exact.conditioned import given
+from divflow.divergence.exact.dense import Dense
+from divflow.divergence.exact.followed import Followed, follow
+from divflow.divergence.exact.forward import Forward
+from divflow.divergence.exact.layered.method import Layered
+from divflow.divergence.exact.method import Evaluation, Method, Prepared, Refusal
+from divflow.divergence.exact.own import Own
+from divflow.errors import FieldError, check_count
+from divflow.operators.compiled import eagerly
+from divflow.operators.context import Context
+from divflow.operators.field import AtTime, Field, as_time, checked_state
+from divflow.operators.plan import Plan, conditions
+from divflow.operators.transformed import transformed
+from divflow.tape.checkpoints import CheckpointedError
+from divflow.tape.randomness import rng_states, set_rng_states
+from divflow.verification.anew import note_new
+from divflow.verification.kept import Plans
+from divflow.verification.schedule import Schedule, record_of
+from divflow.verification.state import state_of
+from divflow.verification.watch import watch
+
+__all__ = ["Exact"]
+
+# In the order in which they are asked; any other field takes dense products.
+_OWN = Own()
+_OF_STRUCTURE: tuple[Method, ...] = (Layered(), Colored())
+_METHODS = ("auto", _OWN.name, *(method.name for method in _OF_STRUCTURE), "forward", "reverse")
+# Relative cost at which a batch for each time, with its smaller matrix products, is worth it.
+_WORTH_SEPARATING = 0.5
+# Structures of one field that plans are made for, before it is taken for one that never does the same twice.
+_MOST_STRUCTURES = 8
+
+
+class _Known(NamedTuple):
+    """Which method serves evaluations of a structure, and what it keeps for these."""
+
+    method: Method
+    kept: Any
+
+
+class _Structures:
+    """What is known of one field: by what it did, or under None, whatever it does.
+
+    Attributes:
+        schedule: of its calls.
+        latest: the plan that was made last.
+        stateful: whether the field was seen to change itself, so that it must be evaluated once a call.
+    """
+
+    def __init__(self) -> None:
+        self._by_signature: dict[Hashable, _Known] = {}
+        self.schedule = Schedule()
+        self.latest: Plan | None = None
+        self.stateful = False
+
+    def get(self, signature: Hashable) -> _Known | None:
+        """What is known of a structure."""
+        return self._by_signature.get(signature)
+
+    def add(self, signature: Hashable, known: _Known, plan: Plan) -> None:
+        """Remember a structure, in place of what was known of it."""
+        self._by_signature[signature] = known
+        self.latest = plan
+
+    def __len__(self) -> int:
+        return len(self._by_signature)
+
+    def products(self) -> bool:
+        """Whether products with the Jacobian may be needed, beside those of a verification."""
+        return self.stateful or any(not isinstance(known.method, Layered) for known in self._by_signature.values())
+
+    def reading(self) -> bool:
+        """Whether a closed form may be needed."""
+        return not self._by_signature or any(isinstance(known.method, Layered) for known in self._by_signature.values())
+
+
+_STRUCTURES: Plans[_Structures] = Plans()
+
+
+@dataclass(frozen=True)
+class Exact(Estimator):
+    """The exact divergence of any field.
+
+        (div g)_b = sum_i e_i^T J_b e_i
+
+    Args:
+        method: "own" takes what the field says of itself, by a method `value_and_divergence(t, x)` that
+            returns `(k, *event)` and `(k,)`, and compares it with autograd (see `divflow.divergence.exact.own`);
+            "layered" has a closed form for networks of linear maps and elementwise functions, at the
+            price of about one probe whatever D is (see `divflow.divergence.exact.layered`); "colored" takes one
+            product for many dimensions of a local field, such as a convolutional network (see
+            `divflow.divergence.exact.colored.colors`), and two for each statistic of the normalizations in it, such as GroupNorm,
+            evaluating it three times (see `divflow.divergence.exact.colored.held`); "reverse" takes rows of the Jacobian from one evaluation of the
+            field; "forward" takes columns (`torch.func.jvp`), for fields with forward-mode rules, evaluating
+            once a pass; torch's rules for it are compared with products in reverse (see `divflow.divergence.exact.forward`). "auto" takes the cheapest that applies (`explain` says which and why): the choice is
+            made at the first call for a field and shape of x, which takes longer than the following ones.
+        chunk_size: basis vectors a pass; None takes what suits the device. Peak memory grows with it and
+            not with D; where it is given, that holds in training too: each chunk is then computed again
+            in the backward pass, at about a third more time.
+
+    All methods are differentiable in x, t and parameters, to any order that the field supports.
+
+    Raises:
+        ValueError: an unknown method, or a chunk size below 1.
+        FieldError: by a call, where `method="own"`, `"layered"` or `"colored"` does not apply, or the field's own
+            divergence is wrong; the message says why.
+    """
+
+    method: str = "auto"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in _METHODS:
+            raise ValueError(f"method must be one of {list(_METHODS)}, but is {self.method!r}")
+        if self.chunk_size is not None:
+            check_count("chunk_size, unless it is None,", self.chunk_size)
+
+    @eagerly
+    def explain(
+        self, g: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, context: Context | None = None
+    ) -> Plan:
+        """What a call with these arguments does, why, and what it is expected to cost.
+
+        The field is evaluated, unless the choice for it has been made before. The reason says, too, where a field that is
+        suspect could not be compared with differences, as one that keeps a state (`divflow.verification`). With a context g is
+        called as in `divergence`.
+        """
+        x = checked_state(x)
+        t, g = as_time(t, x), given(g, context, x)
+        plan, note = self._explained(self._evaluation(g, t, x)), record_of(AtTime(g, t), x).note
+        return plan._replace(why=f"{plan.why}; {note}") if note else plan
+
+    def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
+        """The value, the exact divergence and a standard error of zero; `generator` is not used."""
+        x = checked_state(x)
+        evaluation = self._evaluation(g, as_time(t, x), x)
+        prepared = self._at_once(evaluation)
+        if prepared is None:
+            structures = self._structures(evaluation)
+            always = structures.get(None)
+            prepared = _always(evaluation, always) if always is not None else self._followed(evaluation, structures)
+        value, divergence = prepared.take()
+        return Estimate(value, divergence, torch.zeros_like(divergence, requires_grad=False))
+
+    def prefers_one_time(self, g: Field, t: Tensor, x: Tensor) -> bool:
+        """True where gates that depend on a scalar t alone can be folded into the matrices of a layered network."""
+        shared = self.explain(g, t, x)
+        if shared.method != "layered":
+            return False
+        own = self.explain(g, t.expand(len(x)), x)
+        return shared.cost_in_forward_passes < _WORTH_SEPARATING * own.cost_in_forward_passes
+
+    def _evaluation(self, g: Field, t: Tensor, x: Tensor) -> Evaluation:
+        return Evaluation(g, t, x, self.chunk_size, asked=self.method != "auto")
+
+    def _structures(self, evaluation: Evaluation) -> _Structures:
+        known = evaluation.g, self, *conditions(evaluation.t, evaluation.x)
+        structures = _STRUCTURES.get(*known)
+        if structures is None:
+            note_new(evaluation.g, len(evaluation.x))
+            _STRUCTURES.keep(structures := _Structures(), *known)
+        return structures
+
+    def _at_once(self, evaluation: Evaluation) -> Prepared | None:
+        """By a method that need not see what the field does, if one is asked for or serves."""
+        if self.method == "forward":
+            return Forward().prepare(evaluation)
+        if self.method == "reverse":
+            return Dense().prepare(evaluation)
+        if evaluation.x.numel() == 0 or torch.compiler.is_compiling() or transformed():
+            return Dense("there is nothing to gain").prepare(evaluation)
+        if self.method in ("auto", "own"):
+            prepared = _OWN.prepare(evaluation)
+            return prepared if isinstance(prepared, Prepared) else None
+        return None
+
+    def _explained(self, evaluation: Evaluation) -> Plan:
+        x = evaluation.x
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            prepared = self._at_once(evaluation)
+            if prepared is None:
+                structures = self._structures(evaluation)
+                if structures.latest is not None:
+                    return structures.latest
+                prepared = self._followed(evaluation, structures)
+            return prepared.plan()
+
+    def _followed(self, evaluation: Evaluation, structures: _Structures) -> Prepared:
+        """Evaluate once; by what was chosen when the field did the same before, or a new choice."""
+        g, t, x = evaluation.g, evaluation.t, evaluation.x
+        verify, watcher = structures.schedule.due(), watch(AtTime(g, t), x)
+        evaluation.states, before = rng_states(x), state_of(g) if verify else None
+        products = torch.is_grad_enabled() or verify or structures.products() or watcher is not None
+        try:
+            evaluation.followed = follow(g, t, x, products, verify, watcher, read=verify or structures.reading())
+            prepared = _as_before(evaluation, evaluation.followed, structures, verify)
+        except (torch.OutOfMemoryError, FieldError):
+            raise
+        except Exception as error:
+            if products:
+                return self._not_followed(evaluation, structures, error)
+            # Without products x needs no gradient, which a field may ask of it: below it is evaluated as autograd would.
+            evaluation.followed = prepared = None
+        if prepared is not None:
+            return prepared
+        if not products or evaluation.followed is None:
+            set_rng_states(evaluation.states)
+            before, verify = state_of(g), True
+            try:
+                evaluation.followed = follow(g, t, x, products=True, verify=True)
+            except (torch.OutOfMemoryError, FieldError):
+                raise
+            except Exception as error:
+                return self._not_followed(evaluation, structures, error)
+        if not verify:
+            # Right for this evaluation, whatever it did; a choice for the like of it is made at the next.
+            structures.schedule.surprise()
+            return Dense("dense products: it did other operations than before").prepare(evaluation)
+        structures.stateful = evaluation.stateful = state_of(g) != before
+        return self._new(evaluation, evaluation.followed, structures)
+
+    def _not_followed(self, evaluation: Evaluation, structures: _Structures, error: Exception) -> Prepared:
+        """Evaluate plainly a field that fails where it is followed; what is wrong with the field itself is raised."""
+        set_rng_states(evaluation.states)
+        evaluation.linearized()
+        why = (
+            str(error)
+            if isinstance(error, CheckpointedError)
+            else f"where it is followed, it raises {type(error).__name__}"
+        )
+        dense = Dense(f"dense products: {why}")
+        prepared = dense.prepare(evaluation)
+        structures.add(None, _Known(dense, prepared.kept), prepared.plan())
+        return prepared
+
+    def _new(self, evaluation: Evaluation, followed: Followed, structures: _Structures) -> Prepared:
+        """Choose for what the field did, and remember the choice."""
+        method, prepared = self._chosen(evaluation, len(structures))
+        everything = isinstance(method, Dense)
+        # Nothing can be verified where the value is infinite or NaN.
+        if not everything or followed.field.value.isfinite().all():
+            structures.add(None if everything else followed.signature, _Known(method, prepared.kept), prepared.plan())
+        return prepared
+
+    def _chosen(self, evaluation: Evaluation, structures: int) -> tuple[Method, Prepared]:
+        """The first method that serves, in their order, or the cheapest where a later one may be cheaper."""
+        reasons, serving = [], list[tuple[Method, Prepared]]()
+        if not evaluation.asked and structures >= _MOST_STRUCTURES:
+            reasons.append("it does other operations at every call")
+        else:
+            for method in _OF_STRUCTURE:
+                if self.method in ("auto", method.name):
+                    prepared = method.prepare(evaluation)
+                    if isinstance(prepared, Refusal):
+                        reasons.append(prepared.reason)
+                        continue
+                    serving.append((method, prepared))
+                    if prepared.settled:
+                        break
+        if serving:
+            return min(serving, key=lambda item: item[1].plan().cost_in_forward_passes)
+        if evaluation.asked:
+            raise FieldError(
+                f"method={self.method!r} does not apply to this field ({'; '.join(reasons)}); use "
+                "method='auto', which takes the cheapest that does"
+            )
+        dense = Dense(f"dense products: {'; '.join(reasons)}")
+        return dense, dense.prepare(evaluation)
+
+
+def _always(evaluation: Evaluation, known: _Known) -> Prepared:
+    prepared = known.method.prepare(evaluation, known.kept)
+    assert isinstance(prepared, Prepared)  # dense products serve every field
+    return prepared
+
+
+def _as_before(evaluation: Evaluation, followed: Followed, structures: _Structures, verify: bool) -> Prepared | None:
+    """By what is known of this structure, verified if it is due; None if nothing is, or it is wrong."""
+    known = structures.get(followed.signature)
+    if known is None:
+        return None
+    prepared = known.method.prepare(evaluation, known.kept, verify)
+    return None if isinstance(prepared, Refusal) else prepared

@@ -1,0 +1,177 @@
+"""The trace of a Jacobian that is a sum of terms: that of each of its paths, in closed form where there is one.
+
+With diagonals D in at most two places of the cycle D_1 M_1 ... D_p M_p (the other matrices multiplied together, once
+for the whole batch) the trace is
+
+    none:  tr(M)        one:  d . diag(M)        two:  d_1^T (M_1 * M_2^T) d_2        (* elementwise)
+
+times what of the diagonals is one number a sample, which commutes with all of them, such as a noise level; and what goes through the places where a network is cut, which all longer paths do, is carried around as rows (`cuts`).
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from divflow.divergence.exact.layered import cuts
+from divflow.divergence.exact.layered.cuts import Network
+from divflow.divergence.exact.layered.jacobian import Base
+from divflow.divergence.exact.layered.paths import Cycle, cycles
+
+__all__ = ["Contraction", "contraction", "shared_products", "trace"]
+
+Item = TypeVar("Item")
+
+_KEPT: ContextVar[dict[Hashable, tuple[object, Tensor]] | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def shared_products() -> Iterator[None]:
+    """Within it, the products of a layered network's matrices are computed once, for all divergences.
+
+    They depend on parameters alone, which are taken not to change but by operations that autograd notices (a change
+    of `parameter.data` it does not). It must end before anything is differentiated, since the products' graph is shared
+    by all divergences within.
+    """
+    if _KEPT.get() is not None:
+        yield
+        return
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+class Contraction(NamedTuple):
+    """How the trace of a Jacobian is taken: the paths in closed form, and those through the places of a cut."""
+
+    network: Network
+    cycles: list[Cycle]
+
+    @property
+    def cut(self) -> list[Base]:
+        """The bases that paths are cut at."""
+        return [base for base in self.network.bases if id(base) in self.network.cut]
+
+    def cost_of_opaque(self, batch: int) -> float:
+        """Multiplications of the products through functions that are known by their graph alone."""
+        return sum(cuts.cost_of_opaque(self.network, base, batch) for base in self.cut)
+
+    def memory(self, batch: int, like: Tensor) -> int:
+        """Elements that `trace` makes, without a graph."""
+        closed = sum(map(_memory, self.cycles))
+        return closed + sum(cuts.memory(self.network, base, batch, like) for base in self.cut)
+
+
+def contraction(network: Network, size: int) -> Contraction:
+    """That of a network of D = `size` entries."""
+    return Contraction(network, cycles(network, size))
+
+
+def _memory(cycle: Cycle) -> int:
+    diagonals = sum(d.numel() for d in cycle.diagonals if d is not None)
+    if not cycle.matrices:
+        return diagonals
+    widths = [matrix.shape[0] for matrix, d in zip(cycle.matrices, cycle.diagonals, strict=True) if d is not None]
+    return diagonals + 3 * math.prod(widths) + sum(matrix.numel() for matrix in cycle.matrices)
+
+
+def trace(contraction: Contraction, batch: int, like: Tensor, chunk_size: int | None) -> Tensor:
+    """The sum of the traces of all paths, `(k,)`.
+
+    Args:
+        contraction: of one Jacobian.
+        batch: k.
+        like: a tensor of the device and dtype to sum in.
+        chunk_size: rows at a time where paths are cut, with their graph dropped and rebuilt; None takes what suits.
+    """
+    total, device = like.new_zeros(batch), like.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+        bilinear: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+        for base in contraction.cut:
+            total = total + cuts.through(contraction.network, base, batch, like, chunk_size)
+        for cycle in contraction.cycles:
+            cycle = _converted(cycle, like)
+            places = [i for i, diagonal in enumerate(cycle.diagonals) if diagonal is not None]
+            factors = [diagonal for diagonal in cycle.diagonals if diagonal is not None]
+            if not cycle.matrices:
+                total = total + factors[0].sum(dim=-1)
+            elif len(places) == 2:
+                weights = _kept(cycle, places, functools.partial(_bilinear_form, cycle, *places))
+                key = (*map(id, factors), *map(id, cycle.numbers))
+                bilinear.setdefault(key, (factors, cycle.numbers, []))[2].append(weights)
+            else:
+                start = places[0] if places else 0
+                weights = _kept(cycle, places, functools.partial(_diagonal_of, _rotated(cycle.matrices, start)))
+                total = total + _times(factors[0] @ weights if factors else weights.sum(), cycle.numbers)
+        for (first, second), numbers, matrices in bilinear.values():
+            # Paths through the same two diagonals (residual connections) share one product.
+            matrix = matrices[0] if len(matrices) == 1 else torch.stack(matrices).sum(dim=0)
+            total = total + _times(((first @ matrix) * second).sum(dim=1), numbers)
+    return total
+
+
+def _times(trace: Tensor, numbers: list[Tensor]) -> Tensor:
+    """A trace times numbers of each sample."""
+    for number in numbers:
+        trace = trace * number[:, 0]
+    return trace
+
+
+def _converted(cycle: Cycle, like: Tensor) -> Cycle:
+    diagonals = [None if d is None else d.to(like) for d in cycle.diagonals]
+    matrices, numbers = ([z.to(like) for z in tensors] for tensors in (cycle.matrices, cycle.numbers))
+    return cycle._replace(diagonals=diagonals, matrices=matrices, numbers=numbers)
+
+
+def _kept(cycle: Cycle, places: list[int], compute: Callable[[], Tensor]) -> Tensor:
+    """What is computed from a cycle's matrices, or was before, within `shared_products`."""
+    kept = _KEPT.get()
+    origins = [origin for origin in cycle.origins if origin and isinstance(origin.tensor, nn.Parameter)]
+    if kept is None or len(origins) < len(cycle.origins):
+        return compute()
+    key = (
+        *((id(origin.tensor), *origin[1:]) for origin in origins),
+        *places,
+        cycle.matrices[0].dtype,
+        torch.is_grad_enabled(),
+    )
+    if key not in kept:
+        kept[key] = cycle.origins, compute()  # with the tensors, so that their identities stay theirs
+    return kept[key][1]
+
+
+def _bilinear_form(cycle: Cycle, start: int, stop: int) -> Tensor:
+    """M_1 * M_2^T."""
+    back = [matrix.mT for matrix in reversed(_between(cycle, stop, start))]
+    # The transposed product, not a product's transpose: its rows lie in memory as those of the other.
+    return _product(_between(cycle, start, stop)) * _product(back)
+
+
+def _rotated(items: list[Item], start: int) -> list[Item]:
+    return items[start:] + items[:start]
+
+
+def _between(cycle: Cycle, start: int, stop: int) -> list[Tensor]:
+    """The matrices from one diagonal to the next."""
+    count = (stop - start) % len(cycle.matrices) or len(cycle.matrices)
+    return _rotated(cycle.matrices, start)[:count]
+
+
+def _product(matrices: list[Tensor]) -> Tensor:
+    if len(matrices) < 3:
+        return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]
+    return torch.linalg.multi_dot(matrices)
+
+
+def _diagonal_of(matrices: list[Tensor]) -> Tensor:
+    """diag(M_1 ... M_p), without the last product."""
+    if len(matrices) == 1:
+        return matrices[0].diagonal()
+    return (_product(matrices[:-1]) * matrices[-1].mT).sum(dim=1)

@@ -1,0 +1,24 @@
+"""In which dtype and on which device a network computes."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["solved_settings", "tensor_settings"]
+
+
+def tensor_settings(module: object) -> dict[str, Any]:
+    """The dtype and device of a module's first floating parameter or buffer; nothing for what has none, or is no module."""
+    tensors = itertools.chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    return {} if first is None else {"dtype": first.dtype, "device": first.device}
+
+
+def solved_settings(module: object) -> dict[str, Any]:
+    """`tensor_settings`, but of float32 at least: in a coarser dtype no trajectory can be solved."""
+    settings = tensor_settings(module)
+    if "dtype" in settings:
+        settings["dtype"] = torch.promote_types(settings["dtype"], torch.float32)
+    return settings

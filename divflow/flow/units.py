@@ -1,0 +1,82 @@
+"""Data that are probably in other units than a density's: what is warned of, since no mathematics forbids it."""
+
+import warnings
+
+import torch
+from torch import Generator, Tensor
+
+from divflow.distributions.base_density import BaseDensity
+
+__all__ = ["UnitsWarning", "warn_of_far_data", "warn_of_range"]
+
+# Samples of the model's own, beside which data are seen.
+_OWN = 1_000
+# Rows that say something of the data's units: a few may have been asked for since they are far away, or be dark pictures.
+_FEWEST = 8
+
+
+class UnitsWarning(UserWarning):
+    """Data are probably in other units than those of the density."""
+
+
+@torch.no_grad()
+def warn_of_range(x: Tensor, data_range: tuple[float, float]) -> None:
+    """Warn of data that reach far beyond the range that a model was trained on, or that fill no more than half of it.
+
+    Args:
+        x: data `(k, *event)`, in the model's units.
+        data_range: that of the model's data, low and high.
+    """
+    if x.numel() == 0:
+        return
+    (low, high), (least, most) = data_range, _read(*x.aminmax())
+    width = high - low
+    if least < low - width / 2 or most > high + width / 2:
+        what = "reach beyond that"
+    elif len(x) >= _FEWEST and most - least <= width / 2:
+        what = "fill no more than half of that"
+    else:
+        return
+    warnings.warn(
+        f"the model was trained on data from {low:g} to {high:g}, but these are from {least:g} to {most:g}, which {what}: are they in "
+        f"its units? Pixels from 0 to 1 are brought there by FlowDensity(flow, Affine.between((0, 1), ({low:g}, {high:g}))), with the "
+        "log-determinant; divflow evaluate does so for images, given data_range",
+        UnitsWarning,
+        stacklevel=4,
+    )
+
+
+@torch.no_grad()
+def warn_of_far_data(base: BaseDensity, latent: Tensor, stacklevel: int = 4) -> None:
+    """Warn where most rows are farther from the base, at its end of the flow, than all of the model's own samples.
+
+    Args:
+        base: of the flow.
+        latent: the data at the base's end, `(k, *event)`.
+        stacklevel: of the warning.
+    """
+    if len(latent) < _FEWEST:
+        return
+    own = base.log_prob(base.sample(_OWN, Generator("cpu").manual_seed(0), latent.dtype))
+    found = base.log_prob(latent.detach())
+    least, middle = _read(own.min(), found.median())
+    if not middle < least - 1e-3 * (1 + abs(least)):  # half of the rows at least are among them
+        return
+    warnings.warn(
+        f"most of the {len(latent):,} rows are farther from the base than any of {_OWN:,} samples of the model's own: at its end of the "
+        f"flow their log-density is {middle:.5g} in the middle, and that of the samples {least:.5g} at least. Are the data in the "
+        "units, the order and the range of those that the model was trained on?",
+        UnitsWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def _read(*values: Tensor) -> tuple[float, float]:
+    """Two numbers; NaN, by which nothing is warned of, where nothing can be read, as within `torch.vmap`."""
+    if torch.compiler.is_compiling():
+        return torch.nan, torch.nan
+    try:
+        first, second = (float(value) for value in values)
+    except RuntimeError:
+        return torch.nan, torch.nan
+    return first, second

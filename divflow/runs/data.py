@@ -1,0 +1,88 @@
+"""The data of a run: divflow's own or a data module of one's own, and what a density must know of them."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from hydra.utils import get_object, instantiate
+
+from divflow.data.batch import Keys, check_keys
+from divflow.data.module import TensorDataModule
+from divflow.data.own import check_loaders, first_parts, is_features
+from divflow.errors import checked_event_shape
+from divflow.flow.transforms import Affine, Transform
+from divflow.operators.context import named_tensors
+from divflow.saved.build import ConfigError
+
+__all__ = ["build_data", "data_description"]
+
+
+def build_data(settings: Mapping[str, Any]) -> tuple[L.LightningDataModule, Keys | None]:
+    """The data module of a config, and where the parts of its batches are.
+
+    Args:
+        settings: plain, a class by `_target_` and its arguments; `keys` are no argument of it.
+
+    Raises:
+        ConfigError: an argument is missing.
+        DataError: it is no data module with all three loaders, or the keys say nothing of x.
+    """
+    if missing := [name for name, value in settings.items() if value == "???"]:
+        raise ConfigError(f"data.{missing[0]} must be given: data.{missing[0]}=...")
+    keys = settings.get("keys")
+    check_keys(keys)
+    data = instantiate({name: value for name, value in settings.items() if name != "keys"}, _convert_="all")
+    check_loaders(data)
+    return data, keys
+
+
+def data_description(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, Any]) -> dict[str, Any]:
+    """What a density must know of the data that it is trained on, as plain values.
+
+    Of a data module of one's own they are its attributes `event_shape` and `transform`, where it has them; else the shapes of its
+    first training batch, and the data as they are.
+
+    Args:
+        data: divflow's, or any other.
+        keys: where the parts of its batches are.
+        network: the config of the network that is to be built, which may ask for the features of the context.
+
+    Raises:
+        DataError: a batch that can't be read.
+        ConfigError: a context that a network of divflow does not take.
+    """
+    if not isinstance(data, TensorDataModule):
+        return _own(data, keys, network)
+    found: dict[str, Any] = {"event_shape": list(data.event_shape), "transform": data.transform.config()}
+    if data.context_features:
+        found["context_features"] = data.context_features
+    if data.context_transform is not None:
+        found["context_transform"] = data.context_transform.config()
+    return found | {name: list(getattr(data, name)) for name in ("columns", "context_columns") if hasattr(data, name)}
+
+
+def _own(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, Any]) -> dict[str, Any]:
+    parts = first_parts(data, keys)
+    shape = checked_event_shape(getattr(data, "event_shape", tuple(parts.x.shape[1:])))
+    own = getattr(data, "transform", None)
+    transform = own if isinstance(own, Transform) else Affine()  # others are of single samples, as torchvision's
+    found: dict[str, Any] = {"event_shape": list(shape), "transform": transform.config()}
+    if parts.context is None:
+        return found
+    features = parts.context.shape[1] if is_features(parts.context) else 0
+    ours, asks = network["_target_"].startswith("divflow."), _asks_for_features(network)
+    if ours and not features:
+        told = ", ".join(f"{place} {leaf.dtype} {tuple(leaf.shape)}" for place, leaf in named_tensors(parts.context))
+        raise ConfigError(
+            f"the networks of divflow take a context of floating-point features (k, n), but the batches have {told}; use network=custom "
+            "with a velocity(t, x, context) of your own, or say by data.keys what is no context"
+        )
+    return found | ({"context_features": features} if ours or (asks and features) else {})
+
+
+def _asks_for_features(network: Mapping[str, Any]) -> bool:
+    try:
+        return "context_features" in inspect.signature(get_object(network["_target_"])).parameters
+    except (ImportError, ValueError, TypeError):  # which is told where it is built
+        return False

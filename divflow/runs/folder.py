@@ -1,0 +1,197 @@
+"""The folder of a run: what it leaves there, and that nothing of another run is lost."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_original_cwd
+from omegaconf import DictConfig, OmegaConf
+
+import divflow
+from divflow.saved.build import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # no folder can be locked there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["claim", "earlier_metrics", "link_latest", "save_config", "save_results", "take_along"]
+
+_RESULTS = ("checkpoints/*.ckpt", "samples.npy", "results.json", "figures/*.png")
+_OTHERS = ("config.yaml", "metrics.csv")
+_FOLDER = "<output_dir>"
+# Where a run that is started again from its config.yaml leaves what it makes: in a folder of its own.
+_AGAIN = "outputs/again/${now:%Y-%m-%d_%H-%M-%S-%f}"
+
+
+@contextlib.contextmanager
+def claim(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> Iterator[None]:
+    """Within it, the run's folder is there and this run's alone; it ends with the process, however that ends.
+
+    Args:
+        output: the folder.
+        ckpt_path: the checkpoint to go on from; a run goes on in its own folder.
+        step: of that checkpoint.
+        overwrite: whether another run's results, or later ones of this one, shall be deleted.
+
+    Raises:
+        ConfigError: such are there, and nobody said that they may go; or another run is writing them.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = os.open(output, os.O_RDONLY) if fcntl is not None else None
+    except OSError as error:
+        raise ConfigError(f"output_dir={output} can't be made: {error.strerror}; choose another folder") from error
+    try:
+        if folder is not None:
+            _lock(folder, output)
+        _empty(output, ckpt_path, step, overwrite)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def _lock(folder: int, output: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another run is writing in {output} at this moment; choose another folder by output_dir=..., or wait for its end"
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> None:
+    own = ckpt_path is not None and Path(ckpt_path).resolve().parent.parent == output.resolve()
+    held = sorted(path for pattern in _RESULTS for path in output.glob(pattern))
+    if own:
+        done = _steps(output / "results.json")
+        if done <= step or overwrite:
+            return
+        raise ConfigError(
+            f"{output} holds the results of this run at step {done}, later than step {step} of {ckpt_path}; go on from it in "
+            "another folder by output_dir=..., or let the later results be replaced by overwrite=true"
+        )
+    if not held:
+        return
+    if not overwrite:
+        last = output / "checkpoints" / "last.ckpt"
+        going_on = f", go on with that run by ckpt_path={last}," if last.is_file() else ""
+        raise ConfigError(
+            f"{output} holds the results of another run ({held[0].relative_to(output)}"
+            f"{f' and {len(held) - 1} more' if len(held) > 1 else ''}); choose another folder by output_dir=..."
+            f"{going_on} or let them be deleted by overwrite=true"
+        )
+    for path in (*held, *(output / name for name in _OTHERS)):
+        path.unlink(missing_ok=True)
+
+
+def _steps(results: Path) -> int:
+    """Of a finished run; 0 where there is none."""
+    try:
+        return int(json.loads(results.read_text())["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def save_config(config: DictConfig, output: Path, resumed: str = "") -> None:
+    """Write `config.yaml`, from which the run can be started again, here or elsewhere.
+
+        divflow train --config-path=FOLDER --config-name=config
+
+    All values are resolved but the run's folder, which is another each time; files are named by their whole path.
+
+    Args:
+        config: as composed.
+        output: the run's folder.
+        resumed: what the run goes on from, which is noted; started again, it is trained from the beginning.
+    """
+    marked = config.copy()
+    marked.output_dir = _FOLDER
+    plain = _replaced(OmegaConf.to_container(marked, resolve=True), _FOLDER, "${output_dir}")
+    if plain["data"].get("path") is not None:
+        plain["data"]["path"] = str(Path(plain["data"]["path"]).expanduser().absolute())
+    again = {
+        "defaults": ["_self_", {"override hydra/job_logging": "stdout"}],
+        "hydra": {"output_subdir": None, "run": {"dir": "${output_dir}"}},
+    }
+    plain |= {"output_dir": _AGAIN, "ckpt_path": None, "overwrite": False}
+    note = f"; it went on from {resumed}" if resumed else ""
+    with open(output / "config.yaml", "w") as file:
+        file.write(f"# A run of divflow {divflow.__version__}{note}. To start it again:\n")
+        file.write(f"# divflow train --config-path={output.absolute()} --config-name=config\n")
+        file.write(OmegaConf.to_yaml(again | plain))
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def save_results(results: Mapping[str, float], seconds: float, steps: int, seed: int | None, output: Path) -> None:
+    """Write `results.json`: the test metrics, and how they came about.
+
+    Args:
+        results: the test metrics by name.
+        seconds: of training.
+        steps: of the optimizer.
+        seed: of the run.
+        output: the run's folder.
+    """
+    versions = {"divflow": divflow.__version__, "torch": torch.__version__}
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
+    content = {
+        "metrics": dict(results),
+        "seconds": seconds,
+        "steps": steps,
+        "seed": seed,
+        "overrides": overrides,
+        "versions": versions,
+    }
+    part = output / "results.json.part"
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, output / "results.json")
+
+
+def take_along(ckpt_path: Path, output: Path) -> None:
+    """Copy the checkpoint, and the best one so far, into the folder of the run that goes on, unless it has its own."""
+    for source, name in ((ckpt_path, "last.ckpt"), (ckpt_path.with_name("best.ckpt"), "best.ckpt")):
+        here = output / "checkpoints" / name
+        if source.is_file() and not here.is_file():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, here)
+
+
+def earlier_metrics(ckpt_path: Path, step: int, output: Path) -> list[dict[str, str]]:
+    """The rows of `metrics.csv` that a run had logged by its checkpoint's step, without those of a test."""
+    files = [folder / "metrics.csv" for folder in (output, ckpt_path.parent.parent)]
+    rows = next((list(csv.DictReader(path.read_text().splitlines())) for path in files if path.is_file()), [])
+    # A row may have been cut off when the run was killed.
+    whole = [row for row in rows if (row.get("step") or "").isdigit() and None not in row.values()]
+    return [row for row in whole if int(row["step"]) < step and not row.get("test/nll") and not row.get("test/loss")]
+
+
+def link_latest(output: Path) -> None:
+    """Let `outputs/latest` lead to the latest run in `outputs`."""
+    folder = get_original_cwd() if HydraConfig.initialized() else "."  # a job may have changed it
+    root = Path(folder, "outputs").absolute()
+    if root not in output.absolute().parents:
+        return
+    part = root / f".latest-{os.getpid()}"
+    try:
+        part.symlink_to(output.absolute().relative_to(root), target_is_directory=True)
+        os.replace(part, root / "latest")
+    except OSError:  # a system without links, or a folder of that name
+        part.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""What a run is logged to: `metrics.csv`, and beside it what the user names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
+
+from divflow.saved.build import ConfigError
+
+__all__ = ["build_loggers", "log_settings"]
+
+
+def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
+    """The logger of `metrics.csv`, and that of a config, unless that is the same.
+
+    Raises:
+        ConfigError: it needs a package that is not installed.
+    """
+    table = CSVLogger(output, name="", version="")
+    if config is None or config._target_.endswith(".CSVLogger"):
+        return [table]
+    try:
+        return [table, instantiate(config, _convert_="all")]
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        package = config._target_.rpartition(".")[2].removesuffix("Logger").lower()
+        raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
+
+
+def log_settings(trainer: L.Trainer, config: DictConfig) -> None:
+    """Give the settings of a run to the loggers that show them; `config.yaml` has them for `metrics.csv`."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    for logger in trainer.loggers:
+        if not isinstance(logger, CSVLogger):
+            logger.log_hyperparams(_flat(plain))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

@@ -1,0 +1,116 @@
+"""The settings of a run, checked before anything is built of them."""
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from divflow.saved.build import WAYS, ConfigError, build_ways
+
+__all__ = ["check_paths", "check_settings", "check_values"]
+
+_LARGEST = 3.4e38
+# Settings that are lists, with what they look like.
+_LISTS = {
+    **dict.fromkeys(("hidden", "joint", "channels", "block_out_channels", "event_shape"), "[64,64]"),
+    **dict.fromkeys(("down_block_types", "up_block_types"), "[DownBlock2D,AttnDownBlock2D]"),
+    **dict.fromkeys(("sigmas", "noise_levels"), "[0.5,0.1]"),
+}
+
+
+def check_settings(config: DictConfig) -> None:
+    """Refuse what can be seen to be wrong at once: before Lightning is there, whose import takes seconds.
+
+    Args:
+        config: of a whole run.
+
+    Raises:
+        ConfigError: a value is missing, a file or folder that is named is not there, or times are those of another task.
+        DivflowError: an estimator, a likelihood or a solver is given an option that it does not take.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{', '.join(missing)} must be given: {missing[0]}=...")
+    _check_groups(config)
+    check_values(OmegaConf.to_container(config, resolve=True))
+    if config.trainer.get("val_check_interval") == 0:
+        raise ConfigError("trainer.val_check_interval must be a number of steps or a share of an epoch, but is 0")
+    paths = {"data.path": config.data.get("path"), "ckpt_path": config.ckpt_path}
+    if config.ckpt_path is None:
+        paths["init_from"] = config.init_from
+    check_paths(paths)
+    _check_lists(OmegaConf.to_container(config, resolve=True))
+    _check_times(config)
+    for ways in (config, config.evaluation):
+        build_ways({name: OmegaConf.to_container(ways[name], resolve=True) for name in WAYS})
+
+
+def _check_groups(config: DictConfig) -> None:
+    """What is chosen of a group, or named by its class; the settings of Lightning are no class."""
+    groups = {name: config.get(name) for name in ("trainer", "device", "callbacks", "evaluation")}
+    for name, value in groups.items():
+        if not isinstance(value, DictConfig):
+            raise ConfigError(f"{name} must hold settings by name, but is {value!r}")
+    chosen = {name: config.get(name) for name in ("task", "data", "network", *WAYS)}
+    chosen |= {f"evaluation.{name}": config.evaluation.get(name) for name in WAYS}
+    chosen |= {f"callbacks.{name}": value for name, value in config.callbacks.items() if value is not None}
+    for name, value in chosen.items():
+        if not isinstance(value, DictConfig) or "_target_" not in value:
+            raise ConfigError(f"{name} must be chosen, or name a class by {name}._target_, but is {value!r}")
+    if "base" not in config:
+        raise ConfigError("base must be chosen: base=normal, or mean_free")
+
+
+def check_values(value: Any, name: str = "") -> None:
+    """Refuse what no setting can be: numbers that a computer's do not hold, and classes that have no name.
+
+    Raises:
+        ConfigError: naming the setting and its value.
+    """
+    if isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            check_values(item, f"{name}.{key}" if name else str(key))
+    if name.endswith("._target_") and not isinstance(value, str):
+        raise ConfigError(f"{name} must name a class or function, such as my_module.Velocity, but is {value!r}")
+    if isinstance(value, float) and math.isfinite(value) and abs(value) > _LARGEST:
+        raise ConfigError(f"{name}={value} is beyond what single precision holds, {_LARGEST:.1e}")
+    if isinstance(value, int) and abs(value) > sys.maxsize:
+        raise ConfigError(f"{name}={value} is beyond what 64 bits hold, {sys.maxsize}")
+
+
+def _check_lists(settings: Any, place: str = "") -> None:
+    """Refuse text where a list belongs, which Python would take letter by letter; where names belong, it is one name."""
+    for name, value in settings.items() if isinstance(settings, Mapping) else ():
+        if name in _LISTS and isinstance(value, str):
+            raise ConfigError(f"{place}{name} must be a list, such as {_LISTS[name]}, but is the text {value!r}")
+        _check_lists(value, f"{place}{name}.")
+
+
+def _check_times(config: DictConfig) -> None:
+    """One group holds the times of both tasks: densities that flow matching draws from, and weights over an SDE's."""
+    if "times" not in config:
+        return
+    drawn = config.times.get("_target_")
+    if "objective" in config and drawn is not None:
+        raise ConfigError(f"{drawn} is for the times of flow matching; task=score takes times=sde")
+    if "coupling" in config and drawn is None:
+        raise ConfigError("times=sde is for task=score; flow matching takes times=uniform, power or logit_normal")
+
+
+def check_paths(paths: Mapping[str, str | None]) -> None:
+    """Refuse settings, by name, that are the path of nothing: data may be a file or a folder, anything else is a file.
+
+    Raises:
+        ConfigError: naming the setting and where it was looked for.
+    """
+    for name, path in paths.items():
+        if path is None:
+            continue
+        if not isinstance(path, str) or not path:
+            raise ConfigError(f"{name} must be a path, but is {path!r}")
+        found = Path(path).expanduser()
+        what, there = ("file or folder", found.exists()) if name == "data.path" else ("file", found.is_file())
+        if not there:
+            raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}); {name} must be that of one")

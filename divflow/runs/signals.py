@@ -1,0 +1,57 @@
+"""What a scheduler's signals do outside of training: they end the command, with a code of its own."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+__all__ = ["Stopped", "alone", "exit_code", "heard"]
+
+# SIGTERM ends a job, and a scheduler's SIGUSR1 says that it will; both are gone on with alike.
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Stopped(SystemExit):
+    """A signal has ended the command."""
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Within it, SIGTERM and SIGUSR1 raise `Stopped` wherever the program is, as Ctrl-C raises KeyboardInterrupt.
+
+    Training has an answer of its own (`divflow.callbacks.Processes`), which takes the place of this one while it lasts.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    before = {number: signal.signal(number, _stop) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it, a stop that an import or a library has made another error of stays what it was."""
+    try:
+        yield
+    except Exception as error:
+        behind: BaseException | None = error
+        while behind is not None and not isinstance(behind, Stopped | KeyboardInterrupt):
+            behind = behind.__cause__ or behind.__context__
+        if behind is None:
+            raise
+        raise behind from None
+
+
+def exit_code(stop: SystemExit) -> int:
+    """143 for what a signal has ended, by this module or by Lightning; 130 for Ctrl-C, which Lightning ends with 1."""
+    return 143 if type(stop) is not SystemExit else 130
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(143)

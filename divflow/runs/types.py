@@ -1,0 +1,99 @@
+"""Settings of the wrong type, told before anything is built: each is held to what the class that takes it is annotated with."""
+
+import contextlib
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+from beartype.roar import BeartypeException
+from hydra.utils import get_object
+
+from divflow.saved.build import ConfigError
+
+__all__ = ["check_arguments", "check_targets_arguments"]
+
+_NUMBERS = BeartypeConf(is_pep484_tower=True)  # a whole number is a float
+# Of Hydra, and not of the class.
+_RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
+
+
+def check_targets_arguments(settings: Any, name: str = "") -> None:
+    """Hold all settings of a config to the annotations of the classes that they name by `_target_`, wherever these stand.
+
+    Args:
+        settings: plain values.
+        name: of what they are settings, for messages.
+
+    Raises:
+        ConfigError: naming the setting, its value, and what it must be; or an argument that the class does not take.
+    """
+    if isinstance(settings, list):
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, Mapping):
+        return
+    if "_target_" in settings:
+        try:
+            called = get_object(settings["_target_"])
+        except ImportError:  # which is told where it is built
+            return
+        check_arguments(called, settings, name)
+    for key, value in settings.items():
+        check_targets_arguments(value, f"{name}.{key}" if name else str(key))
+
+
+def check_arguments(called: Any, settings: Mapping[str, Any], name: str) -> None:
+    """Hold settings to the annotations of a class or function; what has none, or a `_target_`, is left alone.
+
+    Raises:
+        ConfigError: naming the setting, its value, and what it must be.
+    """
+    hints = _hints(called)
+    for key, value in settings.items():
+        if key in _RESERVED or key not in hints or _is_built(value):
+            continue
+        if not _fits(value, hints[key]):
+            shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
+            raise ConfigError(f"{name}.{key} must be {_in_words(hints[key])}, but is {shown}")
+
+
+def _hints(called: Any) -> dict[str, Any]:
+    """Of the arguments, those that a class hands on to the one it is made from among them."""
+    classes = reversed(called.__mro__) if inspect.isclass(called) else ()
+    hints: dict[str, Any] = {}
+    for function in [vars(it)["__init__"] for it in classes if "__init__" in vars(it)] or [called]:
+        parameters: Mapping[str, inspect.Parameter] = {}
+        own: dict[str, Any] = {}
+        # What has no signature, or names that are there for type checkers alone, says nothing.
+        with contextlib.suppress(Exception):
+            parameters = inspect.signature(function).parameters
+            own = typing.get_type_hints(inspect.unwrap(function))
+        hands_on = any(it.kind is inspect.Parameter.VAR_KEYWORD for it in parameters.values())
+        hints = (hints if hands_on else {}) | {name: own[name] for name in parameters if name in own}
+    return hints
+
+
+def _is_built(value: Any) -> bool:
+    """Whether it is, or holds, what is made by a class of its own."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_is_built, value.values()))
+    return isinstance(value, list) and any(map(_is_built, value))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, bool) and hint in (int, float):  # which Python takes for a number
+        return False
+    forms = (value, tuple(value)) if isinstance(value, list) else (value,)
+    try:
+        return any(is_bearable(form, hint, conf=_NUMBERS) for form in forms)
+    except BeartypeException:  # a hint that it does not know
+        return True
+
+
+def _in_words(hint: Any) -> str:
+    shown = hint.__name__ if inspect.isclass(hint) and not typing.get_args(hint) else str(hint)
+    return (
+        shown.replace("typing.", "").replace("collections.abc.", "").replace("NoneType", "null").replace("None", "null")
+    )

@@ -1,0 +1,121 @@
+"""Tasks from plain values: one recipe, for a run and for bringing its task back from a checkpoint."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from hydra.utils import get_object, instantiate
+from torch.optim import Optimizer, lr_scheduler
+
+from divflow.saved.build import build_density, build_objective, build_ways
+from divflow.saved.checkpoint import check_state, check_targets, named_classes
+from divflow.score import ScoreDensity, UnnormalizedDensity
+from divflow.tasks.errors import TaskError
+
+__all__ = ["build_task", "restore_task"]
+
+_Task = TypeVar("_Task", bound=L.LightningModule)
+
+
+def build_task(config: Mapping[str, Any], make: Callable[..., Any] | None = None, **arguments: Any) -> Any:
+    """The untrained task of a config, which it saves in its checkpoints.
+
+    Args:
+        config: what describes a density (`build_density`) as it is evaluated, and in `task` the class by `_target_`, its arguments, the
+            estimator, likelihood and solver of training (`training`), and for scores `objective` and `times`.
+        make: another class.
+        arguments: of the class, which go before those of the config.
+    """
+    settings = dict(config["task"])
+    density = build_density({**config, **settings.pop("training")})
+    if isinstance(density, ScoreDensity | UnnormalizedDensity):
+        described = {**config, **{name: settings.pop(name) for name in ("objective", "times")}}
+        if "objective" not in arguments:
+            arguments["objective"] = build_objective(described, density)
+    if not isinstance(density, UnnormalizedDensity) and "evaluation" not in arguments:
+        arguments["evaluation"] = density.flow.replace(**build_ways(config))
+    settings = {name: value for name, value in settings.items() if name not in arguments}
+    made = instantiate({**settings, "_partial_": True}, _convert_="all")
+    return (make or made.func)(density, config=dict(config), **made.keywords, **arguments)
+
+
+def restore_task(
+    cls: type[_Task],
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    allow: Iterable[type],
+    strict: bool | None,
+    arguments: dict[str, Any],
+) -> _Task:
+    """The task of a checkpoint that has been read, with its weights; `path` is for messages.
+
+    Args:
+        cls: which is asked for: the checkpoint's own, or one above or below it.
+        checkpoint: as `read_checkpoint` reads it.
+        path: of the checkpoint.
+        allow: classes that may be built, beside those of divflow, `torch.nn` and `torch.optim`.
+        strict: whether the names of all weights must fit; they must if None.
+        arguments: of the class, which go before those of the checkpoint.
+
+    Raises:
+        TaskError: the checkpoint describes no density and none is given, lacks another argument, or is of another task.
+        CheckpointError: a class that is not allowed, or another architecture.
+    """
+    density, *others = (name for name, it in inspect.signature(cls).parameters.items() if it.default is it.empty)
+    described = checkpoint.get("divflow") if density not in arguments else None
+    if described is None or "divflow_task" not in checkpoint:
+        lacking = [
+            name for name in (density, *others) if name not in arguments and (described is None or name != density)
+        ]
+        if lacking:
+            given = ", ".join(f"{name}={name}" for name in lacking)
+            raise TaskError(
+                f"{path} does not describe {' and '.join(lacking)}: it was not written by a run of divflow's command. Give "
+                f"{'it' if len(lacking) == 1 else 'them'}, as they were built for training: {cls.__name__}.load_from_checkpoint(path, {given})"
+            )
+    if described is None:
+        task = cls(**arguments)
+    else:
+        described = {name: it for name, it in described.items() if name not in ("columns", "context_columns")}
+        check_targets(described, named_classes(allow))
+        if "divflow_task" in checkpoint:
+            task = _described(cls, {**described, "task": checkpoint["divflow_task"]}, path, allow, arguments)
+        else:
+            task = cls(build_density(described), **{"config": described, **arguments})
+    task.on_load_checkpoint(dict(checkpoint))
+    state = checkpoint.get("state_dict", {})
+    if strict is not False:
+        check_state(task, state, path)
+    task.load_state_dict(state, strict=strict is not False)
+    return task
+
+
+def _described(
+    cls: type[_Task], config: dict[str, Any], path: str | Path, allow: Iterable[type], arguments: dict[str, Any]
+) -> _Task:
+    """The task that a checkpoint describes, if it is one of `cls` or `cls` one of it."""
+    settings = {name: it for name, it in config["task"].items() if name not in arguments}
+    check_targets(settings, named_classes(allow) | _of_torch(), "divflow_task")
+    trained = get_object(settings["_target_"])
+    make = cls if isinstance(trained, type) and issubclass(cls, trained) else trained
+    if not (isinstance(make, type) and issubclass(make, cls)):
+        raise TaskError(
+            f"{path} is of a {trained.__name__}, not of a {cls.__name__}; use {trained.__name__}.load_from_checkpoint, or build a "
+            f"{cls.__name__} of the density that divflow.load brings back"
+        )
+    return build_task(config, make, **arguments)
+
+
+def _of_torch() -> dict[str, type]:
+    """Optimizers and schedules of torch, by their names."""
+    found: dict[str, type] = {}
+    for module, base in ((torch.optim, Optimizer), (lr_scheduler, lr_scheduler.LRScheduler)):
+        found |= {f"{module.__name__}.{name}": it for name, it in vars(module).items() if _is_one(it, base)}
+    return found
+
+
+def _is_one(it: Any, base: type) -> bool:
+    return isinstance(it, type) and issubclass(it, base)

@@ -1,0 +1,13 @@
+"""What can't be done with a task, as an error that says what can."""
+
+from divflow.errors import DivflowError
+
+__all__ = ["TaskError", "TrainingError"]
+
+
+class TrainingError(DivflowError, RuntimeError):
+    """Training left the finite numbers."""
+
+
+class TaskError(DivflowError, ValueError):
+    """A task is asked for what it has not, such as the log-density of a score without SDE; the message says what to give or to call."""

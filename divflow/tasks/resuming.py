@@ -1,0 +1,105 @@
+"""What a run must have in common with the one that it goes on from, and what it takes from that one in place of its settings."""
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim import Optimizer
+
+from divflow.errors import DivflowError
+
+__all__ = ["ResumeError", "check_resumed", "trained_by"]
+
+# What Lightning goes on from.
+_STATES = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")
+
+
+class ResumeError(DivflowError, ValueError):
+    """A checkpoint can't be gone on from by this run: it was trained by another task or optimizer, or with an average of the weights."""
+
+
+def trained_by(task: L.LightningModule, optimizer: Optimizer) -> dict[str, str]:
+    """The classes that train, by name."""
+    classes = {"task": type(task), "optimizer": type(optimizer)}
+    if (objective := getattr(task, "objective", None)) is not None:
+        classes["objective"] = type(objective)
+    return {name: f"{cls.__module__}.{cls.__qualname__}" for name, cls in classes.items()}
+
+
+def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another training; warn of settings that are those of the checkpoint, whatever they are now.
+
+    Args:
+        task: new.
+        callbacks: of the trainer.
+        checkpoint: what Lightning saved.
+
+    Raises:
+        ResumeError: another task, optimizer or objective, or no average of the weights where the checkpoint has one.
+    """
+    lacking = [name for name in _STATES if name not in checkpoint]
+    if lacking or not isinstance(checkpoint["pytorch-lightning_version"], str):
+        raise ResumeError(
+            f"the checkpoint holds weights alone, and not what training goes on from ({', '.join(lacking) or 'its version'}); start another run "
+            "from its weights, by init_from=..."
+        )
+    new: Any = task.configure_optimizers()
+    optimizer = new["optimizer"]
+    now = trained_by(task, optimizer)
+    for name, before in checkpoint.get("trained_by", now).items():
+        if now.get(name) != before:
+            raise ResumeError(
+                f"the checkpoint was trained by the {name} {before}, and not by {now.get(name)}, which would take the state of that one for "
+                "its own; start another run from its weights, by init_from=..., or take the settings of config.yaml in its run's folder"
+            )
+    if "averaging_state" in checkpoint and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise ResumeError(
+            "the checkpoint's weights are averages over training, from which this run would go on as if it had trained to them, since it has "
+            "no callbacks.average; keep that, or start another run from its weights, by init_from=... and weights=averaged or current"
+        )
+    for state in checkpoint["optimizer_states"][:1]:
+        sizes = [
+            [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ResumeError(
+                f"the checkpoint's optimizer has groups of {sizes[0]} parameters, and not of {sizes[1]}, as this one; start another run from its "
+                "weights, by init_from=..."
+            )
+        scheduled = bool(checkpoint["lr_schedulers"])
+        groups = (_settings(it, scheduled) for it in (state["param_groups"][0], optimizer.param_groups[0]))
+        _warn_of("optimizer", type(optimizer), *groups)
+    if "lr_scheduler" in new:
+        schedule = new["lr_scheduler"]["scheduler"]
+        for state in checkpoint["lr_schedulers"][:1]:
+            _warn_of("learning rate schedule", type(schedule), state, schedule.state_dict())
+
+
+def _settings(group: dict[str, Any], scheduled: bool) -> dict[str, Any]:
+    """A group of an optimizer's parameters with the learning rate that its schedule began with, without one where that is not known."""
+    if "initial_lr" in group:
+        return group | {"lr": group["initial_lr"]}
+    return {name: value for name, value in group.items() if name != "lr" or not scheduled}
+
+
+def _warn_of(what: str, make: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn of arguments of a class that two states of it differ in."""
+    arguments = inspect.signature(make).parameters.keys() - {"params", "last_epoch"}
+    if "max_momentum" in before:  # which a schedule goes through
+        arguments -= {"betas", "momentum"}
+    names = sorted(arguments & before.keys() & now.keys())
+    plain = [name for name in names if isinstance(now[name], int | float | str | tuple | list)]
+    other = [name for name in plain if not _same(before[name], now[name])]
+    if other:
+        warnings.warn(
+            f"the {what} goes on with {', '.join(f'{name}={before[name]}' for name in other)}, as the checkpoint has it, and not with "
+            f"{', '.join(f'{name}={now[name]}' for name in other)}; start another run from its weights, by init_from=..., to change that",
+            stacklevel=3,
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    return list(a) == list(b) if isinstance(a, tuple | list) and isinstance(b, tuple | list) else a == b

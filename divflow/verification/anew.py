@@ -1,0 +1,42 @@
+"""Fields that are other ones at each call, as closures over a batch of conditions are, so that nothing is kept of them."""
+
+import warnings
+
+from divflow.errors import FieldWarning
+from divflow.verification.kept import Plans, captured, kin
+
+__all__ = ["note_new"]
+
+# As many new ones of one code, over tensors of a row a sample, are a loop's.
+_SEVERAL = 8
+
+
+class _Count:
+    """How many fields of one code were new."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
+_COUNTS: Plans[_Count] = Plans()
+
+
+def note_new(g: object, batch: int) -> None:
+    """Note a field of which nothing is known yet.
+
+    Warns:
+        FieldWarning: once a code, that it is planned anew at each call, since it is a closure over conditions of the batch.
+    """
+    given = [tuple(tensor.shape) for tensor in captured(g) if tensor.ndim and len(tensor) == batch > 1]
+    if not given:
+        return
+    count = _COUNTS.of(_Count, kin(g))
+    count.number += 1
+    if count.number == _SEVERAL:
+        warnings.warn(
+            f"the field is a function made anew for each batch, over a tensor of a row for each of its {batch} samples, {given[0]}: it is "
+            "planned anew at each call. Give the tensor as the context, for which the plan is kept: "
+            "divergence(g, t, x, context=c), with g(t, x, context)",
+            FieldWarning,
+            stacklevel=2,
+        )
