@@ -11,10 +11,17 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def process_group(command, log, env=None):
-    """The command in a process group of its own, its output in `log`; whatever is left of the group is killed."""
+    """The command in a process group of its own, its output in `log`; whatever is left of the group is killed.
+
+    Ctrl-C reaches it, which the background of a script and what is started there ignore.
+    """
+
+    def heard():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with open(log, "w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True, restore_signals=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=heard
         )
         try:
             yield process

@@ -183,7 +183,9 @@ def run_small(tmp_path, monkeypatch, command, fast):
     kept = [o for o in settings if o in trained_with(command)]
     if any(o.startswith("ckpt_path") for o in kept):
         train(config(*fast, *toy, f"output_dir={tmp_path}/outputs/latest"))
-        fast = [f.replace("max_steps=4", "max_steps=6").replace("max_steps=2", "max_steps=4") for f in fast]
+        steps = next(int(f.partition("=")[2]) for f in fast if f.startswith("trainer.max_steps"))
+        fast = [f for f in fast if not f.startswith("trainer.max_steps")]
+        fast += [f"trainer.max_steps={steps + 2}", f"task.scheduler.T_max={steps}"]  # the schedule is the checkpoint's
     if any(o.startswith("init_from") for o in kept):
         train(config(*fast, *toy, "task=flow_matching", f"output_dir={tmp_path}/outputs/latest"))
     results = train(config(*fast, *toy, *kept, f"output_dir={tmp_path}/run"))
