@@ -220,7 +220,7 @@ def test_a_target_that_writes_to_its_samples_or_gives_no_value_for_each():
     assert weights.log_normalizer.item() == pytest.approx(math.log(2 * math.pi) / 2, abs=1e-5)
     assert (weights.samples > 0).all()
     for wrong in (lambda x: x, lambda x: 0.0, lambda x: x.sum()):
-        with pytest.raises(DivflowError, match="one real value a sample"):
+        with pytest.raises(DivflowError, match="one real value per sample"):
             density.importance_weights(wrong, 4)
 
 

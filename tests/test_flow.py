@@ -419,7 +419,7 @@ def test_rsample_reaches_the_parameters():
             lambda: ContinuousFlow(
                 Network((2,)), 2, base=Independent(Normal(torch.zeros(2, requires_grad=True), torch.ones(2)), 1)
             ),
-            "detach",
+            "Detach",
         ),
         (
             lambda: ContinuousFlow(lambda t, x: x, 2).replace(solver=Solver(gradient="adjoint")),
