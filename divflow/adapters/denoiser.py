@@ -114,7 +114,7 @@ def from_denoiser(
     solver: Solver | None = None,
     data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
-    """The density of a denoiser D(x, sigma), the mean of the data given them with noise (Karras et al. 2022, arXiv:2206.00364).
+    """The density of a denoiser D(x, sigma), the mean of the data given noisy ones (Karras et al. 2022, arXiv:2206.00364).
 
         dx/dsigma = (x - D(x, sigma)) / sigma,   data at sigma_min, noise at sigma_max     (equations 1 and 3)
 

@@ -123,7 +123,7 @@ def column_rows(
     seed: int,
     weight: str | int | None = None,
 ) -> Rows:
-    """All rows `(n, columns)`, with their context and their weights apart and the noise of discrete columns, as validation and test have it.
+    """All rows `(n, columns)`, with context and weights apart and the noise of discrete columns in validation and test.
 
     Raises:
         DataError: as `Columns`.

@@ -73,7 +73,7 @@ class Rows(Dataset):
 
 
 class TensorDataModule(L.LightningDataModule):
-    """Base of divflow's data modules: batches are tensors `(k, *event)` of the data as they are, or with a context beside them.
+    """Base of divflow's data modules: batches are tensors `(k, *event)` of the data as they are, or with a context.
 
     A subclass sets `train`, `val` and `test` (datasets such as `Rows`) and `transform` in `setup`.
 

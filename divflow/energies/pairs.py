@@ -87,7 +87,7 @@ class PairEnergy(ABC):
 
 @dataclass(frozen=True)
 class DoubleWell(PairEnergy):
-    """DW4, the double well in each distance of 4 particles in the plane (Köhler, Klein & Noé 2020, arXiv:2006.02425, section 8).
+    """DW4, a double well in each distance of 4 particles in the plane (Köhler, Klein & Noé 2020, arXiv:2006.02425, section 8).
 
         U(x) = 1 / tau sum_{i < j} a (r_ij - d_0) + b (r_ij - d_0)^2 + c (r_ij - d_0)^4
 
@@ -135,7 +135,7 @@ class DoubleWell(PairEnergy):
 
 @dataclass(frozen=True)
 class LennardJones(PairEnergy):
-    """LJ13, the Lennard-Jones cluster of 13 particles in space, held together by springs to its centre (Köhler, Klein & Noé 2020, section 8).
+    """LJ13, a cluster of 13 Lennard-Jones particles, held by springs to its centre (Köhler, Klein & Noé 2020, section 8).
 
         U(x) = epsilon sum_{i < j} ((r_m / r_ij)^12 - 2 (r_m / r_ij)^6) + c / 2 sum_i |x_i - mean x|^2
 

@@ -91,7 +91,7 @@ def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], context_features: int = 0) -> nn.Module:
-    """The velocity network of a config, told the event shape if its class asks for it, and the context's features if there are any.
+    """Build the velocity network of a config, with the event shape if its class takes it, and the context's features if any.
 
     Raises:
         ConfigError: what `_target_` makes is no module, or it takes no context and there is one.

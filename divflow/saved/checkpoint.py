@@ -117,7 +117,7 @@ def which_weights(checkpoint: Mapping[str, Any], path: str | Path) -> str:
 
 
 def init_weights(density: nn.Module, path: str | Path, weights: str = "averaged") -> str:
-    """Start a density, of whatever task, from the weights in another run's checkpoint: "averaged", if it averaged them, or "current".
+    """Start a density of any task from the weights in another run's checkpoint: "averaged", if there are any, or "current".
 
     The data's transform is among them, so that it starts as the very density of that run: its standardization stays, whatever
     the data are now.

@@ -10,4 +10,4 @@ class TrainingError(DivflowError, RuntimeError):
 
 
 class TaskError(DivflowError, ValueError):
-    """A task is asked for what it has not, such as the log-density of a score without SDE; the message says what to give or to call."""
+    """A task lacks what is requested, such as the log-density of a score without SDE; the message says what to do."""

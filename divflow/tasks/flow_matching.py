@@ -24,7 +24,7 @@ _OBJECTIVE = ConditionalFlowMatching()
 
 
 class FlowMatchingTask(FlowDensityTask):
-    """Flow matching: the loss is the mean of `ConditionalFlowMatching` over the batch, in the units of the transformed data squared.
+    """Flow matching: the loss is the mean of `ConditionalFlowMatching` over the batch, in squared units of transformed data.
 
     It is a weighted mean, where samples have weights (`Task`). Training solves no ODE: a step costs one evaluation of the velocity, forward and backward. The flow is judged by the exact
     likelihood of the data, as `FlowTask` judges, which solves it; validate seldom.

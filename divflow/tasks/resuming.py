@@ -18,7 +18,7 @@ _STATES = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "pytorch-l
 
 
 class ResumeError(DivflowError, ValueError):
-    """A checkpoint can't be gone on from by this run: it was trained by another task or optimizer, or with an average of the weights."""
+    """A checkpoint can't be resumed by this run: another task or optimizer trained it, or an average of the weights."""
 
 
 def trained_by(task: L.LightningModule, optimizer: Optimizer) -> dict[str, str]:
@@ -30,7 +30,7 @@ def trained_by(task: L.LightningModule, optimizer: Optimizer) -> dict[str, str]:
 
 
 def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another training; warn of settings that are those of the checkpoint, whatever they are now.
+    """Refuse to resume a checkpoint of another training; warn about settings that the checkpoint overrides.
 
     Args:
         task: new.

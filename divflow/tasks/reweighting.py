@@ -19,7 +19,7 @@ _FEWEST = 20
 
 @torch.no_grad()
 def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generator | None = None) -> dict[str, float]:
-    """The effective sample size and what weighted samples estimate, with standard errors, by name; beside each what is known of it.
+    """The effective sample size and the estimates of weighted samples, with standard errors, by name, beside known values.
 
     `effective_sample_fraction` is 1 / (n sum W_i^2), from 1 / n to 1; `log_normalizer` log Z in nats, which is right for any flow, but the nearer
     the larger the fraction; `free_energy_difference` that of a double well's two wells in kT. `_reference` is what the data module

@@ -114,7 +114,7 @@ class Task(Trainable):
         return parts_of(batch, self.keys)
 
     def shares(self, weight: Tensor | None) -> Tensor | None:
-        """Of samples in the mean of a batch, w_i over the sum of all, `(k,)`: the mean over processes of their sums, if there are several."""
+        """The shares of samples in the mean of a batch, w_i over the sum of all, `(k,)`; over several processes their mean sum."""
         if weight is None:
             return None
         total = weight.sum(dtype=torch.float64)
