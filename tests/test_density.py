@@ -44,7 +44,10 @@ WRONG = {
     "complex numbers": (torch.ones(1, 3, dtype=torch.complex64), r"must be real.*view_as_real"),
     "a list": ([[0.1, 0.2, 0.3]], r"is a list; use torch\.as_tensor"),
     "an array": (np.full((1, 3), 0.5), r"is a ndarray; use torch\.as_tensor"),
-    "one sample": (torch.full((3,), 0.5), r"\(k, 3\), one row per sample, but has \(3,\); one sample is x\.unsqueeze\(0\)"),
+    "one sample": (
+        torch.full((3,), 0.5),
+        r"\(k, 3\), one row per sample, but has \(3,\); one sample is x\.unsqueeze\(0\)",
+    ),
     "one column": (torch.full((2, 1), 0.5), r"\(k, 3\).*\(2, 1\)"),
     "another shape": (torch.full((2, 3, 1), 0.5), r"\(k, 3\).*\(2, 3, 1\)"),
     "a scalar": (torch.tensor(0.5), "is a scalar"),

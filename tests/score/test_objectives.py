@@ -330,7 +330,11 @@ def good(t, x):
         (lambda: SlicedScoreMatching(2.0), ValueError, r"num_slices.*2\.0"),
         (lambda: DenoisingScoreMatching("0.1"), ValueError, "'0.1'"),
         (lambda: FiniteDifferenceScoreMatching()(good, torch.ones(2, 2).bfloat16()), FieldError, "bfloat16.*noise"),
-        (lambda: ImplicitScoreMatching()(torch.sin, torch.ones(2, 2)), FieldError, "it is not clear whether.*lambda t, x"),
+        (
+            lambda: ImplicitScoreMatching()(torch.sin, torch.ones(2, 2)),
+            FieldError,
+            "it is not clear whether.*lambda t, x",
+        ),
         (lambda: ImplicitScoreMatching()(3, torch.ones(2, 2)), FieldError, "it is not clear whether.*3"),
         (lambda: ImplicitScoreMatching()(good, [1.0]), FieldError, "list"),
     ],
