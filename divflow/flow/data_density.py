@@ -40,7 +40,7 @@ class FlowDensity(nn.Module):
 
     Example:
         >>> from divflow import ContinuousFlow
-        >>> from divflow.flow import Affine
+        >>> from divflow.flow.transforms import Affine
         >>> density = FlowDensity(ContinuousFlow(lambda t, x: torch.zeros_like(x), 1), Affine(shift=10.0, scale=2.0))
         >>> density.log_prob(torch.tensor([[10.0]]))  # normal of mean 10 and standard deviation 2
         tensor([-1.6121])

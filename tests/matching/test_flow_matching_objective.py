@@ -166,7 +166,7 @@ def test_events_and_batches_without_entries():
         ({"t": torch.tensor([0.1, -0.2, 0.3])}, MatchingError, "from -0.2 to 0.3"),
         ({"t": torch.tensor([0.1, float("nan"), 0.3])}, MatchingError, "reaches from nan"),
         ({"t": torch.rand(2)}, FieldError, r"one time per sample \(3,\), but has shape \(2,\)"),
-        ({"noise": torch.randn(2, 2)}, FieldError, r"noise must be of x's shape.*\(3, 2\).*has \(2, 2\)"),
+        ({"noise": torch.randn(2, 2)}, FieldError, r"noise must have x's shape.*\(3, 2\).*has \(2, 2\)"),
         ({"noise": torch.randn(3, 2).double()}, FieldError, "torch.float32.*torch.float64"),
         ({"context": torch.randn(2, 1)}, FieldError, r"context needs one row per sample, \(3, ...\)"),
         ({"generator": 0}, TypeError, "torch.Generator or None, but is 0"),
