@@ -1,4 +1,7 @@
-"""Every code block of the guide runs or, if it is a command, composes."""
+"""Every code block of the guide runs or, if it is a command, composes; tables are narrow, and every error is explained."""
+
+import ast
+import re
 
 import pytest
 from covering import thinned
@@ -45,3 +48,41 @@ def test_reference_has_every_public_module():
         line[4:] for page in PAGES for line in page.read_text().splitlines() if line.startswith("::: divflow.")
     }
     assert modules <= referenced, modules - referenced
+
+
+def table_widths(text):
+    """The number of columns of each table, by its line of dashes."""
+    return [line.count("|") - 1 for line in text.splitlines() if re.fullmatch(r"\|[-:| ]+\|", line)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_tables_have_at_most_five_columns(page):
+    assert max(table_widths(page.read_text()), default=0) <= 5
+
+
+# These are raised and caught within the package.
+CAUGHT = {"StaleError", "Unconverged"}
+
+
+def derived(*roots):
+    """The classes of divflow that derive from these, by name."""
+    classes = [
+        (node.name, {ast.unparse(base).rpartition(".")[2] for base in node.bases})
+        for file in (ROOT / "divflow").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    names = set(roots)
+    while more := {name for name, bases in classes if bases & names} - names:
+        names |= more
+    return names - set(roots)
+
+
+def test_troubleshooting_names_every_error_and_warning():
+    """In a table, with what it means and what to do."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    explained = {name for row in rows if len(row) == 3 for name in re.findall(r"`(\w+)`", row[0])}
+    needed = derived("DivflowError", "Warning", "UserWarning") - CAUGHT
+    assert {"FieldError", "RuleError", "QuadratureWarning"} <= needed
+    assert needed <= explained, needed - explained
