@@ -34,7 +34,7 @@ def names(group: str) -> list[str]:
 
 
 @functools.cache
-def judged(command: str, *overrides: str) -> DictConfig:
+def composed(command: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose(command, list(overrides))
 
@@ -48,10 +48,14 @@ def test_data_describe_data_and_nothing_else(name):
     assert "@package" not in (CONFIGS / "data" / f"{name}.yaml").read_text()
     groups = [next(iter(entry)) for entry in defaults("data", name) if not isinstance(entry, str)]
     assert set(groups) <= {"/dequantization@_global_.dequantization"}
-    added = set(judged("evaluate", f"data={name}")) - set(judged("evaluate"))
+    added = set(composed("evaluate", f"data={name}")) - set(composed("evaluate"))
     assert added <= {"dequantization"}
     # The same settings reach every command.
-    given = config(f"data={name}", "output_dir=x"), judged("evaluate", f"data={name}"), judged("sample", f"data={name}")
+    given = (
+        config(f"data={name}", "output_dir=x"),
+        composed("evaluate", f"data={name}"),
+        composed("sample", f"data={name}"),
+    )
     own = [set(it.data) for it in given]
     assert own[0] == own[1] == own[2]
 
@@ -185,4 +189,4 @@ def test_times_of_the_other_task_are_refused(overrides, message):
 )
 def test_what_a_trained_density_has_no_use_for_is_refused(command, overrides):
     with pytest.raises(ConfigCompositionException):
-        judged(command, *overrides)
+        composed(command, *overrides)

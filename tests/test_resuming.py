@@ -54,7 +54,7 @@ def test_another_objective_is_refused(tmp_path):
         run(tmp_path / "b", *settings, "objective=sliced", f"ckpt_path={tmp_path}/a/checkpoints/last.ckpt")
 
 
-def test_settings_that_the_checkpoint_overrules_are_said(stopped, tmp_path, recwarn):
+def test_settings_that_the_checkpoint_overrules_are_reported(stopped, tmp_path, recwarn):
     last, _, _ = stopped
     run(tmp_path / "same", last, "task=flow_matching", "task.scheduler=null")
     assert not [it for it in recwarn if "goes on with" in str(it.message)]

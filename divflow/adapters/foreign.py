@@ -184,7 +184,7 @@ class Foreign(nn.Module):
         )
 
     def _refusal(self, error: Exception, state: Tensor, time: Tensor, context: Context | None) -> str:
-        said = str(error).splitlines()[0] if str(error) else "no message"
+        text = str(error).splitlines()[0] if str(error) else "no message"
         handed = "as its third argument" if self.context_name is None else f"as {self.context_name}="
         given = (
             "and no context (log_prob(x, context) gives one)"
@@ -192,7 +192,7 @@ class Foreign(nn.Module):
             else f"and {_described(context)} {handed} (context_name= names another)"
         )
         return (
-            f"the model could not be called: {type(error).__name__}: {said}. Expected {self.signature}; it was given a "
+            f"the model could not be called: {type(error).__name__}: {text}. Expected {self.signature}; it was given a "
             f"state of shape {tuple(state.shape)} and {state.dtype}, a time of shape {tuple(time.shape)} {given}. Order, "
             f"context, image size and dtype (module.to({state.dtype})) are what to look at"
         )

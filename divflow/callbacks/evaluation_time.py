@@ -69,7 +69,7 @@ class EvaluationTime(L.Callback):
 
     def _expect(self, trainer: L.Trainer, module: L.LightningModule, data: Any, batches: float, what: str) -> None:
         task = cast(Task, module)
-        density = task.judged
+        density = task.evaluated_density
         loaders = [loader for loader in tree_leaves(data) if isinstance(loader, DataLoader)]
         if not loaders or not isinstance(density, FlowDensity) or not 0 < batches < math.inf:
             return
@@ -77,6 +77,6 @@ class EvaluationTime(L.Callback):
         rows = min(int(batches) * len(parts.x), sum(len(cast(Any, loader.dataset)) for loader in loaders))
         draws = task.data.num_draws if what == "the test" and task.data is not None else 1
         with task.evaluating():
-            said = expect(density, parts.x, parts.context, rows * draws, what, self.max_minutes, _CHEAPER, _SETTING)
-        if said and trainer.is_global_zero:
-            print(said, flush=True)
+            notice = expect(density, parts.x, parts.context, rows * draws, what, self.max_minutes, _CHEAPER, _SETTING)
+        if notice and trainer.is_global_zero:
+            print(notice, flush=True)

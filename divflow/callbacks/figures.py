@@ -84,9 +84,9 @@ class Figures(L.Callback):
             context = parts_of(data.test.__getitems__(list(range(min(count, len(data.test)))))).context
         generator = Generator(task.device).manual_seed(0)
         if context is None:
-            samples = task.judged.sample(count, generator=generator)
+            samples = task.evaluated_density.sample(count, generator=generator)
         else:  # a sample for the context of each datum
-            samples = cast(FlowDensity, task.judged).sample(len(context), context.to(task.device), generator)
+            samples = cast(FlowDensity, task.evaluated_density).sample(len(context), context.to(task.device), generator)
         figure = self._draw(task, data, samples)
         task.train(training)
         self._write(trainer, figure, name)
@@ -106,7 +106,7 @@ class Figures(L.Callback):
 
     @torch.no_grad()
     def _draw(self, task: Task, data: TensorDataModule, samples: Tensor) -> Figure:
-        density = task.judged
+        density = task.evaluated_density
         rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)

@@ -105,12 +105,12 @@ class Processes(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop before the next step: the last one is logged, and judged if that was due."""
-        self._stop_if_told()
+        self._stop_if_requested()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop before the test where a signal came in the last validation; `last.ckpt` is there."""
         self.stop = self.stop or self._agreed()
-        self._stop_if_told()
+        self._stop_if_requested()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Tell the others, or say that it is another's."""
@@ -126,7 +126,7 @@ class Processes(L.Callback):
         distributed.all_reduce(numbers, distributed.ReduceOp.MAX, group=self._group)
         return int(numbers)
 
-    def _stop_if_told(self) -> None:
+    def _stop_if_requested(self) -> None:
         if self.stop:
             self.stopping = True
             raise KeyboardInterrupt if self.stop == signal.SIGINT else SIGTERMException

@@ -1,8 +1,8 @@
 """Several processes of one run: each gives signs of life beside the collectives, and ends when another one is gone.
 
 A collective waits for every process, and a process that was killed never comes: the others would hang until its timeout
-of half an hour. So a thread of each process writes a counter to a store of rank 0's every second; rank 0 judges, the
-others read its verdict, and a thread can end a process whose main thread waits in C++.
+of half an hour. So a thread of each process writes a counter to a store of rank 0's every second; rank 0 decides, the
+others read its decision, and a thread can end a process whose main thread waits in C++.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from divflow.errors import DivflowError
 
 __all__ = ["ProcessError", "Watch"]
 
-_GRACE = 3.0  # seconds for the others to read the verdict, and for the main thread to end by itself
+_GRACE = 3.0  # seconds for the others to read the decision, and for the main thread to end by itself
 
 
 class ProcessError(DivflowError, RuntimeError):
@@ -70,8 +70,8 @@ class Watch:
         }
         self._seen: dict[int, tuple[int, int]] = {}  # beat and polls since it changed, by rank
         self._pids: dict[int, int] = {}  # of those whose numbers mean something here, by rank
-        self._judge: dict[str, Any] = {"pid": "unknown", "host": "an unknown host", "state": "alive"}  # rank 0
-        self._verdict = ""
+        self._first: dict[str, Any] = {"pid": "unknown", "host": "an unknown host", "state": "alive"}  # rank 0
+        self._decision = ""
         self._known, self._taken, self._closed, self._alone = (threading.Event() for _ in range(4))
         self._answers = 0  # of the store
         self._store = self._connect(share)
@@ -95,7 +95,7 @@ class Watch:
             self._taken.set()
             if self.rank == 0:
                 time.sleep(_GRACE)  # the store ends with this process
-            raise ProcessError(self._verdict) from error
+            raise ProcessError(self._decision) from error
         if self._closed.is_set():
             return
         self._closed.set()
@@ -120,7 +120,7 @@ class Watch:
         if self.rank == 0:
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
             store = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
-            store.set("verdict", "")
+            store.set("decision", "")
             self._store = store
             self._write("alive")
             share((host, store.port))
@@ -134,37 +134,37 @@ class Watch:
         """The thread that gives signs of life: a store on a machine that is lost may never answer it."""
         while not self._closed.wait(self.interval):
             try:
-                self._verdict = self._poll()
+                self._decision = self._poll()
             except RuntimeError:  # of the store, whose process is gone
-                if self._judge["state"] != "left":
-                    self._verdict = self._message(0, self._judge, "died")
+                if self._first["state"] != "left":
+                    self._decision = self._message(0, self._first, "died")
                 return
             finally:
                 self._answers += 1
 
     def _run(self) -> None:
-        """The thread that ends this process where the verdict is that another is gone."""
+        """The thread that ends this process once rank 0 has decided that another is gone."""
         answers, polls = 0, 0
         while not self._closed.wait(self.interval):
             answers, polls = self._answers, polls + 1 if answers == self._answers else 0
             if polls * self.interval > self.limit and self._asking.is_alive():
-                self._verdict = self._message(0, self._judge, self._silence)
-            if self._verdict:
+                self._decision = self._message(0, self._first, self._silence)
+            if self._decision:
                 self._end()
 
     def _poll(self) -> str:
         self._record |= {"beat": self._record["beat"] + 1, "step": self.step}
         self._store.set(str(self.rank), json.dumps(self._record))
         if self.rank == 0:
-            return self._judged()
-        judge, verdict = self._store.multi_get(["0", "verdict"])
-        self._judge = json.loads(judge)
-        if not verdict and self._judge["state"] == "alive" and self._silent(0, self._judge):
-            return self._message(0, self._judge, self._silence)
-        return verdict.decode()
+            return self._decide()
+        first, decision = self._store.multi_get(["0", "decision"])
+        self._first = json.loads(first)
+        if not decision and self._first["state"] == "alive" and self._silent(0, self._first):
+            return self._message(0, self._first, self._silence)
+        return decision.decode()
 
-    def _judged(self) -> str:
-        """Rank 0's verdict on the others: empty while all is well."""
+    def _decide(self) -> str:
+        """What rank 0 decides about the others: empty while all is well."""
         others = range(1, self.world_size)
         # Looked at before the records are read: who has left has said so before its number was gone.
         gone = {rank for rank, known in self._pids.items() if _is_gone(known)}
@@ -194,10 +194,10 @@ class Watch:
         return self._seen[rank][1] * self.interval > self.limit
 
     def _publish(self, rank: int, record: dict[str, Any]) -> str:
-        verdict = self._message(rank, record, record["state"])
+        decision = self._message(rank, record, record["state"])
         with contextlib.suppress(RuntimeError):
-            self._store.set("verdict", verdict)
-        return verdict
+            self._store.set("decision", decision)
+        return decision
 
     def _message(self, rank: int, record: dict[str, Any], state: str) -> str:
         who = f"rank {rank} of {self.world_size} (process {record['pid']} on {record['host']})"
@@ -211,7 +211,7 @@ class Watch:
     def _end(self) -> None:
         self._known.set()
         if not self._taken.wait(_GRACE):  # the main thread still computes, or waits in a collective
-            print(f"error: {self._verdict}", file=sys.stderr, flush=True)
+            print(f"error: {self._decision}", file=sys.stderr, flush=True)
         else:
             time.sleep(3 * _GRACE)  # it has raised ProcessError and is on its way out
         self._release()

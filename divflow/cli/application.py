@@ -53,7 +53,7 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
     full = "HYDRA_FULL_ERROR" in os.environ
     begun = False
 
-    def told(config: DictConfig) -> float | None:
+    def run(config: DictConfig) -> float | None:
         nonlocal begun
         begun = True
         if not full:
@@ -68,7 +68,7 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         with _command_line([given[0], *_with_absolute_config_path(arguments)]):
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(told)()
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(run)()
     except Exception as error:
         if full or begun:
             raise

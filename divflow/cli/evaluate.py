@@ -75,7 +75,7 @@ def run(config: DictConfig) -> float:
     fabric = launched(config.device)
     _expect(fabric, density, parts, size, config.max_minutes)
     with limited(config.max_minutes, "the evaluation", _CHEAPER):
-        values = _judged(fabric, density, parts, data, size, config.seed)
+        values = _evaluated(fabric, density, parts, data, size, config.seed)
     metrics = _metrics(values, parts.weight, None if data is None else data.bit_per_dim, fabric.is_global_zero)
     if fabric.is_global_zero:
         names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]
@@ -95,14 +95,14 @@ def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -
     from divflow.data.batch import parts_of
     from divflow.data.module import TensorDataModule
     from divflow.data.own import split_parts
-    from divflow.data.split import SplitData, told_of_changes
+    from divflow.data.split import SplitData, describe_changes
     from divflow.data.table import all_rows
     from divflow.runs.data import build_data
 
     if split == "all" and settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table"):
         found, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
-        if not other and (told := told_of_changes(trained.data_states.get("Table", {}), digests)):
-            warnings.warn(told, stacklevel=2)
+        if not other and (changes := describe_changes(trained.data_states.get("Table", {}), digests)):
+            warnings.warn(changes, stacklevel=2)
         return parts_of(found.__getitems__(list(range(len(found))))), found.numbers, None
     data, keys = build_data(settings)
     splits = _SPLITS[:-1] if split == "all" else (split,)
@@ -132,9 +132,9 @@ def _expect(fabric: "Fabric", density: FlowDensity, parts: "Parts", size: int, m
     """Say what it will take, where that is long."""
     x, rows = parts.x[:size].to(fabric.device), -(-len(parts.x) // fabric.world_size)
     context = mapped(lambda leaf: leaf.to(fabric.device), context_rows(parts.context, slice(size)))
-    said = expect(density.to(fabric.device), x, context, rows, "the evaluation", max_minutes, _CHEAPER)
-    if said and fabric.is_global_zero:
-        print(said, flush=True)
+    notice = expect(density.to(fabric.device), x, context, rows, "the evaluation", max_minutes, _CHEAPER)
+    if notice and fabric.is_global_zero:
+        print(notice, flush=True)
 
 
 def _check_within(density: FlowDensity, rows: Tensor, numbers: Tensor) -> None:
@@ -155,7 +155,7 @@ def _check_within(density: FlowDensity, rows: Tensor, numbers: Tensor) -> None:
 
 
 @torch.no_grad()
-def _judged(
+def _evaluated(
     fabric: "Fabric",
     density: FlowDensity,
     parts: "Parts",
@@ -168,7 +168,7 @@ def _judged(
     A batch has noise of its own, so that the numbers are the same for any number of processes.
     """
     from divflow.data.order import combined_seed
-    from divflow.tasks.judging import judge_likelihood
+    from divflow.tasks.likelihood_values import likelihood_values
 
     seed = fabric.broadcast(torch.seed() if seed is None else seed)
     density = density.to(fabric.device)
@@ -180,9 +180,9 @@ def _judged(
         generator = Generator(fabric.device).manual_seed(combined_seed(seed, number))
         context = mapped(lambda leaf: leaf.to(fabric.device), context_rows(parts.context, part))
         batch = parts._replace(x=rows[part].to(fabric.device), context=context, weight=None)
-        judged = judge_likelihood(density, batch, data, 1 if data is None else data.num_draws, generator)
+        known = likelihood_values(density, batch, data, 1 if data is None else data.num_draws, generator)
         for i, name in enumerate((*_AVERAGED, *_VARIANCES)):
-            value = judged.get(name)
+            value = known.get(name)
             found[part, i] = math.nan if value is None else value.to(found)
     gathered: Any = fabric.all_reduce(found.to(fabric.device), reduce_op="sum")
     values = dict(zip((*_AVERAGED, *_VARIANCES), gathered.cpu().unbind(dim=1), strict=True))
@@ -190,9 +190,9 @@ def _judged(
 
 
 def _metrics(
-    values: dict[str, Tensor], weight: Tensor | None, bit_per_dim: float | None, told: bool
+    values: dict[str, Tensor], weight: Tensor | None, bit_per_dim: float | None, warn: bool
 ) -> dict[str, float]:
-    """Means, by weight where rows have one, with their standard errors, by the names of a run's results; `told`: with a warning of their errors, if one is due."""
+    """Means, by weight where rows have one, with their standard errors, by the names of a run's results; `warn`: warn of a large quadrature error."""
     from divflow.tasks.metrics import MeanWithStandardError, summarized, warn_of_quadrature
 
     averages: dict[str, MeanWithStandardError] = {}
@@ -201,7 +201,7 @@ def _metrics(
             averages[name] = MeanWithStandardError(shared=False)  # every process has all values
             averages[name].update(values[name], weight)
     found = summarized(averages, bit_per_dim, errors=True)
-    if told:
+    if warn:
         warn_of_quadrature(found, _FINER)
     return {name: value.item() for name, value in found.items()}
 

@@ -173,7 +173,7 @@ def names_other_data(config: DictConfig) -> bool:
 
 def warn_of_changed_table(config: DictConfig, trained: Trained) -> None:
     """Warn where the run's own table, if it is there, has other rows than in training; what needs no data goes on without it."""
-    from divflow.data.split import told_of_changes
+    from divflow.data.split import describe_changes
     from divflow.data.table import all_rows
 
     state = trained.data_states.get("Table")
@@ -184,8 +184,8 @@ def warn_of_changed_table(config: DictConfig, trained: Trained) -> None:
         _, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
     except DivflowError:
         return
-    if told := told_of_changes(state, digests):
-        warnings.warn(told, stacklevel=2)
+    if changes := describe_changes(state, digests):
+        warnings.warn(changes, stacklevel=2)
 
 
 def data_config(config: DictConfig, trained: Trained) -> dict[str, Any]:

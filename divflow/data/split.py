@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from divflow.data.module import DataError, TensorDataModule
 
-__all__ = ["SplitData", "row_digests", "split_numbers", "told_of_changes"]
+__all__ = ["SplitData", "describe_changes", "row_digests", "split_numbers"]
 
 _SPLIT = ("val_fraction", "test_fraction", "seed")
 
@@ -81,7 +81,7 @@ class SplitData(TensorDataModule):
         there = _found(state["digests"], self._digests)
         if len(there) and (there < 0).all():
             if not other:
-                warnings.warn(told_of_changes(state, self._digests), stacklevel=2)
+                warnings.warn(describe_changes(state, self._digests), stacklevel=2)
             return
         how, own = ({name: it[name] for name in _SPLIT} for it in (state, self._divided))
         same = len(there) == len(self._digests) and bool((there == torch.arange(len(there))).all())
@@ -92,11 +92,11 @@ class SplitData(TensorDataModule):
         kept = [numbers[numbers >= 0] for numbers in kept]
         if len(kept[0]) < 2 or min(map(len, kept)) < 1:
             raise DataError(
-                f"{told_of_changes(state, self._digests)} Of its split into {', '.join(str(len(it)) for it in then)} rows of training, "
+                f"{describe_changes(state, self._digests)} Of its split into {', '.join(str(len(it)) for it in then)} rows of training, "
                 f"validation and test are left {', '.join(str(len(it)) for it in kept)}, which are too few; bring the rows back"
             )
         if not same:
-            warnings.warn(told_of_changes(state, self._digests), stacklevel=2)
+            warnings.warn(describe_changes(state, self._digests), stacklevel=2)
         if how != own:
             asked = [f"{name}={own[name]}" for name in _SPLIT if own[name] != how[name]]
             warnings.warn(
@@ -108,7 +108,7 @@ class SplitData(TensorDataModule):
         self._divide(*kept)
 
 
-def told_of_changes(state: Mapping[str, Any], digests: Tensor) -> str:
+def describe_changes(state: Mapping[str, Any], digests: Tensor) -> str:
     """How these rows differ from those of a training; nothing where they do not, or where those are not known."""
     if "digests" not in state:
         return ""
@@ -116,15 +116,15 @@ def told_of_changes(state: Mapping[str, Any], digests: Tensor) -> str:
     then, now, kept = len(there), len(digests), int((there >= 0).sum())
     if then == now and bool((there == torch.arange(then)).all()):
         return ""
-    told = f"the data have {now} rows, and had {then} when the density was trained: "
+    counts = f"the data have {now} rows, and had {then} when the density was trained: "
     if kept == 0:
         return (
-            told
+            counts
             + "none of these is here. The split is drawn anew; if they are the same rows in other units, it tests what was trained on."
         )
     order = "" if bool((there[there >= 0].diff() > 0).all()) else ", in another order"
     return (
-        f"{told}{kept} of these are here{order}, {then - kept} are gone or changed, and {now - kept} are new. The split is that of the "
+        f"{counts}{kept} of these are here{order}, {then - kept} are gone or changed, and {now - kept} are new. The split is that of the "
         "training; new rows are in none of its parts, and in split=all."
     )
 

@@ -48,13 +48,13 @@ class Hollow(nn.Module):
         after = before.clone()
         noise = torch.randn(1, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
         self.parts(after)[rows, tried] += noise * (1 + x.abs().max())
-        told = []
+        features = []
         for states in (before, after):
             with torch.no_grad(), seeded(0, [x.device] if x.is_cuda else []):
-                told.append(self.conditioner(t, states)[rows, tried].flatten(1))
-        moved = (told[1] - told[0]).abs().amax(dim=1)
+                features.append(self.conditioner(t, states)[rows, tried].flatten(1))
+        moved = (features[1] - features[0]).abs().amax(dim=1)
         # Not <=, so that NaN is refused.
-        if not (moved <= torch.finfo(x.dtype).eps ** 0.5 * (1 + told[0].abs().amax())).all():
+        if not (moved <= torch.finfo(x.dtype).eps ** 0.5 * (1 + features[0].abs().amax())).all():
             worst = moved.nan_to_num(torch.inf).argmax()
             raise NetworkError(
                 f"{type(self).__name__} is not hollow: changing part {tried[worst].item()} of x moved what that part is told "

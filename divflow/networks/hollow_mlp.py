@@ -101,9 +101,9 @@ class HollowMLP(Hollow):
 
     def _joined(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch size inputs"]:
         """The inputs of tau: an entry, what it is told, and the time."""
-        parts, told = self.parts(x), self.conditioner(t, x)
+        parts, features = self.parts(x), self.conditioner(t, x)
         times = condition(t, x, None, 0, self.time_embedding)
-        return torch.cat([parts, told, times[:, None].expand(-1, self.size, -1)], dim=2)
+        return torch.cat([parts, features, times[:, None].expand(-1, self.size, -1)], dim=2)
 
 
 class _MaskedLinear(nn.Linear):

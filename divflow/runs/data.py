@@ -73,9 +73,11 @@ def _own(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, A
     features = parts.context.shape[1] if is_features(parts.context) else 0
     ours, asks = network["_target_"].startswith("divflow."), _asks_for_features(network)
     if ours and not features:
-        told = ", ".join(f"{place} {leaf.dtype} {tuple(leaf.shape)}" for place, leaf in named_tensors(parts.context))
+        received = ", ".join(
+            f"{place} {leaf.dtype} {tuple(leaf.shape)}" for place, leaf in named_tensors(parts.context)
+        )
         raise ConfigError(
-            f"the networks of divflow take a context of floating-point features (k, n), but the batches have {told}; use network=custom "
+            f"the networks of divflow take a context of floating-point features (k, n), but the batches have {received}; use network=custom "
             "with a velocity(t, x, context) of your own, or say by data.keys what is no context"
         )
     return found | ({"context_features": features} if ours or (asks and features) else {})

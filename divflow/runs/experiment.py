@@ -80,9 +80,9 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
     check_targets_arguments(_plain(config))
     check_arguments(L.Trainer, _plain(config.trainer), "trainer")
     check_arguments(L.Trainer, _plain(config.device), "device")
-    with _told_of("data"):
+    with _settings_of("data"):
         data, keys = build_data(_plain(config.data))
-    with _told_of("task"):
+    with _settings_of("task"):
         task = _build_task(config, data, keys)
         task.configure_optimizers()  # for what it refuses
     resumed = None if ckpt_path is None else read_checkpoint(ckpt_path)
@@ -96,7 +96,7 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         if config.init_from is None or resumed is not None
         else init_weights(task.density, config.init_from, config.weights)
     )
-    with _told_of("trainer, device, logger or callbacks"):
+    with _settings_of("trainer, device, logger or callbacks"):
         trainer = _build_trainer(config)
     if resumed is not None:  # before anything is written; training itself warns of the rest
         with warnings.catch_warnings(action="ignore"):
@@ -124,7 +124,7 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _told_of(group: str) -> Iterator[None]:
+def _settings_of(group: str) -> Iterator[None]:
     """Around what builds a part of a run: what a class that knows nothing of settings refuses is one of them.
 
     Raises:

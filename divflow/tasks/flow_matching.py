@@ -14,7 +14,7 @@ from divflow.errors import check_count
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.matching import ConditionalFlowMatching
 from divflow.operators.context import repeated
-from divflow.tasks.judged_flow import FlowDensityTask
+from divflow.tasks.flow_density import FlowDensityTask
 from divflow.tasks.task import mean
 from divflow.verification import severed_fields
 

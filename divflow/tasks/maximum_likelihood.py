@@ -14,7 +14,7 @@ from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.likelihood import PENALTIES
 from divflow.solver import Evaluations
-from divflow.tasks.judged_flow import FlowDensityTask
+from divflow.tasks.flow_density import FlowDensityTask
 from divflow.tasks.task import mean
 
 __all__ = ["FlowTask"]

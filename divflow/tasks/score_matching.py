@@ -77,7 +77,7 @@ class ScoreTask(Task):
         self._evaluation = (evaluation,)
 
     @property
-    def judged(self) -> ScoreDensity | UnnormalizedDensity:
+    def evaluated_density(self) -> ScoreDensity | UnnormalizedDensity:
         """The density as validation and test evaluate it."""
         density, (flow,) = self.density, self._evaluation
         return density.with_flow(flow) if isinstance(density, ScoreDensity) and flow is not None else density
@@ -97,10 +97,10 @@ class ScoreTask(Task):
         estimator = getattr(self.objective, "estimator", None)
         check_field(self.density.score_field, self._time(y), y, gradient=True, estimator=estimator)
 
-    def check_judged(self, batch: Batch) -> None:
+    def check_evaluation(self, batch: Batch) -> None:
         """Before the first step, in evaluation mode: the score that is judged must hide no derivative."""
         y = self._transformed(batch)
-        check_field(self.judged.score_field, self._time(y), y)
+        check_field(self.evaluated_density.score_field, self._time(y), y)
 
     def _time(self, y: Tensor) -> Tensor | float:
         """A time at which the score is trained, one for each of the data where it is at many."""
@@ -114,18 +114,18 @@ class ScoreTask(Task):
         self.log("train/loss", loss.detach())
         return loss
 
-    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+    def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """The objective with noise that is the same at every validation, the Fisher divergence and the log-density."""
-        judged = self.judged
+        density = self.evaluated_density
         noise = Generator(self.device).manual_seed(batch_idx)
         values: dict[str, Tensor | None] = {
-            "loss": self.objective(judged.score_field, self._transformed(batch), generator=noise)
+            "loss": self.objective(density.score_field, self._transformed(batch), generator=noise)
         }
         x = self.parts(batch).x
         truth = None if self.data is None else self.data.score(x)
         if truth is not None:
-            values["fisher_divergence"] = (judged.score(x) - truth).flatten(1).square().sum(dim=1) / 2
-        return values | (self.judge_likelihood(judged, batch) if isinstance(judged, ScoreDensity) else {})
+            values["fisher_divergence"] = (density.score(x) - truth).flatten(1).square().sum(dim=1) / 2
+        return values | (self.likelihood_values(density, batch) if isinstance(density, ScoreDensity) else {})
 
     @torch.no_grad()
     def _transformed(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all training tasks share: noise of each batch, judging by averages with standard errors, a stop at NaN."""
+"""What all training tasks share: noise of each batch, averages with standard errors, a stop at NaN."""
 
 import contextlib
 from abc import abstractmethod
@@ -18,7 +18,7 @@ from divflow.data.order import combined_seed
 from divflow.flow import FlowDensity
 from divflow.score import UnnormalizedDensity
 from divflow.tasks.errors import TaskError, TrainingError
-from divflow.tasks.judging import judge_likelihood
+from divflow.tasks.likelihood_values import likelihood_values
 from divflow.tasks.metrics import MeanWithStandardError, summarized, warn_of_quadrature
 from divflow.tasks.resuming import check_resumed, trained_by
 from divflow.tasks.trainable import Trainable
@@ -26,13 +26,15 @@ from divflow.tasks.trainable import Trainable
 __all__ = ["Task", "mean"]
 
 # What noise is for.
-_TRAINING, _JUDGING = 0, 1
+_TRAINING, _EVALUATION = 0, 1
+# Names that subclasses defined before, and those of today.
+_RENAMED = {"judge": "evaluate_batch", "judged": "evaluated_density", "check_judged": "check_evaluation"}
 # What makes the quadrature error of a test smaller.
 _FINER = "a smaller evaluation.likelihood.tolerance, evaluation.solver.rtol and .atol, or smaller steps of a fixed-step solver"
 
 
 class Task(Trainable):
-    """A density that is trained. A subclass implements `loss`, `check` and `judge`, and is told what to log.
+    """A density that is trained. A subclass implements `loss`, `check` and `evaluate_batch`, and is told what to log.
 
     **Batches** are `x`, `(x,)`, `(x, context)`, or dicts with x, context and weight, by these names or by `keys` (`parts_of`).
 
@@ -79,17 +81,28 @@ class Task(Trainable):
         # By stage, loader and name.
         self._metrics: dict[tuple[str, str, str], MeanWithStandardError] = {}
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a class that still defines a method under its earlier name, which nothing calls any more.
+
+        Raises:
+            TaskError: naming it, and its name of today.
+        """
+        super().__init_subclass__(**options)
+        for before, now in _RENAMED.items():
+            if before in vars(cls):
+                raise TaskError(f"{cls.__name__} defines {before}, which is called {now} now. Rename it")
+
     @property
     @abstractmethod
-    def judged(self) -> FlowDensity | UnnormalizedDensity:
+    def evaluated_density(self) -> FlowDensity | UnnormalizedDensity:
         """The density as validation and test evaluate it."""
 
     @abstractmethod
     def check(self, batch: Batch) -> None:
         """Before the first step: what is trained must be a field, and treat the samples independently."""
 
-    def check_judged(self, batch: Batch) -> None:
-        """Before the first step, in evaluation mode: what is judged must hide no derivative, which it may do there alone."""
+    def check_evaluation(self, batch: Batch) -> None:
+        """Check the evaluated density before the first step, in evaluation mode, where it may hide a derivative that it does not hide in training."""
         self.check(batch)
 
     @abstractmethod
@@ -97,7 +110,7 @@ class Task(Trainable):
         """The loss of a training batch, a scalar, and its logs."""
 
     @abstractmethod
-    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+    def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """Values per sample of a validation or test batch, by name, to be averaged; None is left out.
 
         Args:
@@ -143,21 +156,21 @@ class Task(Trainable):
         if not self._checked:
             self.check(batch)
             with self.evaluating():
-                self.check_judged(batch)
+                self.check_evaluation(batch)
             self._checked = True
         self._seed(_TRAINING, self.current_epoch, batch_idx)
 
     def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise at each validation."""
-        self._seed(_JUDGING, _number(batch_idx, dataloader_idx))
+        self._seed(_EVALUATION, _number(batch_idx, dataloader_idx))
 
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise as in validation."""
-        self._seed(_JUDGING, _number(batch_idx, dataloader_idx))
+        self._seed(_EVALUATION, _number(batch_idx, dataloader_idx))
 
     def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same noise as in validation."""
-        self._seed(_JUDGING, _number(batch_idx, dataloader_idx))
+        self._seed(_EVALUATION, _number(batch_idx, dataloader_idx))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -198,11 +211,11 @@ class Task(Trainable):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int | None = None) -> None:
         """Add a batch to the validation averages, which are those of its loader, where there are several."""
-        self._judged("val", batch, batch_idx, dataloader_idx)
+        self._average("val", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int | None = None) -> None:
         """Add a batch to the test averages, which are those of its loader, where there are several."""
-        self._judged("test", batch, batch_idx, dataloader_idx)
+        self._average("test", batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """The log-density of each sample of a batch, `(k,)` in nats, of the data as they are, as validation evaluates it.
@@ -210,12 +223,12 @@ class Task(Trainable):
         Raises:
             TaskError: a score without SDE has none.
         """
-        density = self.judged
+        density = self.evaluated_density
         if isinstance(density, UnnormalizedDensity):
             raise TaskError(
                 "trainer.predict gives log-densities, which a score without SDE has not; use task.density.score(x), or train over an SDE"
             )
-        nll = self.judge_likelihood(density, batch)["nll"]
+        nll = self.likelihood_values(density, batch)["nll"]
         assert nll is not None  # the one value that is always known
         return -nll
 
@@ -254,17 +267,17 @@ class Task(Trainable):
         """A number to log, filled in on the device: Lightning would copy it there, for which the host waits."""
         return torch.full((), float(number), device=self.device)
 
-    def judge_likelihood(self, density: FlowDensity, batch: Batch) -> dict[str, Tensor | None]:
-        """What a batch's log-density gives `judge`; in the test, of as many draws of noise as the data say."""
+    def likelihood_values(self, density: FlowDensity, batch: Batch) -> dict[str, Tensor | None]:
+        """What a batch's log-density gives `evaluate_batch`; in the test, of as many draws of noise as the data say."""
         data = self.data
         draws = data.num_draws if data is not None and self.trainer.testing else 1
-        return judge_likelihood(density, self.parts(batch), data, draws)
+        return likelihood_values(density, self.parts(batch), data, draws)
 
-    def _judged(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int | None) -> None:
+    def _average(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int | None) -> None:
         # As Lightning names values of several loaders.
         loader = "" if dataloader_idx is None else f"/dataloader_idx_{dataloader_idx}"
         parts = self.parts(batch)
-        for name, value in self.judge(parts, _number(batch_idx, dataloader_idx)).items():
+        for name, value in self.evaluate_batch(parts, _number(batch_idx, dataloader_idx)).items():
             if value is not None:
                 key = (stage, loader, name)
                 if key not in self._metrics:

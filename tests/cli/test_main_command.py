@@ -139,7 +139,7 @@ def test_the_configs_are_those_of_the_repository_where_it_is_worked_on():
     assert config_dir() == ROOT / "configs"
 
 
-def test_warnings_are_told_as_errors_are():
+def test_warnings_are_reported_as_errors_are():
     """Without the line of a library that they come from; the library's own way comes back."""
     with application._plain_warnings():
         assert warnings.formatwarning(UserWarning("look"), UserWarning, "/a/library.py", 3) == "warning: look\n"

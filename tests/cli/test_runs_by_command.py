@@ -124,7 +124,7 @@ def test_one_failing_run_of_a_sweep_leaves_the_others(tmp_path, monkeypatch, cap
     assert done.parent.name == "method-dopri5"
 
 
-def test_an_output_that_can_not_be_written_is_told_before_the_work(runs, tmp_path, monkeypatch):
+def test_an_output_that_can_not_be_written_is_reported_before_the_work(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()

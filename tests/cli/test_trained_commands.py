@@ -63,7 +63,7 @@ def test_the_numbers_of_the_run_come_back(best, run_folder, capsys):
     assert "best.ckpt, averaged weights of step" in table
 
 
-def test_all_rows_of_a_file_are_judged_in_its_order(best):
+def test_all_rows_of_a_file_are_evaluated_in_its_order(best):
     main(["evaluate", f"ckpt_path={best}", "split=all", "out=all.npy"])
     expected = divflow.load(best).log_prob(ROWS.float()).detach().numpy()
     np.testing.assert_allclose(np.load("all.npy")[:, 0], expected, rtol=1e-5)
@@ -118,7 +118,7 @@ def test_several_processes_give_the_numbers_of_one(best):
     np.testing.assert_allclose([mean, error], [found.mean(), found.std(ddof=1) / len(found) ** 0.5], atol=1e-4)
 
 
-def test_discrete_data_are_judged_as_such(tmp_path, monkeypatch, capsys):
+def test_discrete_data_are_evaluated_as_such(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results = train(config(*FAST, "data=digits", "network.hidden=[8]", "output_dir=run"))
     main(["evaluate", "ckpt_path=run/checkpoints/best.ckpt"])
@@ -134,7 +134,7 @@ def test_discrete_data_are_judged_as_such(tmp_path, monkeypatch, capsys):
     assert "of that ±, by the dequantization" in table
 
 
-def test_images_of_a_folder_are_judged(tmp_path, monkeypatch):
+def test_images_of_a_folder_are_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("photos", "others"):
         (tmp_path / name).mkdir()
@@ -308,7 +308,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_mistakes_are_told(best, kind, tmp_path):
+def test_mistakes_are_reported(best, kind, tmp_path):
     (tmp_path / "there.csv").write_text("precious")
     arguments, message = MISTAKES[kind]
     with pytest.raises(SystemExit) as stopped:
@@ -345,6 +345,6 @@ def test_checkpoints_of_another_architecture_or_with_code_are_refused(best, run_
         assert "none of divflow's own" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
 
 
-def test_a_checkpoint_away_from_its_run_needs_to_be_told_the_data(best):
+def test_a_checkpoint_away_from_its_run_needs_the_data_named(best):
     shutil.copy(best, "alone.ckpt")
     assert "give data=" in refused("evaluate", "ckpt_path=alone.ckpt")

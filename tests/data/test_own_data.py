@@ -133,7 +133,7 @@ def test_a_step_by_the_weights_of_dicts_and_what_is_loaded_back(own):
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(own, change, error, message):
+def test_mistakes_are_reported_before_anything_is_trained(own, change, error, message):
     given = [it for it in ONE_STEP if not (change[0].startswith("network=") and it.startswith("network"))]
     with pytest.raises(error, match=message):
         train(

@@ -87,7 +87,7 @@ def test_contexts_are_those_of_their_parameters():
 
 
 @pytest.mark.parametrize("task", ["flow", pytest.param("flow_matching", marks=pytest.mark.slow)])
-def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch, task):
+def test_conditional_flows_train_are_evaluated_and_come_back(tmp_path, monkeypatch, task):
     results = train(config(f"task={task}", *SMALL, *DRAWN, f"output_dir={tmp_path}"))
     density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
     data = Simulations("two_moons", 60, 20)
@@ -99,8 +99,8 @@ def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch,
         density.log_prob(x, context[:, :1])
     assert (tmp_path / "figures" / "final.png").is_file()
     monkeypatch.chdir(tmp_path)
-    main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=judged.npy", "batch_size=7"])
-    np.testing.assert_allclose(np.load("judged.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
+    main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=evaluated.npy", "batch_size=7"])
+    np.testing.assert_allclose(np.load("evaluated.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
     for given, message in {
         "null": r"conditional: give the context of its samples, 2 numbers",
         "[0.1]": r"tensor \(k, 2\).*of shape \(1000, 1\)",

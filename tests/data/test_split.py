@@ -8,7 +8,7 @@ import torch
 
 from divflow.data import DataError, DiscreteImages
 from divflow.data.columns import Columns
-from divflow.data.split import row_digests, told_of_changes
+from divflow.data.split import describe_changes, row_digests
 
 ROWS = torch.randn(100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 NEW = torch.randn(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -64,7 +64,7 @@ def test_the_same_rows_are_nothing_to_speak_of():
     assert rows_of(data) == rows_of(trained)
     state = {"order_seed": 3}  # of before rows had digests
     data.load_state_dict(state)
-    assert told_of_changes(state, row_digests(ROWS)) == ""
+    assert describe_changes(state, row_digests(ROWS)) == ""
 
 
 def test_repeated_rows_are_told_apart_by_their_order():
@@ -125,4 +125,4 @@ def test_digests_are_of_every_digit():
     rows[7, 1] += 1e-15 * rows[7, 1].abs()
     different = (row_digests(rows) != row_digests(ROWS)).nonzero().flatten().tolist()
     assert different == [7]
-    assert re.match("the data have 100 rows", told_of_changes({"digests": row_digests(ROWS)}, row_digests(rows)))
+    assert re.match("the data have 100 rows", describe_changes({"digests": row_digests(ROWS)}, row_digests(rows)))

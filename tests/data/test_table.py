@@ -128,7 +128,7 @@ def test_booleans_are_taken_as_zero_and_one(tmp_path):
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|", " "])
-def test_a_separator_is_taken_and_a_missing_one_is_told(tmp_path, separator):
+def test_a_separator_is_taken_and_a_missing_one_is_reported(tmp_path, separator):
     bad().to_csv(tmp_path / "t.csv", index=False, sep=separator)
     given = "\\t" if separator == "\t" else separator  # as on a command line
     data = Table(tmp_path / "t.csv", separator=given)

@@ -173,7 +173,7 @@ def test_what_is_no_tree_of_tensors_is_refused_by_its_path():
         divergence(Field(), 0.0, X, context={"given": torch.ones(6), "more": [3]})
 
 
-def test_a_flow_over_a_closure_is_told_of_its_nodes_and_the_context():
+def test_a_flow_over_a_closure_reports_its_nodes_and_the_context():
     c = torch.randn(6, 2, dtype=torch.float64)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 

@@ -48,9 +48,9 @@ def test_more_than_pairs_matter():
     """A third particle, moved about the first at the same distance, changes what the second does to the first."""
     network, t, x = perturbed(HollowEGNN((3, 2), hidden=6, layers=1)), TIMES[0], states(3, 2, k=1)
     seen = torch.autograd.functional.jacobian(lambda z: network.conditioner(t, z)[0], x)[..., 0, :, :]
-    told_by_second = seen[0, 1].abs().amax(dim=(0, 2))
-    assert told_by_second[0] == 0
-    assert (told_by_second[1:] > 0).all()
+    sent_by_second = seen[0, 1].abs().amax(dim=(0, 2))
+    assert sent_by_second[0] == 0
+    assert (sent_by_second[1:] > 0).all()
 
 
 def test_forces_on_a_particle_depend_on_each_other():

@@ -24,7 +24,7 @@ def test_divergence_is_exact(name, t):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_entry_sees_all_others_and_is_told_nothing_of_itself(name):
+def test_every_entry_sees_all_others_and_receives_nothing_of_itself(name):
     network, t = perturbed(NETWORKS[name](), scale=1.0), TIMES[0]
     x = states(*network.event_shape, k=1)
     told = torch.autograd.functional.jacobian(lambda z: network.conditioner(t, z)[0], x)

@@ -1,4 +1,4 @@
-"""Whole runs on particles: trained either way, judged by weighted samples, loaded back; and what is refused."""
+"""Whole runs on particles: trained either way, evaluated by weighted samples, loaded back; and what is refused."""
 
 import math
 import warnings
@@ -49,7 +49,7 @@ def run(tmp_path, kept, *overrides):
 
 
 @alternated(task=["flow", "flow_matching"], data=["dw4", "lj13"])
-def test_either_way_trains_and_is_judged(tmp_path, kept, data, task):
+def test_either_way_trains_and_is_evaluated(tmp_path, kept, data, task):
     results = run(tmp_path, kept, f"data={data}", f"task={task}")
     assert 1 / 40 <= results["test/effective_sample_fraction"] <= 1
     assert math.isfinite(results["test/nll"])

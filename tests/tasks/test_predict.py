@@ -68,5 +68,5 @@ def test_a_prediction_writer_has_every_row_once(processes, tmp_path):
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     rows = [row for part, _ in parts for row in part]
     assert sorted(rows) == list(range(21))
-    expected = task.judged.log_prob(data.test.rows)
+    expected = task.evaluated_density.log_prob(data.test.rows)
     torch.testing.assert_close(torch.cat([found for _, found in parts]), expected[rows])

@@ -54,17 +54,17 @@ class FlowDensityTask(Task):
         self._evaluation = (self.density.flow if evaluation is None else evaluation,)
 
     @property
-    def judged(self) -> FlowDensity:
+    def evaluated_density(self) -> FlowDensity:
         """The density as validation and test evaluate it."""
         return self.density.with_flow(self._evaluation[0])
 
-    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+    def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """The log-density of a batch, and what is known of it."""
-        return self.judge_likelihood(self.judged, batch)
+        return self.likelihood_values(self.evaluated_density, batch)
 
-    def check_judged(self, batch: Batch) -> None:
+    def check_evaluation(self, batch: Batch) -> None:
         """Before the first step, in evaluation mode: the velocity that is judged must hide no derivative."""
-        flow, (x, context) = self.judged.flow, self.transformed(batch)
+        flow, (x, context) = self.evaluated_density.flow, self.transformed(batch)
         check_field(flow.field(context), flow.times()[0], x, detached=flow.detached)
 
     def check_base(self, x: Tensor, context: Context | None) -> None:
@@ -80,7 +80,7 @@ class FlowDensityTask(Task):
     def on_test_epoch_end(self) -> None:
         """Log the test averages, and where the data have an energy, what weighted samples say of it."""
         super().on_test_epoch_end()
-        data, estimator = self.data, self.judged.flow.estimator
+        data, estimator = self.data, self.evaluated_density.flow.estimator
         if data is None or data.energy is None:
             return
         if estimator.estimates:
@@ -90,7 +90,7 @@ class FlowDensityTask(Task):
                 stacklevel=2,
             )
             return
-        for name, value in reweighted(self.judged, data, Generator(self.device).manual_seed(0)).items():
+        for name, value in reweighted(self.evaluated_density, data, Generator(self.device).manual_seed(0)).items():
             self.log(f"test/{name}", value)
 
     @torch.no_grad()
@@ -112,9 +112,9 @@ class FlowDensityTask(Task):
         try:
             inspect.signature(call).bind(0.0, x, *([] if context is None else [context]))
         except TypeError as error:
-            told = "have a context" if context is not None else "have none"
+            have = "have a context" if context is not None else "have none"
             raise FieldError(
-                f"the velocity can't be called as v(t, x{', context' if context is not None else ''}), but the batches {told} ({error}): leave "
+                f"the velocity can't be called as v(t, x{', context' if context is not None else ''}), but the batches {have} ({error}): leave "
                 "out what is no context by keys={'x': 0}, or say what is one by keys={'x': 0, 'context': 1}, the keys or places of a batch"
             ) from error
         except ValueError:  # a built-in function has no signature

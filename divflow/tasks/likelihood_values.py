@@ -11,12 +11,12 @@ from divflow.data.module import TensorDataModule
 from divflow.flow import FlowDensity
 from divflow.operators.context import Context
 
-__all__ = ["judge_likelihood"]
+__all__ = ["likelihood_values"]
 
 Values = dict[str, Tensor | None]
 
 
-def judge_likelihood(
+def likelihood_values(
     density: FlowDensity,
     batch: Batch,
     data: TensorDataModule | None = None,
@@ -41,10 +41,10 @@ def judge_likelihood(
         generator: of probes and noise; torch's default one if None.
     """
     x, context, _ = parts_of(batch)
-    draws = [_judge(density, x, context, data, generator)]
+    draws = [_one_draw(density, x, context, data, generator)]
     if data is None or data.bit_per_dim is None or num_draws == 1:
         return draws[0]
-    draws += [_judge(density, data.redrawn(x, generator), context, data, generator) for _ in range(num_draws - 1)]
+    draws += [_one_draw(density, data.redrawn(x, generator), context, data, generator) for _ in range(num_draws - 1)]
     values = {name: _mean([draw[name] for draw in draws]) for name in draws[0]}
     unit = data.bit_per_dim
     bounds = -unit * torch.stack([bits for draw in draws if (bits := draw["bits_per_dim"]) is not None])
@@ -62,7 +62,7 @@ def judge_likelihood(
     return values
 
 
-def _judge(
+def _one_draw(
     density: FlowDensity, x: Tensor, context: Context | None, data: TensorDataModule | None, generator: Generator | None
 ) -> Values:
     result = density.evaluate(x, context, generator)
