@@ -164,7 +164,7 @@ def test_no_such_density_is_refused():
     ("overrides", "message"),
     [
         (["task=score", "times=power"], "PowerTimes is for the times of flow matching; task=score takes times=sde"),
-        (["task=flow_matching", "times=sde"], "times=sde is for task=score; flow matching takes times=uniform, power"),
+        (["task=flow_matching", "times=sde"], "times=sde is for task=score. Use times=uniform, power"),
     ],
 )
 def test_times_of_the_other_task_are_refused(overrides, message):

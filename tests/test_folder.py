@@ -94,7 +94,7 @@ def test_a_run_goes_on_in_its_own_folder_only(tmp_path):
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
     with (
         claim(tmp_path / "run", None, 0, overwrite=False),
-        pytest.raises(ConfigError, match="another run is writing in .*run at this moment"),
+        pytest.raises(ConfigError, match="another run is writing to .*run now"),
         claim(tmp_path / "run", None, 0, overwrite=True),
     ):
         pass

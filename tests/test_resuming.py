@@ -96,7 +96,7 @@ def test_results_have_both_weights(stopped, tmp_path, capsys):
 ODD = {
     "a plain state": (
         lambda checkpoint: checkpoint["state_dict"],
-        r"state of a module alone \(\d+ tensors, such as 'density",
+        r"only the state of a module \(\d+ tensors, such as 'density",
     ),
     "a list": (lambda checkpoint: [1, 2], "holds a list"),
     "a tensor": (lambda checkpoint: torch.zeros(3), "holds a Tensor"),
@@ -107,11 +107,11 @@ ODD = {
     "no settings": (lambda checkpoint: checkpoint | {"divflow": "a"}, "its divflow is a, not settings"),
     "weights alone": (
         lambda checkpoint: checkpoint.pop("optimizer_states") and checkpoint,
-        "not what training goes on from .optimizer",
+        "not what training resumes from .optimizer",
     ),
     "another optimizer's groups": (
         lambda checkpoint: checkpoint | {"optimizer_states": [{"param_groups": [{"params": [0]}], "state": {}}]},
-        r"groups of \[1\] parameters, and not of \[\d+\]",
+        r"groups of \[1\] parameters, but this one has groups of \[\d+\]",
     ),
 }
 
@@ -139,7 +139,7 @@ def test_an_incomplete_description_is_typed(stopped, tmp_path):
         described = dict(checkpoint["divflow"])
         change(described)
         torch.save(checkpoint | {"divflow": described}, tmp_path / "odd.ckpt")
-        with pytest.raises(CheckpointError, match=f"no whole description of a density: {message}"):
+        with pytest.raises(CheckpointError, match=f"an incomplete description of a density: {message}"):
             divflow.load(tmp_path / "odd.ckpt")
 
 

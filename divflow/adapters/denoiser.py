@@ -154,10 +154,10 @@ def from_denoiser(
     """
     if not (isinstance(sigma_min, Real) and isinstance(sigma_max, Real) and 0 < sigma_min < sigma_max < math.inf):
         raise AdapterError(
-            f"need 0 < sigma_min < sigma_max, but got sigma_min={sigma_min!r} and sigma_max={sigma_max!r}"
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, but got sigma_min={sigma_min!r} and sigma_max={sigma_max!r}"
         )
     if not (isinstance(data_std, Real) and 0 <= data_std < math.inf):
-        raise AdapterError(f"data_std must be zero, for unknown, or positive and finite, but is {data_std!r}")
+        raise AdapterError(f"data_std must be positive and finite, or 0 if it is unknown, but is {data_std!r}")
     times = math.log(sigma_min), math.log(sigma_max)
     scaling = Scaling(data_std or 1.0, times[0])
     return denoising_flow(

@@ -130,8 +130,8 @@ class _NoiseLevels(nn.Module):
         steps = ((signal > 0) & (signal < 1)).nonzero().flatten()
         if signal.ndim != 1 or len(steps) < 2 or not bool((signal.diff() < 0).all()):
             raise AdapterError(
-                "the scheduler's alphas_cumprod must be one falling row of numbers in [0, 1], the share of the signal at "
-                f"each step, but it is {alphas_cumprod!r}"
+                "the scheduler's alphas_cumprod must be a decreasing vector of numbers in [0, 1], the share of the signal at "
+                f"each step, but is {alphas_cumprod!r}"
             )
         self.first_step = int(steps[0])
         self.register_buffer("log_sigmas", ((1 - signal[steps]) / signal[steps]).log() / 2, persistent=False)
@@ -185,14 +185,16 @@ class _UNet(Foreign):
         super().__init__(model, schedule.times, context_name)
         channels = _setting(model, "in_channels")
         if channels is not None and event_shape[:1] != (channels,):
-            raise AdapterError(f"the network takes {channels} channels, but the event shape is {event_shape}")
+            raise AdapterError(
+                f"the network takes {channels} channels, but the event shape is {event_shape}. Give the event shape ({channels}, height, width)"
+            )
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise AdapterError(f"guidance_scale must be a number, 1 for no guidance, but is {guidance_scale!r}")
         given = isinstance(unconditional, Tensor) and unconditional.shape[:1] == (1,)
         if not given and (guidance_scale != 1 or unconditional is not None):
             raise AdapterError(
-                "guidance needs unconditional=, a context of one row (1, ...) for no condition, such as the null class or "
-                f"the embedding of an empty prompt, but got {unconditional!r}"
+                f"guidance needs a context that stands for no condition, one row (1, ...), but unconditional is {unconditional!r}. Give the "
+                "null class or the embedding of an empty prompt"
             )
         self.schedule, self.guidance_scale = schedule, guidance_scale
         self.register_buffer("unconditional", unconditional, persistent=False)
@@ -212,7 +214,9 @@ class _UNet(Foreign):
         if self.guidance_scale == 1:
             return self._prediction(state, time, context)
         if context is None:
-            raise AdapterError("guidance needs a condition: give one, as log_prob(x, context)")
+            raise AdapterError(
+                "guidance needs a condition, but no context was given. Give one, as log_prob(x, context)"
+            )
         conditional = self._prediction(state, time, context)
         plain = self._prediction(state, time, self.known_context(len(state)))
         return plain + self.guidance_scale * (conditional - plain)
@@ -234,7 +238,7 @@ def _prediction_type(scheduler: Any) -> str:
     if not hasattr(scheduler, "alphas_cumprod"):
         raise AdapterError(
             f"a {type(scheduler).__name__} has neither alphas_cumprod, as DDPMScheduler has, nor the sigmas of a "
-            "FlowMatchEulerDiscreteScheduler; for EDM's and other networks give from_denoiser the function D(x, sigma) of them"
+            "FlowMatchEulerDiscreteScheduler. For EDM and other networks, give the function D(x, sigma) to from_denoiser"
         )
     if prediction not in PREDICTIONS:
         raise AdapterError(
@@ -243,8 +247,8 @@ def _prediction_type(scheduler: Any) -> str:
         )
     if _setting(scheduler, "timestep_type") == "continuous":
         raise AdapterError(
-            "timestep_type='continuous' stands for EDM's preconditioning, with log sigma / 4 for a timestep; give "
-            "from_denoiser the function D(x, sigma) of such a network"
+            "timestep_type='continuous' means EDM's preconditioning, whose timestep is log sigma / 4. Give the function "
+            "D(x, sigma) of such a network to from_denoiser"
         )
     return str(prediction)
 

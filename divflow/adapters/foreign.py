@@ -128,8 +128,8 @@ class Foreign(nn.Module):
         value = self.call(*self.arguments(t, x), context)
         if isinstance(value, Tensor) and value.shape != x.shape:
             raise AdapterError(
-                f"{self.signature} returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}; expected a model "
-                "that returns x's shape, called in this order"
+                f"{self.signature} returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}. Give a model "
+                "that returns x's shape and takes its arguments in this order"
             )
         return checked_value(value, x)
 
@@ -171,16 +171,16 @@ class Foreign(nn.Module):
         slack = 1e-5 * (high - low)  # for rounding
         if bool(((t.detach() < low - slack) | (t.detach() > high + slack)).any()):
             raise AdapterError(
-                f"the model is known for times in [{low:g}, {high:g}] of the flow, but was asked for "
-                f"{t.min().item():g} to {t.max().item():g}; solve between flow.t_base and flow.t_data"
+                f"the model is known for times of the flow in [{low:g}, {high:g}], but was evaluated at "
+                f"{t.min().item():g} to {t.max().item():g}. Solve between flow.t_base and flow.t_data"
             )
 
     def _other_order(self, reason: str) -> str:
         mine, other = ("t, x", "x, t") if self.time_first else ("x, t", "t, x")
         adapter = "from_flow_matching" if self.time_first else "from_torchcfm"
         return (
-            f"expected a model called as {self.signature}, but it takes its arguments in the other order ({reason}); wrap "
-            f"it, as lambda {mine}: model({other}), or if it is a velocity from noise at 0 to data at 1, use {adapter}"
+            f"expected a model called as {self.signature}, but it takes its arguments in the other order ({reason}). Wrap "
+            f"it, as lambda {mine}: model({other}), or use {adapter} for a velocity from noise at 0 to data at 1"
         )
 
     def _refusal(self, error: Exception, state: Tensor, time: Tensor, context: Context | None) -> str:
@@ -192,9 +192,9 @@ class Foreign(nn.Module):
             else f"and {_described(context)} {handed} (context_name= names another)"
         )
         return (
-            f"the model could not be called: {type(error).__name__}: {text}. Expected {self.signature}; it was given a "
-            f"state of shape {tuple(state.shape)} and {state.dtype}, a time of shape {tuple(time.shape)} {given}. Order, "
-            f"context, image size and dtype (module.to({state.dtype})) are what to look at"
+            f"the model could not be called: {type(error).__name__}: {text}. Expected {self.signature}, given a "
+            f"state of shape {tuple(state.shape)} and {state.dtype}, a time of shape {tuple(time.shape)} {given}. Check order, "
+            f"context, image size and dtype (module.to({state.dtype}))"
         )
 
 
@@ -279,11 +279,11 @@ def _refuse_training(model: object) -> None:
         normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if module.training and (dropout or normalizes):
             raise AdapterError(
-                f"{name or 'the model'} is a {type(module).__name__} in training mode, so the model has no one value at "
-                "a point; adapters evaluate it as it is: call its .eval() first"
+                f"{name or 'the model'} is a {type(module).__name__} in training mode, so the model has no unique value at "
+                "a point. Call its .eval() first, since adapters evaluate the model as it is"
             )
         if normalizes and not module.track_running_stats:
             raise AdapterError(
-                f"{name or 'the model'} is a {type(module).__name__} that normalizes over the batch, so that samples have "
-                "no density of their own; GroupNorm does not"
+                f"{name or 'the model'} is a {type(module).__name__} that normalizes over the batch, so a single sample has "
+                "no density. Use a model that does not, such as one with GroupNorm"
             )

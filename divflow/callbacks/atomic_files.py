@@ -39,7 +39,7 @@ def save_whole(trainer: L.Trainer, path: str | Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        kept = "the one of before is kept" if path.is_file() else "there was none before"
+        kept = "the previous file is kept" if path.is_file() else "there is no previous one"
         raise WriteError(
-            f"{path} could not be written ({error.strerror or error}); {kept}. Make room, and resume"
+            f"{path} could not be written ({error.strerror or error}); {kept}. Free some space and resume"
         ) from error

@@ -142,7 +142,7 @@ def _remedy(trainer: L.Trainer) -> str:
     names = ("last_good", "last_model_path")
     paths = [getattr(callback, name, "") for name in names for callback in trainer.checkpoint_callbacks]
     last = next((path for path in paths if path and Path(path).is_file()), None)
-    return f"go on with ckpt_path={last}" if last else "there is no last.ckpt yet: start again"
+    return f"Go on with ckpt_path={last}" if last else "There is no last.ckpt yet, so start again"
 
 
 def _changes(trainer: L.Trainer, was: int) -> str:
@@ -151,7 +151,7 @@ def _changes(trainer: L.Trainer, was: int) -> str:
     batch = f"the global batch from {was * rows * accumulated} to {now * rows * accumulated} rows " if rows else ""
     keep = f"(data.batch_size={was * rows // now} keeps it)" if rows and was * rows % now == 0 else ""
     return (
-        f"the checkpoint was written by {was} process{'es' if was > 1 else ''}, and {now} go on with it. That changes "
+        f"the checkpoint was written by {was} process{'es' if was > 1 else ''}, but {now} resume from it. This changes "
         f"{batch}{keep}{', ' if rows else ''}the order of the rows and the noise of each process: "
-        f"the result is not the one of a run that never stopped. With device.devices * device.num_nodes = {was} it is"
+        f"the result will differ from that of an uninterrupted run. To avoid this, keep device.devices * device.num_nodes = {was}"
     )

@@ -201,7 +201,7 @@ class Watch:
 
     def _message(self, rank: int, record: dict[str, Any], state: str) -> str:
         who = f"rank {rank} of {self.world_size} (process {record['pid']} on {record['host']})"
-        return f"{who} {state} at step {record.get('step', 0)}, so the run ends; {self._hint()}"
+        return f"{who} {state} at step {record.get('step', 0)}, so the run ends. {self._hint()}"
 
     def _write(self, state: str) -> None:
         self._record |= {"state": state, "step": self.step}

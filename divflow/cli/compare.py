@@ -63,7 +63,9 @@ def _compare(folders: Sequence[Path], out: str, overwrite: bool) -> None:
 
     files = sorted({file.resolve() for folder in folders for file in folder.rglob("results.json")})
     if not files:
-        raise ConfigError(f"there is no finished run (no results.json) below {', '.join(map(str, folders))}")
+        raise ConfigError(
+            f"there is no finished run (no results.json) below {', '.join(map(str, folders))}. Name the folder of a run or of a sweep"
+        )
     runs, broken = [], []
     for file in files:
         try:
@@ -99,7 +101,9 @@ def _read(folder: Path) -> _Run:
         content = json.loads((folder / "results.json").read_text())
         metrics, seconds, steps = content["metrics"], content["seconds"], content["steps"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / 'results.json'} is not that of a run: {error!r}") from error
+        raise ConfigError(
+            f"{folder / 'results.json'} was not written by a run: {error!r}. Remove it, or name other folders"
+        ) from error
     settings: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
         try:

@@ -55,11 +55,11 @@ def run(config: DictConfig) -> float:
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise ConfigError(f"max_minutes must be a positive number, or null for no limit, but is {minutes!r}")
     if config.split not in _SPLITS:
-        raise ConfigError(f"there is no split {config.split!r}; it must be one of {', '.join(_SPLITS)}")
+        raise ConfigError(f"split must be one of {', '.join(_SPLITS)}, but is {config.split!r}")
     named_device(config.device, several=True)
     trained = load_trained(config)
     if isinstance(trained.density, UnnormalizedDensity):
-        raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density; sample from it instead")
+        raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density. Sample from it instead")
     settings = data_config(config, trained)
     parts, numbers, data = _rows(settings, config.split, trained, names_other_data(config))
     rows = parts.x
@@ -67,8 +67,8 @@ def run(config: DictConfig) -> float:
     shape = tuple(trained.density.flow.event_shape)
     if tuple(rows.shape[1:]) != shape:
         raise ConfigError(
-            f"the data are events of shape {tuple(rows.shape[1:])}, but {trained.name} was trained on {shape}: "
-            "the columns, or data.event_shape, must be those of the training"
+            f"the data are events of shape {tuple(rows.shape[1:])}, but {trained.name} was trained on {shape}. "
+            "Give the columns, or the data.event_shape, of the training"
         )
     _check_within(density, rows, numbers)
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
@@ -149,8 +149,8 @@ def _check_within(density: FlowDensity, rows: Tensor, numbers: Tensor) -> None:
     first = int(outside.nonzero()[0])
     shown = ", ".join(f"{value:g}" for value in rows[first].flatten()[:6].tolist())
     raise ConfigError(
-        f"{int(outside.sum())} of {len(rows)} rows are at or beyond the bounds of the density, which is zero there, so that their mean "
-        f"log-density would be -inf: row {int(numbers[first])} ({shown}{', ...' if rows[first].numel() > 6 else ''}) is the first; drop them"
+        f"{int(outside.sum())} of {len(rows)} rows are at or beyond the bounds of the density, where it is zero, so the mean log-density "
+        f"would be -inf: the first is row {int(numbers[first])} ({shown}{', ...' if rows[first].numel() > 6 else ''}). Drop these rows"
     )
 
 

@@ -34,9 +34,11 @@ def check_output(out: str, suffixes: Sequence[str], overwrite: bool) -> Path:
     """
     path = Path(out).expanduser()
     if path.suffix not in suffixes:
-        raise ConfigError(f"out={out} is of type {path.suffix or '(none)'!r}; it must end in {' or '.join(suffixes)}")
+        raise ConfigError(
+            f"out must end in {' or '.join(suffixes)}, but out={out} has the suffix {path.suffix or '(none)'!r}"
+        )
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists; choose another file by out=..., or let it be replaced by overwrite=true")
+        raise ConfigError(f"{path} exists. Choose another file by out=..., or let it be replaced by overwrite=true")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -44,7 +46,7 @@ def check_output(out: str, suffixes: Sequence[str], overwrite: bool) -> Path:
         with tempfile.TemporaryFile(dir=path.parent) as tried:
             tried.write(bytes(4096))
     except OSError as error:
-        raise ConfigError(f"out={out} can't be written ({error.strerror}); choose another file by out=...") from error
+        raise ConfigError(f"out={out} can't be written ({error.strerror}). Choose another file by out=...") from error
     return path
 
 

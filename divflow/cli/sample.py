@@ -51,7 +51,7 @@ def run(config: DictConfig) -> None:
     context = _context(given, trained.density)
     if data is not None and context is not None:
         raise ConfigError(
-            f"out={config.out} would show samples of one context beside data of all; write them by out=samples.csv or .npy"
+            f"a figure would show samples of one context beside data of all contexts, but out={config.out}. Write the samples by out=samples.csv or out=samples.npy"
         )
     samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed, context)
     names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
@@ -76,11 +76,11 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
         if standardized is not None:
             named = f": {', '.join(columns)}" if columns else ""
             raise ConfigError(
-                f"the density is conditional: give the context of its samples, {standardized.shift.numel()} numbers{named}, context=[0.1,...]"
+                f"the density is conditional, but no context was given. Give {standardized.shift.numel()} numbers{named}, as context=[0.1,...]"
             )
         return None
     if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
-        raise ConfigError(f"scores take no context, but context={numbers}")
+        raise ConfigError(f"scores take no context, but context={numbers}. Leave it out")
     if isinstance(numbers, Mapping) and not columns and standardized is None:
         return {str(name): _tensor(name, value, density) for name, value in numbers.items()}
     if isinstance(numbers, Mapping):
@@ -100,7 +100,7 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
     except (TypeError, ValueError):
         context = torch.tensor([math.nan], device="cpu")
     if not context.isfinite().all():
-        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers}")
+        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers!r}")
     return context
 
 
@@ -168,7 +168,7 @@ def _figure(settings: dict[str, Any], trained: Trained, other: bool, samples: Te
     density, (data, _) = trained.density, build_data(settings)
     if not isinstance(data, TensorDataModule):
         raise ConfigError(
-            f"figures beside data are of divflow's own data, not of a {type(data).__name__}; write samples by out=samples.csv or .npy"
+            f"a figure needs one of divflow's data modules, but the data are a {type(data).__name__}. Write the samples by out=samples.csv or out=samples.npy"
         )
     data.prepare_data()
     data.setup("test")

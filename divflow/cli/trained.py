@@ -78,10 +78,10 @@ def check_model(config: DictConfig) -> None:
         ConfigError: a value is missing; no density is named, or two; a checkpoint that is not there.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{', '.join(missing)} must be given: {missing[0]}=...")
+        raise ConfigError(f"{', '.join(missing)} must be given. Add {missing[0]}=...")
     if (config.ckpt_path is None) == (config.model._target_ is None):
         raise ConfigError(
-            "give either ckpt_path=..., a checkpoint such as outputs/latest/checkpoints/best.ckpt, or "
+            "a trained density must be given, and once. Give either ckpt_path=..., such as outputs/latest/checkpoints/best.ckpt, or "
             "model._target_=..., a function that makes a density"
         )
     check_paths({"ckpt_path": config.ckpt_path, "data.path": config.data.get("path")})
@@ -128,7 +128,7 @@ def load_trained(config: DictConfig, with_data: bool = True) -> Trained:
     ways = build_ways(_plain(config))
     if ways:
         if not isinstance(density, FlowDensity):
-            raise ConfigError(f"{name} is a score without SDE, which has no flow: it takes no {', '.join(ways)}")
+            raise ConfigError(f"{name} is a score without SDE, which has no flow. Leave {', '.join(ways)} out")
         density = density.with_flow(density.flow.replace(**ways))
     return Trained(density.eval(), name, None if columns is None else [str(column) for column in columns], states)
 
@@ -161,8 +161,8 @@ def _require_none(lacking: Mapping[str, str], config: DictConfig) -> None:
     if lacking:
         asked = ", ".join(f"{name!r} (at {where})" for name, where in lacking.items())
         raise CheckpointError(
-            f"{config.ckpt_path} asks for {asked}, none of divflow's own for that place; if you trust what it asks for, "
-            f"allow=[{','.join([*_allowed(config.allow), *lacking])}]"
+            f"{config.ckpt_path} names {asked}, which are not divflow's own for that place. If you trust them, "
+            f"add allow=[{','.join([*_allowed(config.allow), *lacking])}]"
         )
 
 
@@ -203,7 +203,7 @@ def data_config(config: DictConfig, trained: Trained) -> dict[str, Any]:
     found = named if "_target_" in named else _saved_data(config) | named
     if "_target_" not in found:
         raise ConfigError(
-            "which data is not known: there is no config.yaml in the folder of the checkpoint's run; give data=..., such as "
+            "the data are not known, because the folder of the checkpoint's run has no config.yaml. Give data=..., such as "
             "data=table data.path=measurements.csv"
         )
     columns, density = trained.columns, trained.density
@@ -307,12 +307,12 @@ def scaled_to_model(
         return density
     if levels is None:
         raise ConfigError(
-            f"data_range={list(known)} says where the pixels of a model lie, for discrete data between 0 and 1, but these data are not "
-            "discrete: bring them to the model's units by the transform of a FlowDensity in model._target_"
+            f"data_range={list(known)} gives the range of a model's pixels, for discrete data in [0, 1], but these data are not "
+            "discrete. Convert them to the model's units by the transform of a FlowDensity in model._target_"
         )
     if not bare:
         raise ConfigError(
-            f"{name} has a transform of its own from the data to its model, which data_range={list(known)} would be beside; leave it out"
+            f"{name} has its own transform from the data to its model, with which data_range={list(known)} would conflict. Leave data_range out"
         )
     scaled = FlowDensity(density.flow, Affine.between((0, 1), known)).train(density.training)
     return density.like_this(scaled)
@@ -341,10 +341,12 @@ def named_device(device: DictConfig, *, several: bool = False) -> torch.device:
         ConfigError: several processes, unless these are taken, a GPU that is not there, or another precision.
     """
     if not several and (device.strategy != "auto" or device.devices not in ("auto", 1) or device.num_nodes != 1):
-        raise ConfigError("this command runs in one process, on one device: device=auto, device=cpu or device=gpu")
+        raise ConfigError(
+            f"this command runs in one process on one device, but device.devices={device.devices}. Use device=auto, device=cpu or device=gpu"
+        )
     if device.precision != "32-true":
-        raise ConfigError(f"device.precision={device.precision} is for training; this command takes 32-true")
+        raise ConfigError(f"device.precision={device.precision} is for training. Leave it at 32-true for this command")
     there = torch.cuda.is_available()
     if device.accelerator == "gpu" and not there:
-        raise ConfigError("device=gpu asks for a GPU, but torch sees none; use device=cpu")
+        raise ConfigError("device=gpu asks for a GPU, but torch sees none. Use device=cpu")
     return torch.device("cuda" if there and device.accelerator in ("auto", "gpu") else "cpu")

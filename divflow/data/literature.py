@@ -65,7 +65,7 @@ class Literature(TensorDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
         if name not in _LAYOUTS:
-            raise DataError(f"there is no table {name!r}; data.name must be one of {', '.join(_LAYOUTS)}")
+            raise DataError(f"data.name must be one of {', '.join(_LAYOUTS)}, but there is no table {name!r}")
         layout, folder = _LAYOUTS[name], Path(path).expanduser()
         self.event_shape = (layout.columns,)
         self.train, self.val, self.test = (
@@ -75,12 +75,14 @@ class Literature(TensorDataModule):
 
 
 def _read(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
-    expected = f"data.name={name} expects floats, in this one of shape {shape}, as the preprocessing of Papamakarios et al. 2017 leaves them"
+    expected = (
+        f"data.name={name} expects floats, of shape {shape} in this file, as prepared by Papamakarios et al. 2017"
+    )
     if not path.is_file():
         there = sorted(file.name for file in path.parent.iterdir())[:10] if path.parent.is_dir() else []
         raise DataError(
-            f"there is no file {path}, and the folder has {', '.join(there) or 'none'}; in each of train.npy, val.npy and "
-            f"test.npy {expected}"
+            f"there is no file {path}, and the folder has {', '.join(there) or 'none'}. Put train.npy, val.npy and "
+            f"test.npy there: {expected}"
         )
     try:
         array = np.load(path, allow_pickle=False)
@@ -94,5 +96,5 @@ def _read(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
     check_finite(values)
     rows = values.float()
     if rows.isinf().any():
-        raise DataError(f"{path} has {np.abs(array).max():.3g}, which is beyond float32; rescale that column")
+        raise DataError(f"{path} has the value {np.abs(array).max():.3g}, which is beyond float32. Rescale that column")
     return rows

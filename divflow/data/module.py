@@ -202,7 +202,7 @@ class TensorDataModule(L.LightningDataModule):
         world, rank = self._processes()
         if len(dataset) < world:
             raise DataError(
-                f"{len(dataset)} rows to evaluate are too few for {world} processes; use fewer devices or more data"
+                f"{len(dataset)} rows to evaluate are too few for {world} processes. Use fewer devices or more data"
             )
         sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False) if world > 1 else None
         return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is)

@@ -23,13 +23,13 @@ def check_loaders(data: L.LightningDataModule) -> None:
     """
     if not isinstance(data, L.LightningDataModule):
         raise DataError(
-            f"data must be a LightningDataModule, but data._target_ made a {type(data).__name__}; return your loaders from one's "
-            "train_dataloader, val_dataloader and test_dataloader"
+            f"data must be a LightningDataModule, but data._target_ made a {type(data).__name__}. Return your loaders from the "
+            "train_dataloader, val_dataloader and test_dataloader of one"
         )
     names = [f"{split}_dataloader" for split in _STAGES]
     if missing := [name for name in names if not is_overridden(name, data, L.LightningDataModule)]:
         raise DataError(
-            f"{type(data).__name__} has no {', '.join(missing)}; a run trains, validates and tests, and needs {', '.join(names)}"
+            f"{type(data).__name__} has no {', '.join(missing)}, but a run trains, validates and tests. Define {', '.join(names)}"
         )
 
 
@@ -58,7 +58,7 @@ def _batches(data: L.LightningDataModule, split: str, keys: Keys | None) -> Iter
     loader = getattr(data, f"{split}_dataloader")()
     if not isinstance(loader, DataLoader):
         raise DataError(
-            f"{split}_dataloader must return one DataLoader, but returned a {type(loader).__name__}; join its datasets by "
+            f"{split}_dataloader must return one DataLoader, but returned a {type(loader).__name__}. Join its datasets by "
             "torch.utils.data.ConcatDataset"
         )
     empty = True
@@ -66,7 +66,7 @@ def _batches(data: L.LightningDataModule, split: str, keys: Keys | None) -> Iter
         empty = False
         yield parts_of(batch, keys)
     if empty:
-        raise DataError(f"{split}_dataloader gives no batch")
+        raise DataError(f"{split}_dataloader gives no batch. Give it at least one")
 
 
 def is_features(context: object) -> bool:

@@ -136,5 +136,5 @@ def _check(found: dict[str, Any], energy: PairEnergy, count: int) -> None:
             raise StaleError(f"has no number {name}")
     if not torch.allclose(_energies(energy, found["samples"]), found["energies"].double(), rtol=1e-6, atol=1e-6):
         raise StaleError(
-            "has samples of other energies than it says: the energy's formula is another, or it is damaged"
+            "has samples whose energies differ from those that it holds: the formula of the energy has changed, or the file is damaged"
         )

@@ -65,7 +65,7 @@ class Simulations(Simulator):
     ) -> None:
         if name not in _SIMULATORS:
             raise DataError(
-                f"there is no simulator {name!r}; data.name must be one of {', '.join(_SIMULATORS)}, and one of your own is data=simulator"
+                f"data.name must be one of {', '.join(_SIMULATORS)}, but there is no simulator {name!r}. For one of your own, use data=simulator"
             )
         self.simulator = name
         size, bound, simulate = _SIMULATORS[name]
@@ -90,17 +90,17 @@ class Simulations(Simulator):
 
     def _read(self, number: int, file: str) -> Tensor:
         if not 1 <= number <= _OBSERVATIONS:
-            raise DataError(f"observations are numbered from 1 to {_OBSERVATIONS}, but {number} was asked for")
+            raise DataError(f"the number of an observation must be from 1 to {_OBSERVATIONS}, but is {number}")
         spec = importlib.util.find_spec("sbibm")  # whose import needs packages that are not needed to read its files
         if spec is None or spec.origin is None:
             raise DataError(
-                "observations and their posteriors are in the package sbibm, which is not installed: pip install "
-                "--no-deps sbibm (its files are read, and what it depends on does not fit current versions)"
+                "observations and their posteriors are files of the package sbibm, which is not installed. Install it without "
+                "its dependencies, which do not fit current versions: pip install --no-deps sbibm"
             )
         path = Path(spec.origin).parent / "tasks" / self.simulator / "files" / f"num_observation_{number}" / file
         if not path.is_file():
             raise DataError(
-                f"the package sbibm has no {path}, which version 1.1.0 has; pip install --no-deps sbibm==1.1.0"
+                f"the package sbibm has no {path}, which version 1.1.0 has. Install it: pip install --no-deps sbibm==1.1.0"
             )
         return torch.from_numpy(np.loadtxt(path, np.float32, delimiter=",", skiprows=1, ndmin=2))
 

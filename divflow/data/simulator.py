@@ -78,7 +78,7 @@ class Simulator(TensorDataModule):
         for what, rows in {"the prior's parameter": train, "the simulations' entry": seen}.items():
             if constant := (rows.std(dim=0) == 0).nonzero().flatten().tolist():
                 raise DataError(
-                    f"{what} {', '.join(str(i + 1) for i in constant[:10])} is constant; leave out what does not vary"
+                    f"{what} {', '.join(str(i + 1) for i in constant[:10])} is constant. Leave out what does not vary"
                 )
         self.transform = Affine(train.mean(dim=0), train.std(dim=0))
         self.context_transform = Affine(seen.mean(dim=0), seen.std(dim=0))
@@ -94,8 +94,8 @@ def _drawn(prior: Prior, count: int, generator: Generator) -> tuple[Tensor, list
         drawn = prior.sample((count,))
         if drawn.ndim != 2 or not drawn.isfinite().all():
             raise DataError(
-                f"the prior must be a distribution of finite vectors, but its samples have shape {tuple(drawn.shape[1:])}; "
-                "torch.distributions.Independent makes a vector of numbers"
+                f"the prior must be a distribution of finite vectors, but its samples have shape {tuple(drawn.shape[1:])}. "
+                "Use torch.distributions.Independent to make vectors of numbers"
             )
         return drawn, [f"parameter_{i + 1}" for i in range(drawn.shape[1])]
     if isinstance(prior, str) or not isinstance(prior, Mapping | Sequence) or not prior:
@@ -123,13 +123,13 @@ def _simulated(simulate: Callable[..., Any], parameters: Tensor, generator: Gene
         raise DataError(f"simulate must return a tensor or an array, but returned a {type(made).__name__}") from error
     if found.ndim == 0 or len(found) != len(parameters) or found[0].numel() == 0:
         raise DataError(
-            f"simulate must return a simulation a row, ({len(parameters)}, ...) of {len(parameters)} parameters, but returned "
-            f"{tuple(found.shape)}"
+            f"simulate must return one simulation a row, ({len(parameters)}, ...) for {len(parameters)} parameters, but returned "
+            f"shape {tuple(found.shape)}"
         )
     found = found.reshape(len(found), -1)
     if bad := (~found.isfinite().all(dim=1)).nonzero().flatten().tolist():
         raise DataError(
-            f"{len(bad)} of {len(found)} simulations are not finite, such as that of the parameters {parameters[bad[0]].tolist()}; give "
-            "a narrower prior, or mend the simulator"
+            f"{len(bad)} of {len(found)} simulations are not finite, such as that of the parameters {parameters[bad[0]].tolist()}. Give "
+            "a narrower prior, or correct the simulator"
         )
     return found

@@ -62,7 +62,7 @@ class SplitData(TensorDataModule):
         before = state.get("columns", list(self._names))
         if before != list(self._names):
             raise DataError(
-                f"the run was trained on the columns {', '.join(before)}, and these are {', '.join(self._names)}; go on with those, by "
+                f"the run was trained on the columns {', '.join(before)}, but these are {', '.join(self._names)}. Give its columns, by "
                 "data.columns=[...], or start another run by init_from=..."
             )
 
@@ -92,16 +92,16 @@ class SplitData(TensorDataModule):
         kept = [numbers[numbers >= 0] for numbers in kept]
         if len(kept[0]) < 2 or min(map(len, kept)) < 1:
             raise DataError(
-                f"{describe_changes(state, self._digests)} Of its split into {', '.join(str(len(it)) for it in then)} rows of training, "
-                f"validation and test are left {', '.join(str(len(it)) for it in kept)}, which are too few; bring the rows back"
+                f"{describe_changes(state, self._digests)} Of the {', '.join(str(len(it)) for it in then)} rows of training, validation and "
+                f"test, {', '.join(str(len(it)) for it in kept)} are left, which are too few. Restore the rows"
             )
         if not same:
             warnings.warn(describe_changes(state, self._digests), stacklevel=2)
         if how != own:
             asked = [f"{name}={own[name]}" for name in _SPLIT if own[name] != how[name]]
             warnings.warn(
-                f"the split is that of the training, by {', '.join(f'{name}={how[name]}' for name in _SPLIT)}, and not the one of "
-                f"{', '.join(asked)}, which would test rows that were trained on; train another density for another split",
+                f"the split is that of the training, by {', '.join(f'{name}={how[name]}' for name in _SPLIT)}, because "
+                f"{', '.join(asked)} would test rows that were trained on. Train another density for another split",
                 stacklevel=2,
             )
         self._divided = {"digests": state["digests"], **how}
@@ -120,12 +120,12 @@ def describe_changes(state: Mapping[str, Any], digests: Tensor) -> str:
     if kept == 0:
         return (
             counts
-            + "none of these is here. The split is drawn anew; if they are the same rows in other units, it tests what was trained on."
+            + "none of those is among them. The split is drawn anew; if these are the same rows in other units, it tests rows that were trained on."
         )
     order = "" if bool((there[there >= 0].diff() > 0).all()) else ", in another order"
     return (
-        f"{counts}{kept} of these are here{order}, {then - kept} are gone or changed, and {now - kept} are new. The split is that of the "
-        "training; new rows are in none of its parts, and in split=all."
+        f"{counts}{kept} of those are still here{order}, {then - kept} are gone or changed, and {now - kept} are new. The split stays that of the "
+        "training; new rows are in none of its parts, but in split=all."
     )
 
 
@@ -168,7 +168,7 @@ def split_numbers(count: int, val_fraction: float, test_fraction: float, seed: i
     """
     if not (0 < val_fraction < 1 and 0 < test_fraction < 1 and val_fraction + test_fraction < 1):
         raise DataError(
-            f"val_fraction and test_fraction must be positive and leave something to train on, but are {val_fraction} "
+            f"val_fraction and test_fraction must be positive and leave rows for training, but are {val_fraction} "
             f"and {test_fraction}"
         )
     order = torch.randperm(count, generator=Generator().manual_seed(seed), device="cpu")
@@ -177,7 +177,7 @@ def split_numbers(count: int, val_fraction: float, test_fraction: float, seed: i
     if min(sizes[1:]) < 2 or sizes[0] < 2:
         raise DataError(
             f"{count} rows are too few to split into training, validation and test ({sizes[0]}, {val} and {test} "
-            "rows, where each needs 2); give more data, or larger fractions"
+            "rows, where each needs 2). Give more data, or larger fractions"
         )
     train, val_rows, test_rows = order.split(sizes)
     return train, val_rows, test_rows

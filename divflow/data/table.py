@@ -121,7 +121,7 @@ def all_rows(
     """
     if unknown := sorted(set(others) - set(inspect.signature(Table).parameters)):
         raise DataError(
-            f"a table has no setting {', '.join(unknown)}; it takes {', '.join(inspect.signature(Table).parameters)}"
+            f"a table has no setting {', '.join(unknown)}. Choose from {', '.join(inspect.signature(Table).parameters)}"
         )
     rows, names = read_table(path, _used(columns, context, weight), TextFormat(separator, decimal, thousands, encoding))
     given, counts = as_names(context, "context") or [], as_names(weight, "weight") or []
@@ -146,13 +146,13 @@ def read_table(
     path, chosen = Path(path).expanduser(), as_names(columns, "columns")
     if not path.is_file():
         raise DataError(
-            f"there is no file {path} (looked in {Path.cwd()}); set data.path to a .csv, .npy or .parquet file"
+            f"there is no file {path} (looked in {Path.cwd()}). Set data.path to a .csv, .npy or .parquet file"
         )
     kind = path.suffix.lower()
     if kind in _COMPRESSED and (inner := Path(path.stem).suffix.lower()) == ".csv":
         kind = inner
     if written.separator != "," and kind != ".csv":
-        raise DataError(f"separator={written.separator!r} is that of a .csv file, but {path.name} is none")
+        raise DataError(f"separator={written.separator!r} is for .csv files, but {path.name} is none. Leave it out")
     try:
         if kind == ".npy":
             table = _from_array(np.load(path, allow_pickle=False), path)
@@ -162,18 +162,20 @@ def read_table(
             table = pa.parquet.read_table(path)
         else:
             raise DataError(
-                f"{path.name} is of type {path.suffix or '(none)'!r}; a table is a .csv (or .csv.gz), .npy or .parquet file"
+                f"a table must be a .csv (or .csv.gz), .npy or .parquet file, but {path.name} has the suffix {path.suffix or '(none)'!r}"
             )
     except (pa.ArrowException, ValueError, OSError, EOFError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} could not be read as {kind}: {error}") from error
     if len(set(table.column_names)) < len(table.column_names):
-        raise DataError(f"{path.name} has columns of the same name: {', '.join(table.column_names)}; rename them")
+        raise DataError(f"{path.name} has columns of the same name: {', '.join(table.column_names)}. Rename them")
     if chosen is not None:
         missing = [name for name in chosen if name not in table.column_names]
         if missing:
-            raise DataError(f"{path.name} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+            raise DataError(
+                f"{path.name} has no column {', '.join(missing)}. Choose from {', '.join(table.column_names)}"
+            )
         table = table.select(chosen)
     if table.num_columns == 0:
         raise DataError(f"{path.name} has no columns")
@@ -186,8 +188,8 @@ def read_table(
 
 def _from_array(array: object, path: Path) -> pa.Table:
     if not isinstance(array, np.ndarray):
-        raise DataError(f"{path.name} holds several arrays, as an .npz file does; save the table alone by numpy.save")
+        raise DataError(f"{path.name} holds several arrays, as an .npz file does. Save the table alone by numpy.save")
     if array.ndim != 2:
-        raise DataError(f"{path.name} has shape {array.shape}; a table has two dimensions, rows and columns")
+        raise DataError(f"a table must have two dimensions, rows and columns, but {path.name} has shape {array.shape}")
     native = array.astype(array.dtype.newbyteorder("="), copy=False)  # which pyarrow needs
     return pa.table({str(i): column for i, column in enumerate(native.T)})

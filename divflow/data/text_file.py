@@ -38,7 +38,7 @@ def read_text(path: Path, written: TextFormat) -> pa.Table:
         return table
     if len(names) > 1 and names == [str(i) for i in range(len(names))]:
         warnings.warn(
-            f"the first row of {path.name}, {listed(names)}, is taken for data, as all of it are numbers; if it is the header "
+            f"the first row of {path.name}, {listed(names)}, is read as data, because it holds only numbers. If it is the header "
             "that pandas gives to columns without names, rename them, or write the file by to_csv(header=False)",
             stacklevel=5,
         )
@@ -80,17 +80,17 @@ def check_numbers(table: pa.Table, file: str, written: TextFormat) -> None:
     for name, column in others.items():
         if pa.types.is_binary(column.type):
             raise DataError(
-                f"{file} is not encoded as UTF-8; set its encoding, such as data.encoding=latin-1, or utf-16"
+                f"{file} is not encoded as UTF-8. Set its encoding, such as data.encoding=latin-1, or utf-16"
             )
         if pa.types.is_null(column.type):
-            raise DataError(f"{file} has no values in column {name!r}; leave it out, by data.columns=[...]")
+            raise DataError(f"{file} has no values in column {name!r}. Leave it out, by data.columns=[...]")
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             _check_marks(name, column, file, written)
             texts.append(column)
     rest = ",".join(name for name in table.column_names if name not in others) or "..."
     described = [f"{name} ({column.type}, such as {column[0].as_py()!r})" for name, column in others.items()]
     raise DataError(
-        f"{file} has columns that are not numbers: {listed(described)}; leave them out, by columns=[{rest}], or encode them"
+        f"{file} has columns that are not numbers: {listed(described)}. Leave them out, by columns=[{rest}], or encode them"
         f"{_remedy(texts, written)}"
     )
 
@@ -103,8 +103,8 @@ def _check_marks(name: str, column: pa.ChunkedArray, file: str, written: TextFor
         return
     rows = f"{', '.join(map(str, others[:10]))}{', ...' if len(others) > 10 else ''}"
     raise DataError(
-        f"{file} has {column[others[0]].as_py()!r} among the numbers of column {name!r}, and {len(others)} of {len(column)} of its rows "
-        f"are no numbers: row {rows} (counted from 0). Drop these rows, write numbers there, or leave the column out, by "
+        f"{file} has {column[others[0]].as_py()!r} among the numbers of column {name!r}, and {len(others)} of its {len(column)} rows "
+        f"are not numbers: row {rows} (counted from 0). Drop these rows, write numbers there, or leave the column out, by "
         "data.columns=[...]"
     )
 
@@ -122,13 +122,13 @@ def _remedy(columns: list[pa.ChunkedArray], written: TextFormat) -> str:
     ways = set.intersection(*fitting) or set.union(*fitting)
     if ways:
         shown = [way for way in _other_formats(written) if way in ways]
-        return f". Are they numbers that are written otherwise? Set {' or '.join(shown[:2])} (with both quotes)"
+        return f". If they are numbers in another format, set {' or '.join(shown[:2])} (with both quotes)"
     kinds = max(pc.count_distinct(column).as_py() for column in columns)
     if kinds > min(_FEW_KINDS, len(columns[0]) / 2):
         return ""
     return (
-        f". Categories, of which there are {kinds} here, become columns of 0 and 1 by pandas.get_dummies; a density given them takes "
-        "these as data.context=[...]"
+        f". Categories ({kinds} here) become columns of 0 and 1 by pandas.get_dummies; for a density conditional on them, use "
+        "data.context=[...]"
     )
 
 

@@ -43,13 +43,15 @@ class TextFormat:
             raise DataError(f"separator must be one character, such as ',' or ';', but is {self.separator!r}")
         for name, sign in {"decimal": self.decimal, "thousands": self.thousands}.items():
             if sign is not None and not (_is_character(sign) and not sign.isalnum() and sign not in '"\n\r+-'):
-                raise DataError(f"{name} must be one sign, such as ',' or '.', but is {sign!r}")
+                raise DataError(f"{name} must be one character, such as ',' or '.', but is {sign!r}")
         if self.decimal == self.thousands:
-            raise DataError(f"decimal and thousands must be two signs, but both are {self.decimal!r}")
+            raise DataError(f"decimal and thousands must differ, but both are {self.decimal!r}")
         try:
             codecs.lookup(self.encoding or "utf-8")
         except (LookupError, TypeError) as error:
-            raise DataError(f"there is no encoding {self.encoding!r}; utf-8, utf-16 and latin-1 are some") from error
+            raise DataError(
+                f"there is no encoding {self.encoding!r}. Use utf-8, utf-16 or latin-1, for example"
+            ) from error
 
     @property
     def number(self) -> str:
@@ -89,11 +91,11 @@ def check_apparent(path: Path, written: TextFormat) -> None:
             lines = [line for line in itertools.islice(text, _LINES) if line.strip()]
     except UnicodeError as error:
         raise DataError(
-            f"{path.name} is not encoded as {written.encoding} ({error}); set its encoding, such as data.encoding=latin-1, or "
+            f"{path.name} is not encoded as {written.encoding} ({error}). Set its encoding, such as data.encoding=latin-1, or "
             "utf-16"
         ) from error
     if any("\0" in line for line in lines):
-        raise DataError(f"{path.name} holds zero bytes, as UTF-16 without its mark does; set data.encoding=utf-16-le")
+        raise DataError(f"{path.name} holds zero bytes, as UTF-16 without its mark does. Set data.encoding=utf-16-le")
     if _columns(lines, written.separator) > 1:
         return
     counts = {other: _columns(lines, other) for other in _SEPARATORS if other != written.separator}
@@ -102,7 +104,7 @@ def check_apparent(path: Path, written: TextFormat) -> None:
         commas = best != "," and written.decimal == "." and any(re.search(r"\d,\d", line) for line in lines[1:])
         decimal = ", and the decimal comma by \"data.decimal=','\"" if commas else ""
         raise DataError(
-            f"the columns of {path.name} seem to be separated by {best!r}, and not by {written.separator!r}; set it by "
+            f"the columns of {path.name} seem to be separated by {best!r}, not by {written.separator!r}. Set it by "
             f'"data.separator={best!r}"{decimal} (with both quotes)'
         )
 

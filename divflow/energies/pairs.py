@@ -61,8 +61,8 @@ class PairEnergy(ABC):
         if not isinstance(u, Tensor) or u.shape != squared.shape or u.is_complex():
             what = f"shape {tuple(u.shape)} of {u.dtype}" if isinstance(u, Tensor) else repr(u)
             raise EnergyError(
-                f"pair of {type(self).__name__} must return a real energy for each squared distance, {tuple(squared.shape)}, but returned {what}; "
-                "compute it elementwise"
+                f"pair of {type(self).__name__} must return a real energy for each squared distance, {tuple(squared.shape)}, but returned {what}. "
+                "Compute it elementwise"
             )
         return u.sum(dim=1)
 
@@ -73,12 +73,12 @@ class PairEnergy(ABC):
     def _squared(self, x: Tensor) -> Tensor:
         if x.shape[1:] != self.event_shape:
             raise EnergyError(
-                f"the energy is one of {self.particles} particles in {self.dimensions} dimensions, x of shape (k, {self.particles}, "
-                f"{self.dimensions}), but x has shape {tuple(x.shape)}; make one of other particles by "
+                f"the energy takes {self.particles} particles in {self.dimensions} dimensions, x of shape (k, {self.particles}, "
+                f"{self.dimensions}), but x has shape {tuple(x.shape)}. Build one for other particles by "
                 f"{type(self).__name__}(particles=..., dimensions=...)"
             )
         if not x.is_floating_point():
-            raise EnergyError(f"x must be of a floating dtype, but is of {x.dtype}; use x.float()")
+            raise EnergyError(f"x must have a floating dtype, but has {x.dtype}. Use x.float()")
         first, second = torch.triu_indices(self.particles, self.particles, offset=1, device=x.device)
         eye = torch.eye(self.particles, dtype=x.dtype, device=x.device)
         # As one product with a matrix: indexing's backward pass adds row after row.
@@ -179,7 +179,7 @@ def check_energy(energy: PairEnergy) -> None:
     """
     if not isinstance(energy, PairEnergy):
         raise EnergyError(
-            f"energy must be a PairEnergy, but is {energy!r}; write a class that derives from it and gives u of the squared distance as `pair`"
+            f"energy must be a PairEnergy, but is {energy!r}. Derive a class from it whose method `pair` gives u of the squared distance"
         )
 
 

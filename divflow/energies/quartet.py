@@ -62,7 +62,7 @@ def quartet(energy: PairEnergy, split: float, points: int = 432) -> Quartet:
     check_count("points", points, least=100)
     if energy.event_shape != (4, 2):
         raise EnergyError(
-            f"this quadrature is for 4 particles in 2 dimensions, but the energy is one of {energy.event_shape}"
+            f"this quadrature is for 4 particles in 2 dimensions, but the energy takes events of shape {energy.event_shape}"
         )
     coarse: Quartet | None = None
     for share, depth in zip(_SHARES, _DEPTHS, strict=True):
@@ -73,15 +73,17 @@ def quartet(energy: PairEnergy, split: float, points: int = 432) -> Quartet:
                 return fine
         coarse = fine
     raise EnergyError(
-        f"quadrature does not resolve {energy}: between the last two of its grids, the finer of {points} points in each direction, log Z "
-        f"changes by {changes[0]:.1g} and P(r > {split}) by {changes[1]:.1g}; take more points, or Tempering's log Z"
+        f"quadrature does not resolve {energy}: between its last two grids, the finer with {points} points in each direction, log Z "
+        f"changes by {changes[0]:.1g} and P(r > {split}) by {changes[1]:.1g}. Take more points, or Tempering's log Z"
     )
 
 
 def _on_grid(energy: PairEnergy, split: float, points: int, depth: float) -> Quartet:
     least, reach = _range(energy, depth)
     if split >= reach:
-        raise EnergyError(f"split must be a distance that pairs of {energy} reach, below {reach:.3g}, but is {split}")
+        raise EnergyError(
+            f"split must be a distance that pairs of {energy} can have, below {reach:.3g}, but is {split}"
+        )
 
     def boltzmann(squared: Tensor) -> Tensor:
         return (least - energy.pair(squared)).exp()
@@ -116,11 +118,9 @@ def _range(energy: PairEnergy, depth: float) -> tuple[float, float]:
     least = float(u.min())
     if not math.isfinite(least):
         raise EnergyError(
-            f"the pair energy of {energy} must be finite or +inf at all distances, but {least} is among its values"
+            f"the pair energy of {energy} must be finite or +inf at all distances, but one of its values is {least}"
         )
     near = r[u - least < depth].max()
     if near == r[-1]:
-        raise EnergyError(
-            f"{energy} does not hold its particles together, so that it has no density; let u grow with the distance"
-        )
+        raise EnergyError(f"{energy} does not bind its particles, so it has no density. Let u grow with the distance")
     return least, float(near)

@@ -119,17 +119,17 @@ class Tempering:
     def _check(self, samples: Tensor, tilts: Tensor, exchanged: Tensor) -> None:
         if not samples.isfinite().all():
             raise EnergyError(
-                f"samples of {self} are not finite; take a normal density that the target fits in, by std"
+                f"samples of {self} are not finite. Choose std so that the normal density covers the target"
             )
         if not tilts.isfinite().all():
             raise EnergyError(
-                f"the energy of {(~tilts.isfinite()).double().mean():.1%} of the samples of {self} is not finite; let it be finite where the "
+                f"the energy of {(~tilts.isfinite()).double().mean():.1%} of the samples of {self} is not finite. Make it finite wherever the "
                 "density does not vanish, or warm up longer"
             )
         if exchanged.nan_to_num(1.0).min() < _EXCHANGED:
             raise EnergyError(
-                f"a rung of {self} exchanges {exchanged.nan_to_num(1.0).min():.1%} of its states with the next, so that the target is cut "
-                "off from the normal density; take more rungs, another power, or another std"
+                f"a rung of {self} exchanges only {exchanged.nan_to_num(1.0).min():.1%} of its states with the next, which cuts the target "
+                "off from the normal density. Take more rungs, another power, or another std"
             )
 
     def _log_normalizer(self, tilts: Tensor, energy: PairEnergy) -> tuple[float, float]:
@@ -222,7 +222,7 @@ class _Ladder:
             u = self.energy(x.flatten(0, 1).clone())  # of the chains' states, which an energy may write to
             if not u.requires_grad:
                 raise EnergyError(
-                    f"{self.energy} has no gradient, which Hamiltonian moves need; let `pair` compute it from the squared distances by torch, "
+                    f"{self.energy} has no gradient, which Hamiltonian moves need. Let `pair` compute it from the squared distances by torch, "
                     "without detach() or no_grad()"
                 )
             (gradient,) = torch.autograd.grad(u.sum(), x)
@@ -232,8 +232,8 @@ class _Ladder:
         """Of the normal density's own draws: moves into what is NaN are refused, but here chains would begin in it."""
         if u.isnan().any():
             raise EnergyError(
-                f"{self.energy} is NaN, thus not finite, at {u.isnan().double().mean():.1%} of the states of a normal density of std "
-                f"{self.settings.std}; let it be +inf where the density vanishes, or take a smaller std if it overflows"
+                f"{self.energy} is NaN, so not finite, at {u.isnan().double().mean():.1%} of the states of a normal density of std "
+                f"{self.settings.std}. Return +inf where the density vanishes, or take a smaller std if it overflows"
             )
 
     def _reference(self, x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ def time_features(time_embedding: nn.Module | None) -> int:
     features = 1 if time_embedding is None else getattr(time_embedding, "features", None)
     if not isinstance(features, int):
         raise NetworkError(
-            f"a time embedding must say its number of features, but {type(time_embedding).__name__} has no integer "
-            "attribute `features`; set it, or use SinusoidalEmbedding"
+            f"a time embedding must have an integer attribute `features`, but {type(time_embedding).__name__} has none. "
+            "Set it, or use SinusoidalEmbedding"
         )
     return features
 
@@ -57,8 +57,8 @@ def condition(
     features = columns[-1].shape[1] if context is not None else 0
     if features != context_features:
         raise NetworkError(
-            f"the network was built for {context_features} context features, but got {features}; "
-            "build it with context_features, and give every call its context"
+            f"the network was built for {context_features} context features, but got {features}. "
+            "Build it with that number of context_features, and pass a context in every call"
         )
     return torch.cat(columns, dim=1)
 

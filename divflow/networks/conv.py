@@ -53,11 +53,11 @@ class ConvNet(nn.Module):
         shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         if len(shape) - 1 not in _CONVOLUTIONS:
             raise NetworkError(
-                f"ConvNet needs events (channels, *space) with 1 to 3 spatial dimensions, but the event shape is {shape}; "
-                "use MLP for vectors, or give images a channel dimension"
+                f"ConvNet needs events (channels, *space) with 1 to 3 spatial dimensions, but the event shape is {shape}. "
+                "Use MLP for vectors, or give images a channel dimension"
             )
         if kernel_size % 2 == 0:
-            raise NetworkError(f"kernel_size must be odd, to keep the size of the image, but is {kernel_size}")
+            raise NetworkError(f"kernel_size must be odd, so that the image keeps its size, but is {kernel_size}")
         convolution = _CONVOLUTIONS[len(shape) - 1]
         self.context_features, self.time_embedding = context_features, time_embedding
         conditions = time_features(time_embedding) + context_features

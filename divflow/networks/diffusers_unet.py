@@ -68,7 +68,7 @@ class DiffusersUNet(nn.Module):
             from diffusers import UNet2DModel  # here, since it takes seconds and is not required
         except ImportError as error:
             raise NetworkError(
-                f'DiffusersUNet needs diffusers ({error}); pip install "divflow[diffusers]", or use UNet'
+                f'DiffusersUNet needs diffusers ({error}). Install it: pip install "divflow[diffusers]", or use UNet'
             ) from error
         arguments = {
             "sample_size": (height, width),
@@ -86,7 +86,7 @@ class DiffusersUNet(nn.Module):
         possible = set(inspect.signature(UNet2DModel).parameters) - set(arguments) - _NO_FIELD
         if set(options) - possible:
             raise NetworkError(
-                f"options {sorted(set(options) - possible)} can't be handed to UNet2DModel; use the arguments of "
+                f"options {sorted(set(options) - possible)} can't be handed to UNet2DModel. Use the arguments of "
                 f"DiffusersUNet, or any of {sorted(possible)}"
             )
         try:
@@ -102,7 +102,7 @@ class DiffusersUNet(nn.Module):
         """The network's value at (t, x); see the class for the shapes."""
         if context is not None:
             raise NetworkError(
-                f"DiffusersUNet takes no context, but got one of shape {tuple(context.shape)}; use UNet with context_features"
+                f"DiffusersUNet takes no context, but got one of shape {tuple(context.shape)}. Use UNet with context_features"
             )
         if x.shape[0] == 0:
             return x.clone()  # diffusers' attention can't reshape a batch of none

@@ -57,7 +57,7 @@ class Hollow(nn.Module):
         if not (moved <= torch.finfo(x.dtype).eps ** 0.5 * (1 + features[0].abs().amax())).all():
             worst = moved.nan_to_num(torch.inf).argmax()
             raise NetworkError(
-                f"{type(self).__name__} is not hollow: changing part {tried[worst].item()} of x moved what that part is told "
-                f"of the others by {moved[worst].item():.3g}; its conditioner must not see it, or set value_and_divergence = None"
+                f"{type(self).__name__} is not hollow: changing part {tried[worst].item()} of x changed the conditioner's features for that "
+                f"part by {moved[worst].item():.3g}. Hide each part from its own features, or set value_and_divergence = None"
             )
         self._tried = True

@@ -20,16 +20,16 @@ def image_shape(event_shape: int | Sequence[int], levels: int, network: str) -> 
     """
     shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
     if levels < 1:
-        raise NetworkError(f"{network} needs the channels of at least one level, but got none")
+        raise NetworkError(f"{network} needs the channels of at least one level, but channels is empty")
     if len(shape) != 3:
         raise NetworkError(
-            f"{network} needs events (channels, height, width), but the event shape is {shape}; use MLP for vectors, "
+            f"{network} needs events (channels, height, width), but the event shape is {shape}. Use MLP for vectors, "
             "ConvNet for one or three spatial dimensions, or give images a channel dimension"
         )
     step = 2 ** (levels - 1)
     if shape[1] % step or shape[2] % step:
         raise NetworkError(
-            f"{network} of {levels} levels needs a height and width divisible by {step}, but the event shape is {shape}; "
-            "use fewer levels, or pad the images"
+            f"{network} of {levels} levels needs a height and width divisible by {step}, but the event shape is {shape}. "
+            "Use fewer levels, or pad the images"
         )
     return shape

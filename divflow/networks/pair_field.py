@@ -62,7 +62,7 @@ class PairField(nn.Module):
         super().__init__()
         self.event_shape, self.time_embedding = particle_shape(event_shape, "PairField"), time_embedding
         if not hidden:
-            raise NetworkError("PairField needs a hidden layer at least, but hidden is empty")
+            raise NetworkError("PairField needs at least one hidden layer, but hidden is empty")
         self.distance = RadialLinear(hidden[0], gaussians)
         self.time = nn.Linear(time_features(time_embedding), hidden[0], bias=False)
         self.layers = nn.Sequential(activation(), *perceptron([*hidden, 1], activation, zero_init))

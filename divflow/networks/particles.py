@@ -32,7 +32,7 @@ def particle_shape(event_shape: int | Sequence[int], network: str) -> tuple[int,
     shape = checked_event_shape(event_shape)
     if len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
         raise NetworkError(
-            f"{network} needs events (particles, dimensions) of at least two particles, but the event shape is {shape}"
+            f"{network} needs events (particles, dimensions) with at least two particles, but the event shape is {shape}"
         )
     return shape[0], shape[1]
 
@@ -46,7 +46,7 @@ def check_particles(x: Tensor, event_shape: tuple[int, int]) -> None:
     if x.shape[1:] != event_shape:
         raise NetworkError(
             f"the network was built for {event_shape[0]} particles in {event_shape[1]} dimensions, x of shape "
-            f"(k, {event_shape[0]}, {event_shape[1]}), but x has shape {tuple(x.shape)}; build one for particles of another number"
+            f"(k, {event_shape[0]}, {event_shape[1]}), but x has shape {tuple(x.shape)}. Build a network for that number of particles"
         )
 
 
@@ -127,7 +127,7 @@ class ParticleFeatures(nn.Module):
         kinds = torch.as_tensor([0] * particles if types is None else list(types))
         if kinds.shape != (particles,) or kinds.is_floating_point() or kinds.min() < 0:
             raise NetworkError(
-                f"types must be a whole number from 0 for each of {particles} particles, but is {types!r}"
+                f"types must hold a whole number of at least 0 for each of {particles} particles, but is {types!r}"
             )
         self.register_buffer("types", kinds, persistent=False)
         self.kinds = nn.Embedding(int(kinds.max()) + 1, features)

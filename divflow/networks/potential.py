@@ -47,7 +47,7 @@ class Potential(nn.Module):
     def __init__(self, phi: nn.Module, sign: int = 1, quadratic: nn.Module | None = None) -> None:
         super().__init__()
         if sign not in (1, -1):
-            raise NetworkError(f"sign must be 1 or -1, but is {sign}; put any other factor into phi")
+            raise NetworkError(f"sign must be 1 or -1, but is {sign}. Include any other factor in phi")
         self.phi, self.sign, self.quadratic = phi, sign, quadratic
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -61,13 +61,13 @@ class Potential(nn.Module):
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise FieldError(
                 f"phi must return one number a sample, shape ({x.shape[0]},) for x of shape {tuple(x.shape)}, but "
-                f"returned {found}; sum over the event's dimensions, or squeeze a last one of size 1"
+                f"returned {found}. Sum over the event's dimensions, or squeeze a last one of size 1"
             )
         value = value if self.quadratic is None else value + self.quadratic(*_copies(t, x))
         if value.is_complex():
             raise FieldError(
-                f"a potential must be real, as its field is, but phi returned {value.dtype}; take its real part, or derive a wave "
-                "function by divflow.operators, whose derivatives are complex"
+                f"a potential must be real, as its field is, but phi returned {value.dtype}. Take its real part, or differentiate a wave "
+                "function by divflow.operators, whose derivatives may be complex"
             )
         return value
 
@@ -110,7 +110,7 @@ class QuadraticPotential(nn.Module):
     def __init__(self, event_shape: int | Sequence[int], rank: int = 10) -> None:
         super().__init__()
         if rank < 1:
-            raise NetworkError(f"rank must be at least 1, but is {rank}; leave the quadratic part out for none")
+            raise NetworkError(f"rank must be at least 1, but is {rank}. For no quadratic part, leave it out")
         size = 1 + math.prod((event_shape,) if isinstance(event_shape, int) else event_shape)
         self.linear = nn.Parameter(torch.zeros(size))
         self.square_root = nn.Parameter(torch.randn(min(rank, size), size) / size)

@@ -63,9 +63,9 @@ class TokenMixer(nn.Module):
         super().__init__()
         self.event_shape, self.heads = particle_shape(event_shape, "TokenMixer"), heads
         if not hidden:
-            raise NetworkError("TokenMixer needs a hidden layer at least, but hidden is empty")
+            raise NetworkError("TokenMixer needs at least one hidden layer, but hidden is empty")
         if heads < 1 or width % heads:
-            raise NetworkError(f"heads must divide the width, but are {heads} of width {width}")
+            raise NetworkError(f"heads must divide width, but got heads={heads} and width={width}")
         tokens, entries = self.event_shape
         self.first = nn.Linear(entries, hidden[0], bias=False)
         self.features = ParticleFeatures(tokens, hidden[0], types, time_embedding)

@@ -43,11 +43,9 @@ def _check_compiler() -> None:
     except InvalidCxxCompiler as error:
         named = os.environ.get("CXX", "g++")
         raise ConfigError(
-            f"compile=true needs a C++ compiler, but {named} is not there or does not run; install g++, or name one by the environment "
+            f"compile=true needs a C++ compiler, but {named} is not there or does not run. Install g++, or name one by the environment "
             f"variable CXX, {off}"
         ) from error
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
-        raise ConfigError(
-            f"compile=true needs the headers of Python, but there is no {header}; install python3-dev, {off}"
-        )
+        raise ConfigError(f"compile=true needs Python's headers, but there is no {header}. Install python3-dev, {off}")

@@ -29,7 +29,7 @@ def build_data(settings: Mapping[str, Any]) -> tuple[L.LightningDataModule, Keys
         DataError: it is no data module with all three loaders, or the keys say nothing of x.
     """
     if missing := [name for name, value in settings.items() if value == "???"]:
-        raise ConfigError(f"data.{missing[0]} must be given: data.{missing[0]}=...")
+        raise ConfigError(f"data.{missing[0]} must be given. Add data.{missing[0]}=...")
     keys = settings.get("keys")
     check_keys(keys)
     data = instantiate({name: value for name, value in settings.items() if name != "keys"}, _convert_="all")
@@ -77,8 +77,8 @@ def _own(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, A
             f"{place} {leaf.dtype} {tuple(leaf.shape)}" for place, leaf in named_tensors(parts.context)
         )
         raise ConfigError(
-            f"the networks of divflow take a context of floating-point features (k, n), but the batches have {received}; use network=custom "
-            "with a velocity(t, x, context) of your own, or say by data.keys what is no context"
+            f"the networks of divflow take a context of floating-point features (k, n), but the batches have {received}. Use network=custom "
+            "with a velocity(t, x, context) of your own, or leave the context out by data.keys"
         )
     return found | ({"context_features": features} if ours or (asks and features) else {})
 

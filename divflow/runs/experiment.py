@@ -152,8 +152,8 @@ def _fit(trainer: L.Trainer, task: Task, data: L.LightningDataModule, config: Di
         unused = [name for name, it in task.density.named_parameters() if it.requires_grad and it.grad is None]
         named = f" ({', '.join(unused[:5])}{' and more' if len(unused) > 5 else ''})" if unused else ""
         raise ConfigError(
-            f"the loss does not depend on some parameters of the network{named}, of which the other processes wait to hear; leave "
-            "them out of the network, or use device.strategy=ddp_find_unused_parameters_true"
+            f"the loss does not depend on some parameters of the network{named}, for whose gradients the other processes wait. Remove "
+            "them from the network, or use device.strategy=ddp_find_unused_parameters_true"
         ) from error
     seconds = time.perf_counter() - started
     # A checkpoint of the last step was saved before Lightning counted it, and its epoch; the test is logged after both.
@@ -214,7 +214,7 @@ def _build_task(config: DictConfig, data: L.LightningDataModule, keys: Keys | No
     plain = _plain(config)
     scored = "objective" in plain
     if scored and plain["base"] is not None:
-        raise ConfigError("a base is for flows, and a score's is the prior of its SDE; leave it at base=normal")
+        raise ConfigError("a base is for flows; the base of a score is the prior of its SDE. Leave it at base=normal")
     names = ("network", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
     density_config |= data_description(data, keys, plain["network"])
@@ -261,12 +261,12 @@ def _check_gpus(devices: int | str | list[int]) -> None:
     numbers = devices if isinstance(devices, list) else range(there if devices in ("auto", -1, "-1") else int(devices))
     if there and all(0 <= int(number) < there for number in numbers):
         return
-    build = "" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} is built without CUDA; "
+    build = "" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} is built without CUDA. "
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    masked = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the others; " if hidden is not None else ""
-    remedy = f"use device.devices={there}" if there else "use device=cpu or device=multi_process_cpu"
+    masked = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the others. " if hidden is not None else ""
+    remedy = f"Use device.devices={there}" if there else "Use device=cpu or device=multi_process_cpu"
     raise ConfigError(
-        f"device.devices={devices} asks for GPUs of this machine, but torch sees {there or 'none'}; {build}{masked}{remedy}"
+        f"device.devices={devices} asks for GPUs of this machine, but torch sees {there or 'none'}. {build}{masked}{remedy}"
     )
 
 

@@ -48,7 +48,7 @@ def claim(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> It
         output.mkdir(parents=True, exist_ok=True)
         folder = os.open(output, os.O_RDONLY) if fcntl is not None else None
     except OSError as error:
-        raise ConfigError(f"output_dir={output} can't be made: {error.strerror}; choose another folder") from error
+        raise ConfigError(f"output_dir={output} can't be made: {error.strerror}. Choose another folder") from error
     try:
         if folder is not None:
             _lock(folder, output)
@@ -64,7 +64,7 @@ def _lock(folder: int, output: Path) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(
-            f"another run is writing in {output} at this moment; choose another folder by output_dir=..., or wait for its end"
+            f"another run is writing to {output} now. Choose another folder by output_dir=..., or wait until it ends"
         ) from None
     except OSError:  # a file system without locks
         return
@@ -78,7 +78,7 @@ def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> N
         if done <= step or overwrite:
             return
         raise ConfigError(
-            f"{output} holds the results of this run at step {done}, later than step {step} of {ckpt_path}; go on from it in "
+            f"{output} holds the results of this run at step {done}, later than step {step} of {ckpt_path}. Go on from it in "
             "another folder by output_dir=..., or let the later results be replaced by overwrite=true"
         )
     if not held:
@@ -88,7 +88,7 @@ def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> N
         going_on = f", go on with that run by ckpt_path={last}," if last.is_file() else ""
         raise ConfigError(
             f"{output} holds the results of another run ({held[0].relative_to(output)}"
-            f"{f' and {len(held) - 1} more' if len(held) > 1 else ''}); choose another folder by output_dir=..."
+            f"{f' and {len(held) - 1} more' if len(held) > 1 else ''}). Choose another folder by output_dir=..."
             f"{going_on} or let them be deleted by overwrite=true"
         )
     for path in (*held, *(output / name for name in _OTHERS)):

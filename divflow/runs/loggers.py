@@ -30,7 +30,9 @@ def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
         package = config._target_.rpartition(".")[2].removesuffix("Logger").lower()
-        raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
+        raise ConfigError(
+            f"logger={package} needs the package {package}, which is not installed. Install it: pip install {package}"
+        ) from error
 
 
 def log_settings(trainer: L.Trainer, config: DictConfig) -> None:

@@ -32,7 +32,7 @@ def check_settings(config: DictConfig) -> None:
         DivflowError: an estimator, a likelihood or a solver is given an option that it does not take.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{', '.join(missing)} must be given: {missing[0]}=...")
+        raise ConfigError(f"{', '.join(missing)} must be given. Add {missing[0]}=...")
     _check_groups(config)
     check_values(OmegaConf.to_container(config, resolve=True))
     if config.trainer.get("val_check_interval") == 0:
@@ -52,7 +52,7 @@ def _check_groups(config: DictConfig) -> None:
     groups = {name: config.get(name) for name in ("trainer", "device", "callbacks", "evaluation")}
     for name, value in groups.items():
         if not isinstance(value, DictConfig):
-            raise ConfigError(f"{name} must hold settings by name, but is {value!r}")
+            raise ConfigError(f"{name} must be a mapping of settings, but is {value!r}")
     chosen = {name: config.get(name) for name in ("task", "data", "network", *WAYS)}
     chosen |= {f"evaluation.{name}": config.evaluation.get(name) for name in WAYS}
     chosen |= {f"callbacks.{name}": value for name, value in config.callbacks.items() if value is not None}
@@ -60,7 +60,7 @@ def _check_groups(config: DictConfig) -> None:
         if not isinstance(value, DictConfig) or "_target_" not in value:
             raise ConfigError(f"{name} must be chosen, or name a class by {name}._target_, but is {value!r}")
     if "base" not in config:
-        raise ConfigError("base must be chosen: base=normal, or mean_free")
+        raise ConfigError("base must be chosen. Use base=normal or base=mean_free")
 
 
 def check_values(value: Any, name: str = "") -> None:
@@ -75,9 +75,9 @@ def check_values(value: Any, name: str = "") -> None:
     if name.endswith("._target_") and not isinstance(value, str):
         raise ConfigError(f"{name} must name a class or function, such as my_module.Velocity, but is {value!r}")
     if isinstance(value, float) and math.isfinite(value) and abs(value) > _LARGEST:
-        raise ConfigError(f"{name}={value} is beyond what single precision holds, {_LARGEST:.1e}")
+        raise ConfigError(f"{name}={value} is beyond the largest number of single precision, {_LARGEST:.1e}")
     if isinstance(value, int) and abs(value) > sys.maxsize:
-        raise ConfigError(f"{name}={value} is beyond what 64 bits hold, {sys.maxsize}")
+        raise ConfigError(f"{name}={value} is beyond the largest number of 64 bits, {sys.maxsize}")
 
 
 def _check_lists(settings: Any, place: str = "") -> None:
@@ -94,9 +94,9 @@ def _check_times(config: DictConfig) -> None:
         return
     drawn = config.times.get("_target_")
     if "objective" in config and drawn is not None:
-        raise ConfigError(f"{drawn} is for the times of flow matching; task=score takes times=sde")
+        raise ConfigError(f"{drawn} is for the times of flow matching. Use times=sde with task=score")
     if "coupling" in config and drawn is None:
-        raise ConfigError("times=sde is for task=score; flow matching takes times=uniform, power or logit_normal")
+        raise ConfigError("times=sde is for task=score. Use times=uniform, power or logit_normal with flow matching")
 
 
 def check_paths(paths: Mapping[str, str | None]) -> None:
@@ -113,4 +113,4 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
         found = Path(path).expanduser()
         what, there = ("file or folder", found.exists()) if name == "data.path" else ("file", found.is_file())
         if not there:
-            raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}); {name} must be that of one")
+            raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}). Set {name} to an existing {what}")

@@ -63,7 +63,9 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
     if sde is None:
         return UnnormalizedDensity(network, transform, sampler, levels if isinstance(levels, Sequence) else None)
     if levels is not None:
-        raise ConfigError(f"noise_levels={levels} are for sde=none; over an SDE the noise is the SDE's")
+        raise ConfigError(
+            f"noise_levels={levels} are for sde=none, since over an SDE the noise is that of the SDE. Leave them out"
+        )
     score = ScaledScore(network, sde, config["data_std"])
     return ScoreDensity(probability_flow(score, sde, **build_ways(config)), transform, sampler)
 
@@ -79,7 +81,7 @@ def build_objective(config: Mapping[str, Any], density: ScoreDensity | Unnormali
         trained, levels = getattr(objective, "sigma", None), config["noise_levels"]
         if (trained is not None or density.levels is not None) and trained != (density.levels or levels):
             raise ConfigError(
-                f"noise_levels={levels} are for objective=denoising, which takes them as its sigma; one for others"
+                f"noise_levels={levels} are for objective=denoising, which takes them as sigma. Give one level, or none, to other objectives"
             )
         return objective
     return TimeConditionalScoreMatching(density.sde, objective, **config["times"])
@@ -103,7 +105,7 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], conte
         if "context_features" not in _free_arguments(make):
             raise ConfigError(
                 f"the data have a context of {context_features} features, but network._target_={config['_target_']} takes no "
-                "context_features; use network=mlp, or another network that does"
+                "context_features. Use network=mlp, or another network that does"
             )
         make = functools.partial(make, context_features=context_features)
     network = make()
@@ -133,8 +135,8 @@ def _check_base(base: Distribution | None, transform: nn.Module) -> None:
     """
     if isinstance(transform, MeanFreeScale) and not (isinstance(base, OnSubspace) and base.mean_free):
         raise ConfigError(
-            "these data are particles whose centre of mass is zero, where a density on the whole space is none; use task=flow or "
-            "task=flow_matching with base=mean_free, and a network that leaves the centre where it is, such as hollow_egnn_mean_free"
+            "these data are particles with centre of mass zero, on which a density of the whole space is no density. Use task=flow or "
+            "task=flow_matching with base=mean_free, and a network that keeps the centre of mass, such as hollow_egnn_mean_free"
         )
 
 
@@ -154,15 +156,15 @@ def _build_sampler(config: Mapping[str, Any] | None, sde: SDE | None, event_shap
     """
     if config is None:
         if sde is None:
-            raise ConfigError("a score without SDE has no probability flow; use sampler=annealed_langevin")
+            raise ConfigError("a score without SDE has no probability flow. Use sampler=annealed_langevin")
         return None
     make = instantiate({**config, "_partial_": True}, _convert_="all")
     if "sde" in _free_arguments(make):
         if sde is None:
-            raise ConfigError(f"{config['_target_']} needs an SDE; use sampler=annealed_langevin, or sde=vp")
+            raise ConfigError(f"{config['_target_']} needs an SDE. Use sampler=annealed_langevin, or sde=vp")
         return make(sde=sde)
     if sde is not None:
-        raise ConfigError(f"{config['_target_']} is for scores without SDE; use sampler=reverse_sde, or sde=none")
+        raise ConfigError(f"{config['_target_']} is for scores without SDE. Use sampler=reverse_sde, or sde=none")
     return make(event_shape=event_shape)
 
 

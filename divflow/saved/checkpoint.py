@@ -85,8 +85,8 @@ def rebuild(
     """
     if "divflow" not in checkpoint:
         raise CheckpointError(
-            f"{path} has no description of a density: it was not written by train.py (but by a task without config); "
-            "build the density yourself and use load_state_dict"
+            f"{path} has no description of a density: a task without config wrote it, not train.py. "
+            "Build the density yourself and use load_state_dict"
         )
     config = dict(checkpoint["divflow"])
     # Only names, whatever they look like.
@@ -96,7 +96,7 @@ def rebuild(
         density = build_density(config)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} has no whole description of a density: {type(error).__name__}: {error}"
+            f"{path} has an incomplete description of a density: {type(error).__name__}: {error}"
         ) from error
     load_state(density, _density_state(checkpoint), path)
     density.columns = columns
@@ -184,11 +184,11 @@ def _check_parts(checkpoint: Any, path: str | Path) -> None:
         CheckpointError: saying what it is.
     """
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, and is no checkpoint of a run")
+        raise CheckpointError(f"{path} is not the checkpoint of a run: it holds a {type(checkpoint).__name__}")
     if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise CheckpointError(
-            f"{path} holds the state of a module alone ({len(checkpoint)} tensors, such as {next(iter(checkpoint))!r}), and not which module "
-            "that is; build it and use load_state_dict"
+            f"{path} holds only the state of a module ({len(checkpoint)} tensors, such as {next(iter(checkpoint))!r}), not how to build "
+            "it. Build the module and use load_state_dict"
         )
     step = checkpoint.get("global_step", "missing")
     wrong = [] if isinstance(step, int) else [f"global_step is {step!r}"]
@@ -199,7 +199,7 @@ def _check_parts(checkpoint: Any, path: str | Path) -> None:
             shown = state if isinstance(state, str) else f"a {type(state).__name__}"
             wrong.append(f"{name} is {shown}, not {'settings' if name == 'divflow' else 'tensors'} by name")
     if wrong:
-        raise CheckpointError(f"{path} is no checkpoint of a run: its {'; its '.join(wrong)}")
+        raise CheckpointError(f"{path} is not the checkpoint of a run: its {'; its '.join(wrong)}")
 
 
 def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -226,7 +226,7 @@ def check_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str 
         raise CheckpointError(
             f"{path} is of another architecture: {'; '.join(sorted(differences)[:5])}"
             f"{f' and {len(differences) - 5} more' if len(differences) > 5 else ''}. Use the network and data settings "
-            "it was trained with; they are in config.yaml in the folder of its run"
+            "that it was trained with, which config.yaml in the folder of its run holds"
         )
 
 
@@ -239,8 +239,8 @@ def check_targets(config: Any, allowed: Mapping[str, type], place: str = "divflo
     if lacking := lacking_targets(config, allowed, place):
         asked = ", ".join(f"{name!r} (at {where})" for name, where in lacking.items())
         raise CheckpointError(
-            f"the checkpoint asks for {asked}, neither a class of divflow nor a module of torch.nn; if you trust what it asks for, "
-            f"import it and give it in load(..., allow=[{', '.join(lacking)}])"
+            f"the checkpoint names {asked}, neither a class of divflow nor a module of torch.nn. If you trust it, "
+            f"import it and pass load(..., allow=[{', '.join(lacking)}])"
         )
 
 
@@ -258,7 +258,7 @@ def lacking_targets(config: Any, allowed: Mapping[str, type], place: str = "divf
             found |= lacking_targets(value, allowed, f"{place}.{key}")
     elif isinstance(config, str):
         if "${" in config:
-            raise CheckpointError(f"{place} holds an interpolation, {config!r}, which a checkpoint must not")
+            raise CheckpointError(f"{place} holds an interpolation, {config!r}, which a checkpoint must not hold")
     elif isinstance(config, Sequence):
         for i, value in enumerate(config):
             found |= lacking_targets(value, allowed, f"{place}[{i}]")

@@ -103,8 +103,8 @@ def _described(
     make = cls if isinstance(trained, type) and issubclass(cls, trained) else trained
     if not (isinstance(make, type) and issubclass(make, cls)):
         raise TaskError(
-            f"{path} is of a {trained.__name__}, not of a {cls.__name__}; use {trained.__name__}.load_from_checkpoint, or build a "
-            f"{cls.__name__} of the density that divflow.load brings back"
+            f"{path} is of a {trained.__name__}, not of a {cls.__name__}. Use {trained.__name__}.load_from_checkpoint, or build a "
+            f"{cls.__name__} of the density that divflow.load returns"
         )
     return build_task(config, make, **arguments)
 

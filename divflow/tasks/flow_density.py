@@ -85,8 +85,8 @@ class FlowDensityTask(Task):
             return
         if estimator.estimates:
             warnings.warn(
-                f"samples are not weighted towards the energy, since {estimator} estimates the divergence; their weights need an exact "
-                "one: estimator@evaluation.estimator=exact",
+                f"samples are not weighted towards the energy, because {estimator} estimates the divergence. Use an exact divergence, "
+                "estimator@evaluation.estimator=exact",
                 stacklevel=2,
             )
             return
@@ -114,8 +114,8 @@ class FlowDensityTask(Task):
         except TypeError as error:
             have = "have a context" if context is not None else "have none"
             raise FieldError(
-                f"the velocity can't be called as v(t, x{', context' if context is not None else ''}), but the batches {have} ({error}): leave "
-                "out what is no context by keys={'x': 0}, or say what is one by keys={'x': 0, 'context': 1}, the keys or places of a batch"
+                f"the velocity can't be called as v(t, x{', context' if context is not None else ''}), but the batches {have} ({error}). Leave "
+                "out what is no context by keys={'x': 0}, or name the context by keys={'x': 0, 'context': 1}, the keys or places of a batch"
             ) from error
         except ValueError:  # a built-in function has no signature
             pass

@@ -74,8 +74,8 @@ class FlowMatchingTask(FlowDensityTask):
         t_base, t_data = self.density.flow.times()
         if (t_base, t_data) != (0.0, 1.0):
             raise ValueError(
-                f"the paths of flow matching begin with noise at t = 0 and end with data at t = 1, but the flow has t_base={t_base:g} "
-                f"and t_data={t_data:g}; leave both at their defaults, t_base=0.0 and t_data=1.0"
+                f"the paths of flow matching lead from noise at t = 0 to data at t = 1, but the flow has t_base={t_base:g} "
+                f"and t_data={t_data:g}. Leave both at their defaults, t_base=0.0 and t_data=1.0"
             )
 
     def check(self, batch: Batch) -> None:

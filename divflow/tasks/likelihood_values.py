@@ -53,8 +53,8 @@ def likelihood_values(
         values["dequantization_variance"] = bounds.var(dim=0) / num_draws - values["estimator_variance"]
     if density.flow.estimator.estimates:
         warnings.warn(
-            f"no importance-weighted bits per dimension, since {density.flow.estimator} estimates the divergence; they "
-            "need an exact one: estimator@evaluation.estimator=exact",
+            f"importance-weighted bits per dimension are left out, because {density.flow.estimator} estimates the divergence. "
+            "Use an exact divergence, estimator@evaluation.estimator=exact",
             stacklevel=2,
         )
     else:

@@ -119,8 +119,10 @@ def _checked_regularization(weights: Mapping[str, float]) -> dict[str, float]:
     """The penalties of positive weight."""
     unknown = set(weights) - set(PENALTIES)
     if unknown:
-        raise ValueError(f"regularization must be of {sorted(PENALTIES)}, but got {sorted(unknown)}")
+        raise ValueError(f"the keys of regularization must be among {sorted(PENALTIES)}, but got {sorted(unknown)}")
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise ValueError(f"the weight of {name} must be finite and not negative, but is {weight!r}; 0 turns it off")
+            raise ValueError(
+                f"the weight of {name} must be finite and not negative, but is {weight!r}. Use 0 to turn it off"
+            )
     return {name: weight for name, weight in weights.items() if weight}

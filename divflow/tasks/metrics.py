@@ -126,8 +126,8 @@ def warn_of_quadrature(results: Mapping[str, Tensor], remedy: str) -> None:
         if error is None or spread is None or not error > spread or error < _SHOWN:  # of one row the spread is NaN
             continue
         warnings.warn(
-            f"{name}, {float(results[name]):.4f} ± {float(spread):.4f} {unit}, may be off by another {float(error):.2g} {unit}: that is "
-            f"the estimated error of the trajectories and of the integrals along them, which the ± does not hold. Take {remedy}",
+            f"{name}, {float(results[name]):.4f} ± {float(spread):.4f} {unit}, may be off by another {float(error):.2g} {unit}: the "
+            f"estimated error of the trajectories and of the integrals along them, which the ± does not include. Use {remedy}",
             QuadratureWarning,
             stacklevel=3,
         )

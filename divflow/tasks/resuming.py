@@ -43,7 +43,7 @@ def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], chec
     lacking = [name for name in _STATES if name not in checkpoint]
     if lacking or not isinstance(checkpoint["pytorch-lightning_version"], str):
         raise ResumeError(
-            f"the checkpoint holds weights alone, and not what training goes on from ({', '.join(lacking) or 'its version'}); start another run "
+            f"the checkpoint holds only weights, not what training resumes from ({', '.join(lacking) or 'its version'}). Start another run "
             "from its weights, by init_from=..."
         )
     new: Any = task.configure_optimizers()
@@ -52,13 +52,13 @@ def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], chec
     for name, before in checkpoint.get("trained_by", now).items():
         if now.get(name) != before:
             raise ResumeError(
-                f"the checkpoint was trained by the {name} {before}, and not by {now.get(name)}, which would take the state of that one for "
-                "its own; start another run from its weights, by init_from=..., or take the settings of config.yaml in its run's folder"
+                f"the checkpoint was trained by the {name} {before}, not by {now.get(name)}, which would take that state for "
+                "its own. Start another run from its weights, by init_from=..., or take the settings of config.yaml in its run's folder"
             )
     if "averaging_state" in checkpoint and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ResumeError(
-            "the checkpoint's weights are averages over training, from which this run would go on as if it had trained to them, since it has "
-            "no callbacks.average; keep that, or start another run from its weights, by init_from=... and weights=averaged or current"
+            "the checkpoint's weights are averages over training, but this run has no callbacks.average and would resume from them as if "
+            "it had trained to them. Keep callbacks.average, or start another run from its weights, by init_from=... and weights=averaged or current"
         )
     for state in checkpoint["optimizer_states"][:1]:
         sizes = [
@@ -66,7 +66,7 @@ def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], chec
         ]
         if sizes[0] != sizes[1]:
             raise ResumeError(
-                f"the checkpoint's optimizer has groups of {sizes[0]} parameters, and not of {sizes[1]}, as this one; start another run from its "
+                f"the checkpoint's optimizer has groups of {sizes[0]} parameters, but this one has groups of {sizes[1]}. Start another run from its "
                 "weights, by init_from=..."
             )
         scheduled = bool(checkpoint["lr_schedulers"])
@@ -95,8 +95,8 @@ def _warn_of(what: str, make: type, before: Mapping[str, Any], now: Mapping[str,
     other = [name for name in plain if not _same(before[name], now[name])]
     if other:
         warnings.warn(
-            f"the {what} goes on with {', '.join(f'{name}={before[name]}' for name in other)}, as the checkpoint has it, and not with "
-            f"{', '.join(f'{name}={now[name]}' for name in other)}; start another run from its weights, by init_from=..., to change that",
+            f"the {what} goes on with {', '.join(f'{name}={before[name]}' for name in other)} of the checkpoint, not with "
+            f"{', '.join(f'{name}={now[name]}' for name in other)}. Start another run from its weights, by init_from=..., to change that",
             stacklevel=3,
         )
 

@@ -40,7 +40,7 @@ def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generato
     energy = data.energy
     if energy is None:
         raise DivflowError(
-            "samples are weighted towards the energy of the data, but these have none; use data=dw4 or data=lj13"
+            "samples are weighted towards the energy of the data, but these data have no energy. Use data=dw4 or data=lj13"
         )
     weights = density.importance_weights(
         lambda x: -energy(x), data.num_weighted, generator, batch_size=data.eval_batch_size
@@ -48,8 +48,8 @@ def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generato
     size = float(weights.effective_sample_size)
     if size < _FEWEST:
         warnings.warn(
-            f"what weighted samples estimate rests on {size:.1f} effective samples of {data.num_weighted}: below {_FEWEST} its standard errors "
-            "are too small, and not to be believed; take more samples by data.num_weighted, or a flow that is nearer to the energy",
+            f"estimates by weighted samples rest on {size:.1f} effective samples of {data.num_weighted}, and below {_FEWEST} their standard errors "
+            "are too small to be trusted. Take more samples by data.num_weighted, or a flow closer to the energy",
             ImportanceWarning,
             stacklevel=2,
         )

@@ -32,13 +32,13 @@ def check_schedules(trainer: L.Trainer) -> None:
         scheduler = config.scheduler
         if isinstance(scheduler, ReduceLROnPlateau) and not trainer.enable_validation:
             raise TaskError(
-                "ReduceLROnPlateau steps after each validation, but there is none; give fit a validation loader and leave "
-                f"limit_val_batches={trainer.limit_val_batches!r} out, or take another scheduler"
+                "ReduceLROnPlateau steps after each validation, but there is none. Give fit a validation loader without "
+                f"limit_val_batches={trainer.limit_val_batches!r}, or use another scheduler"
             )
         steps = trainer.estimated_stepping_batches
         if isinstance(scheduler, OneCycleLR) and math.isfinite(steps) and scheduler.total_steps < steps:
             raise TaskError(
-                f"OneCycleLR has total_steps={scheduler.total_steps}, after which it can't step, but training takes {steps:g}; give it "
+                f"OneCycleLR has total_steps={scheduler.total_steps}, after which it can't step, but training takes {steps:g} steps. Give it "
                 f"total_steps={steps:g} (by the command task.scheduler.total_steps=${{trainer.max_steps}})"
             )
 
@@ -59,6 +59,6 @@ def follow_validation(trainer: L.Trainer, monitor: str, values: Mapping[str, Ten
             continue
         if monitor not in values:
             raise TaskError(
-                f"ReduceLROnPlateau follows monitor={monitor!r}, but validation logs no such value; it logs {', '.join(sorted(values))}"
+                f"ReduceLROnPlateau follows monitor={monitor!r}, but validation logs no such value. Choose one of {', '.join(sorted(values))}"
             )
         config.scheduler.step(values[monitor].item())

@@ -71,7 +71,7 @@ class ScoreTask(Task):
     ) -> None:
         super().__init__(_as_density(score, objective), optimizer, scheduler, config, monitor, keys)
         if evaluation is not None and isinstance(self.density, UnnormalizedDensity):
-            raise ValueError("evaluation is a flow, and an UnnormalizedDensity has none; leave it out")
+            raise ValueError("evaluation must be None for an UnnormalizedDensity, which has no flow. Leave it out")
         self.objective = objective
         # In a tuple, so that it is no submodule: it shares the trained score's parameters.
         self._evaluation = (evaluation,)
@@ -132,7 +132,7 @@ class ScoreTask(Task):
         x, context, _ = self.parts(batch)
         if context is not None:
             raise TrainingError(
-                "scores take no context, but the data have one; train a flow: task=flow or task=flow_matching, or leave it "
+                "scores take no context, but the data have one. Train a flow: task=flow or task=flow_matching, or leave it "
                 "out by keys={'x': ...}, the key or the place of x"
             )
         y, _ = self.density.transform(x, values=False)
@@ -149,9 +149,9 @@ def _as_density(score: nn.Module, objective: Objective) -> ScoreDensity | Unnorm
         return UnnormalizedDensity(score, Affine(), levels=several if isinstance(several, tuple) else None)
     if isinstance(score, ScoreDensity) != (sde is not None):
         raise ValueError(
-            f"{type(objective).__name__} can't train a {type(score).__name__}: a ScoreDensity takes "
-            "TimeConditionalScoreMatching over its SDE, an UnnormalizedDensity any other objective"
+            f"{type(objective).__name__} can't train a {type(score).__name__}. Use TimeConditionalScoreMatching over its SDE for a "
+            "ScoreDensity, and any other objective for an UnnormalizedDensity"
         )
     if isinstance(score, ScoreDensity) and score.sde != sde:
-        raise ValueError(f"the score is over {score.sde}, but the objective over {sde}")
+        raise ValueError(f"the score is over {score.sde}, but the objective is over {sde}. Build both with one SDE")
     return score

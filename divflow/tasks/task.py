@@ -226,7 +226,7 @@ class Task(Trainable):
         density = self.evaluated_density
         if isinstance(density, UnnormalizedDensity):
             raise TaskError(
-                "trainer.predict gives log-densities, which a score without SDE has not; use task.density.score(x), or train over an SDE"
+                "trainer.predict returns log-densities, but a score without SDE has none. Use task.density.score(x), or train over an SDE"
             )
         nll = self.likelihood_values(density, batch)["nll"]
         assert nll is not None  # the one value that is always known
@@ -318,7 +318,7 @@ class Task(Trainable):
         raise TrainingError(
             f"the {what} is {value.item()} at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}): "
             + (
-                f"the last good checkpoint is {last}; resume from it by ckpt_path={last}"
+                f"the last good checkpoint is {last}. Resume from it by ckpt_path={last}"
                 if last
                 else "no checkpoint yet"
             )

@@ -135,8 +135,8 @@ class Trainable(L.LightningModule):
         """
         if self.trainer.precision in _HALF:
             raise TaskError(
-                f"precision={self.trainer.precision!r} keeps weights and states in half precision, in which trajectories and divergences "
-                "are not to be had; use precision='bf16-mixed', which evaluates networks in it"
+                f"precision={self.trainer.precision!r} keeps weights and states in half precision, which is too coarse for trajectories and divergences. "
+                "Use precision='bf16-mixed', which only evaluates networks in half precision"
             )
         if stage == "fit":
             self._modes = OptimizerModes()

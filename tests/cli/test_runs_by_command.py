@@ -130,7 +130,7 @@ def test_an_output_that_can_not_be_written_is_reported_before_the_work(runs, tmp
     (tmp_path / "folder.csv").mkdir()
     monkeypatch.setattr("divflow.cli.evaluate.load_trained", None)  # is not come to
     for out in ("file/log_prob.csv", "folder.csv", "/proc/log_prob.csv"):
-        with pytest.raises(SystemExit, match=rf"out={out} can't be written \(.+\); choose another file by out="):
+        with pytest.raises(SystemExit, match=rf"out={out} can't be written \(.+\)\. Choose another file by out="):
             main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", f"out={out}", "overwrite=true"])
 
 

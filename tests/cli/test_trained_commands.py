@@ -288,7 +288,7 @@ def test_scores_sample_by_their_sampler_and_have_a_density_over_an_sde_only(tmp_
 
 
 MISTAKES = {
-    "no density": (["evaluate"], "give either ckpt_path=.*or.*model"),
+    "no density": (["evaluate"], "Give either ckpt_path=.*or.*model"),
     "no file": (["evaluate", "ckpt_path=none.ckpt"], "there is no file none.ckpt"),
     "no checkpoint": (["evaluate", "ckpt_path=there.csv"], r"there\.csv is not a checkpoint of plain tensors"),
     "no data": (["evaluate", "{best}", "+data.path=none"], "there is no file or folder none"),
@@ -338,13 +338,13 @@ def test_checkpoints_of_another_architecture_or_with_code_are_refused(best, run_
     torch.save(changed, "moved/checkpoints/own.ckpt")
     assert "allow=[own.Net,own.Act,os.system]" in refused("evaluate", "ckpt_path=moved/checkpoints/own.ckpt")
     saved.write_text(saved.read_text().replace("os.system", "divflow.data.table.np.load"))
-    assert "none of divflow's own" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
+    assert "not divflow's own" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
     plain = saved.read_text()
     for name in ("data.table", "energies.nothing", "divergence.Exact"):
         saved.write_text(plain.replace("divflow.data.table.np.load", f"divflow.{name}"))
-        assert "none of divflow's own" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
+        assert "not divflow's own" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
 
 
 def test_a_checkpoint_away_from_its_run_needs_the_data_named(best):
     shutil.copy(best, "alone.ckpt")
-    assert "give data=" in refused("evaluate", "ckpt_path=alone.ckpt")
+    assert "Give data=" in refused("evaluate", "ckpt_path=alone.ckpt")

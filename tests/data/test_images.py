@@ -217,7 +217,7 @@ def test_arrays_that_are_refused(tmp_path, kind):
 
 def test_archives_that_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=GREY, labels=np.arange(20, dtype=np.uint8))
-    with pytest.raises(DataError, match=r"x\.npz holds images \(20, 5, 7\), labels \(20,\); choose.*data\.key="):
+    with pytest.raises(DataError, match=r"x\.npz holds images \(20, 5, 7\), labels \(20,\)\. Choose.*data\.key="):
         Images(tmp_path / "x.npz")
     with pytest.raises(DataError, match=r"no array pixels, but images .*data\.key="):
         Images(tmp_path / "x.npz", key="pixels")

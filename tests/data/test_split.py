@@ -88,7 +88,7 @@ def test_other_rows_altogether():
     trained, data = table(ROWS), table(NEW)
     before = rows_of(data)
     data.keep_split(trained.state_dict(), other=True)
-    with pytest.warns(UserWarning, match="60 rows, and had 100 .* none of these is here"):
+    with pytest.warns(UserWarning, match="60 rows, and had 100 .* none of those is among them"):
         data.keep_split(trained.state_dict())
     assert rows_of(data) == before
 

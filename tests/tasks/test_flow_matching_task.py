@@ -124,7 +124,7 @@ def test_a_velocity_that_mixes_the_batch_is_refused(tmp_path):
     [
         (
             lambda: FlowMatchingTask(ContinuousFlow(MLP(2), 2, t_base=1.0, t_data=0.0)),
-            "t_base=1 and t_data=0; leave both",
+            "t_base=1 and t_data=0. Leave both",
         ),
         (lambda: FlowMatchingTask(ContinuousFlow(MLP(2), 2, t_data=2.0)), "t_base=0 and t_data=2"),
         (lambda: FlowMatchingTask(ContinuousFlow(MLP(2), 2), draws=0), "draws must be a whole number of at least 1"),

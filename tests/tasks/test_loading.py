@@ -76,7 +76,7 @@ class Mine(FlowTask):
 def test_the_task_is_that_of_the_checkpoint(trained):
     path, _ = trained("flow")
     assert type(Mine.load_from_checkpoint(path)) is Mine
-    with pytest.raises(TaskError, match="is of a FlowTask, not of a ScoreTask; use FlowTask.load_from_checkpoint"):
+    with pytest.raises(TaskError, match="is of a FlowTask, not of a ScoreTask. Use FlowTask.load_from_checkpoint"):
         ScoreTask.load_from_checkpoint(path)
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         TASKS["flow"]().load_from_checkpoint(path)

@@ -138,7 +138,7 @@ def test_too_few_effective_samples_are_warned_of(tmp_path):
     data = Particles(
         DoubleWell(), Tempering(rungs=8, power=2.0, std=2.0, chains=20, warm_up=20), 2, 2, 2, 100, cache=tmp_path
     )
-    with pytest.warns(ImportanceWarning, match=r"rests on \d+\.\d effective samples of 100.*num_weighted"):
+    with pytest.warns(ImportanceWarning, match=r"rest on \d+\.\d effective samples of 100.*num_weighted"):
         found = reweighted(density, data, Generator().manual_seed(0))
     assert 100 * found["effective_sample_fraction"] < 20
     data.energy = _Springs()

@@ -43,7 +43,7 @@ def test_an_estimate_is_that_of_validation(tmp_path):
 
 
 def test_a_score_without_sde_has_none(tmp_path):
-    with pytest.raises(TaskError, match=r"log-densities, which a score without SDE has not; use task\.density\.score"):
+    with pytest.raises(TaskError, match=r"log-densities, but a score without SDE has none\. Use task\.density\.score"):
         trainer(tmp_path).predict(TASKS["score"](), datamodule=moons())
 
 

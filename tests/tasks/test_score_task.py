@@ -239,7 +239,7 @@ def test_lightnings_own_checkpoint_is_named(tmp_path):
                 evaluation=probability_flow(nn.Linear(2, 2), VariancePreserving(event_shape=2)),
             ),
             ValueError,
-            "evaluation is a flow.*leave it out",
+            "evaluation must be None.*Leave it out",
         ),
         (
             lambda: ScoreDensity(

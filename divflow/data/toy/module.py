@@ -93,6 +93,6 @@ class Toy(TensorDataModule):
 def _made(density: Density | Callable[[], Density] | str) -> Density:
     if isinstance(density, str):
         if density not in _NAMED:
-            raise DataError(f"there is no density {density!r}; it must be one of {', '.join(_NAMED)}")
+            raise DataError(f"density must be one of {', '.join(_NAMED)}, but there is no density {density!r}")
         density = _NAMED[density]
     return density if isinstance(density, Density) else density()
