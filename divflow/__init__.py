@@ -1,4 +1,4 @@
-"""divflow: exact and estimated divergences, and the models trained or judged through them.
+"""divflow: exact and estimated divergences, and the models trained and evaluated through them.
 
 `divflow.divergence` is the heart and needs torch alone; `divflow.flow` holds continuous normalizing
 flows, those of `divflow.adapters` from models trained elsewhere; `divflow.load` brings a trained one back.

@@ -28,22 +28,23 @@ _GRACE = 3.0  # seconds for the others to read the decision, and for the main th
 
 
 class ProcessError(DivflowError, RuntimeError):
-    """Another process of the run is gone; the message says which, and what to go on with."""
+    """Another process of the run is gone; the message names it and the checkpoint to go on with."""
 
 
 class Watch:
-    """The signs of life of all processes of a run, and the end of this one when another is gone.
+    """Watch the signs of life of all processes of a run, and end this process when another one is gone.
 
-    A process that dies on rank 0's machine is noticed within two intervals (its number is gone), one that fails
-    within two intervals anywhere (it says so), a machine that is lost after `limit`. Polls are counted, not seconds: a
-    run that is suspended as a whole and goes on later has missed none.
+    - A process that dies on the machine of rank 0 is noticed within two intervals, because its number is gone.
+    - One that fails is noticed within two intervals anywhere, because it reports its error.
+    - A machine that is lost is noticed after `limit`.
+    - Polls are counted, not seconds: a run that is suspended as a whole and continues later has missed none.
 
     Args:
         rank: of this process.
         world_size: number of processes.
         share: function of rank 0's address (a host and a port; None elsewhere) that returns it in every process.
-        hint: what to go on with, for the message.
-        release: called before this process is ended, such as to kill its children.
+        hint: returns what to do, for the message.
+        release: called before this process is ended, for example to kill its children.
         interval: seconds between signs of life.
         limit: seconds without one after which a process counts as gone.
     """
@@ -84,12 +85,12 @@ class Watch:
         atexit.register(self.close)
 
     def failed(self, error: BaseException) -> None:
-        """This process ends by an error of its own, or by that of another one.
+        """Handle an error that ends this process.
 
-        It returns where the error is its own, of which the others are told.
+        If the error is its own, this reports it to the other processes and returns.
 
         Raises:
-            ProcessError: it only follows from another process being gone.
+            ProcessError: the error follows from another process being gone.
         """
         if _of_a_collective(error) and self._known.wait(2 * self.limit):
             self._taken.set()
@@ -106,7 +107,7 @@ class Watch:
             time.sleep(_GRACE)
 
     def close(self) -> None:
-        """This process is done with the run: the others need not wait for it."""
+        """End the watch: this process is done, and the others need not wait for it."""
         if self._closed.is_set() or self._known.is_set():
             return
         if self.rank == 0:  # whose store the others still use
@@ -131,7 +132,7 @@ class Watch:
         return self._store
 
     def _ask(self) -> None:
-        """The thread that gives signs of life: a store on a machine that is lost may never answer it."""
+        """Thread that gives signs of life; a store on a machine that is lost may never answer it."""
         while not self._closed.wait(self.interval):
             try:
                 self._decision = self._poll()
@@ -143,7 +144,7 @@ class Watch:
                 self._answers += 1
 
     def _run(self) -> None:
-        """The thread that ends this process once rank 0 has decided that another is gone."""
+        """Thread that ends this process once rank 0 has decided that another one is gone."""
         answers, polls = 0, 0
         while not self._closed.wait(self.interval):
             answers, polls = self._answers, polls + 1 if answers == self._answers else 0
@@ -164,9 +165,9 @@ class Watch:
         return decision.decode()
 
     def _decide(self) -> str:
-        """What rank 0 decides about the others: empty while all is well."""
+        """Rank 0's decision about the others: empty while all is well."""
         others = range(1, self.world_size)
-        # Looked at before the records are read: who has left has said so before its number was gone.
+        # Checked before the records are read: a process that leaves writes its record before its number is gone.
         gone = {rank for rank, known in self._pids.items() if _is_gone(known)}
         records = [json.loads(value) for value in self._store.multi_get([str(rank) for rank in others])]
         for rank, record in zip(others, records, strict=True):

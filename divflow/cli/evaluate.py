@@ -1,4 +1,4 @@
-"""`divflow evaluate`: the log-density of every row of some data under a trained density."""
+"""`divflow evaluate`: the log-density of every row of a data set under a trained density."""
 
 import math
 import warnings
@@ -28,7 +28,7 @@ from divflow.runs.report import metrics_table
 from divflow.saved.build import ConfigError
 from divflow.score import UnnormalizedDensity
 
-if TYPE_CHECKING:  # both import Lightning, and mistakes are told before
+if TYPE_CHECKING:  # both import Lightning, and mistakes are reported first
     from lightning.fabric import Fabric
 
     from divflow.data import TensorDataModule
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # both import Lightning, and mistakes are told before
 __all__ = ["run"]
 
 _SPLITS = ("train", "val", "test", "all")
-# The columns of the file; those that are known of discrete data only are left out for others.
+# Columns of the file, and those for discrete data alone.
 _COLUMNS = ("log_prob", "standard_error", "quadrature_error")
 _DISCRETE = ("bits_per_dim", "bits_per_dim_importance_weighted")
 _ROW = "row"
@@ -48,7 +48,14 @@ _VARIANCES = ("estimator_variance", "dequantization_variance")
 
 
 def run(config: DictConfig) -> float:
-    """Evaluate, as `configs/evaluate.yaml` composes it, and return the mean negative log-likelihood in nats."""
+    """Evaluate a trained density, as `configs/evaluate.yaml` composes it.
+
+    Returns:
+        The mean negative log-likelihood in nats.
+
+    Raises:
+        DivflowError: a setting, the checkpoint, the data or the solve is not what it needs to be.
+    """
     check_model(config)
     out = check_output(config.out, (".csv", ".npy"), config.overwrite)
     minutes = config.max_minutes
@@ -87,9 +94,9 @@ def run(config: DictConfig) -> float:
 
 
 def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -> tuple["Parts", Tensor, Any]:
-    """The parts of a split, the numbers of its rows in the file, and their data module, where it is one of divflow's.
+    """Parts of a split, the numbers of its rows in the file, and the data module, if it is one of divflow's.
 
-    All rows of a file are those of the file, in its order. A split is that of the training, unless these are other data.
+    With split=all the rows are those of the file, in its order. Other splits are those of the training, unless these are other data.
     """
     from divflow.data import Table  # here, since it imports Lightning
     from divflow.data.batch import parts_of
@@ -129,7 +136,7 @@ def _joined(parts: "list[Parts]") -> "Parts":
 
 
 def _expect(fabric: "Fabric", density: FlowDensity, parts: "Parts", size: int, max_minutes: float | None) -> None:
-    """Say what it will take, where that is long."""
+    """Report how long the evaluation will take, if that is long."""
     x, rows = parts.x[:size].to(fabric.device), -(-len(parts.x) // fabric.world_size)
     context = mapped(lambda leaf: leaf.to(fabric.device), context_rows(parts.context, slice(size)))
     notice = expect(density.to(fabric.device), x, context, rows, "the evaluation", max_minutes, _CHEAPER)
@@ -141,7 +148,7 @@ def _check_within(density: FlowDensity, rows: Tensor, numbers: Tensor) -> None:
     """Refuse rows beyond the bounds that the density was trained with.
 
     Raises:
-        ConfigError: with their numbers: their density is zero, and the mean of all would be -inf.
+        ConfigError: with their numbers. Their density is zero, so the mean of all log-densities would be -inf.
     """
     outside = torch.cat([density.transform(part, values=False)[1].isneginf() for part in rows.split(10_000)])
     if not outside.any():
@@ -163,9 +170,9 @@ def _evaluated(
     size: int,
     seed: int | None,
 ) -> dict[str, Tensor]:
-    """What is known of every row, by name, `(n,)`; NaN where it is not. Each process takes its share of the batches.
+    """Values of every row by name, `(n,)`, NaN where unknown. Each process evaluates its share of the batches.
 
-    A batch has noise of its own, so that the numbers are the same for any number of processes.
+    Each batch has its own noise, so that the numbers are the same for any number of processes.
     """
     from divflow.data.order import combined_seed
     from divflow.tasks.likelihood_values import likelihood_values
@@ -192,7 +199,7 @@ def _evaluated(
 def _metrics(
     values: dict[str, Tensor], weight: Tensor | None, bit_per_dim: float | None, warn: bool
 ) -> dict[str, float]:
-    """Means, by weight where rows have one, with their standard errors, by the names of a run's results; `warn`: warn of a large quadrature error."""
+    """Means with their standard errors, by weight if rows have one, by the names of a run's results; `warn`: warn of a large quadrature error."""
     from divflow.tasks.metrics import MeanWithStandardError, summarized, warn_of_quadrature
 
     averages: dict[str, MeanWithStandardError] = {}

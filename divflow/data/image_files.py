@@ -15,22 +15,22 @@ from divflow.data.module import DataError
 __all__ = ["read_images"]
 
 _SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-# What Pillow calls them, and how many channels they have; bilevel images and palettes become these without loss.
+# Pillow's modes, with their numbers of channels; bilevel images and palettes become these without loss.
 _CHANNELS = {"L": 1, "RGB": 3}
 _LOSSLESS = {"1": "L", "P": "RGB"}
 
 
 def read_images(path: str | Path, key: str | None = None, mode: str | None = None) -> Tensor:
-    """All images under a path, uint8 or uint16 `(n, channels, height, width)`, with one channel (grey) or three (colours).
+    """Read all images under a path, uint8 or uint16 `(n, channels, height, width)`, with one channel (grey) or three (colours).
 
     Args:
-        path: a folder, whose image files are read in the order of their paths, those of its subfolders, too; or an
-            `.npy` or `.npz` file, see `Images`.
-        key: which of an `.npz` file's arrays.
-        mode: "L" or "RGB", into which image files are converted; None for as they are.
+        path: folder, whose image files are read in the order of their paths, including those of subfolders; or an `.npy` or
+            `.npz` file, see `Images`.
+        key: name of the array in an `.npz` file.
+        mode: "L" or "RGB", to which image files are converted; None to keep them as they are.
 
     Raises:
-        DataError: what can't be used, by name.
+        DataError: naming the file that can't be used.
     """
     path = Path(path).expanduser()
     if mode not in (None, *_CHANNELS):
@@ -77,10 +77,10 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _read_image(path: Path, mode: str | None) -> np.ndarray:
-    """One image as uint8 or uint16 `(channels, height, width)`, the right way up."""
+    """Read one image as uint8 or uint16 `(channels, height, width)`, turned upright."""
     try:
         with Image.open(path) as image:
-            deep = _is_deep(image)  # which loading forgets
+            deep = _is_deep(image)  # which is lost in loading
             image.load()
             _check_image(image, path, mode, deep)
             upright = ImageOps.exif_transpose(image)
@@ -97,13 +97,13 @@ def _read_image(path: Path, mode: str | None) -> np.ndarray:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether the file of an image that is not loaded yet has 16 bits a value."""
+    """Whether an image file that is not loaded yet has 16 bits a value."""
     ways = [tile[3] for tile in getattr(image, "tile", [])]
     return image.mode.startswith("I;16") or any(";16" in str(way) or _largest(way) > 255 for way in ways)
 
 
 def _largest(way: Any) -> int:
-    """What a .ppm file says is its largest value, as Pillow's decoder is told it."""
+    """Largest value that a .ppm file declares, as Pillow's decoder receives it."""
     return next((it for it in way if isinstance(it, int)), 0) if isinstance(way, tuple) and way[:1] == ("RGB",) else 0
 
 
@@ -140,7 +140,7 @@ def _described(image: np.ndarray) -> str:
 
 def _load_array(path: Path, key: str | None) -> np.ndarray:
     try:
-        with path.open("rb") as file:  # which numpy would leave open where it fails
+        with path.open("rb") as file:  # which numpy would leave open after an error
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 if key is not None:

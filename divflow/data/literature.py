@@ -1,4 +1,4 @@
-"""The five tables by which the literature compares density estimators, from files as its preprocessing leaves them."""
+"""The five tables on which the literature compares density estimators, from prepared files."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -31,14 +31,14 @@ _LAYOUTS = {
 
 
 class Literature(TensorDataModule):
-    """POWER, GAS, HEPMASS, MINIBOONE or BSDS300, as Papamakarios et al. 2017 (arXiv:1705.07057) prepare them.
+    """POWER, GAS, HEPMASS, MINIBOONE or BSDS300, as prepared by Papamakarios et al. 2017 (arXiv:1705.07057).
 
-    Their code cleans, standardizes and splits the raw files; what it leaves is read from three arrays in one folder,
+    Their code cleans, standardizes and splits the raw files. Save its result as three arrays in one folder,
 
         {train,val,test}.npy      of floats, (rows, columns)
 
-    written by, for instance, `np.save("power/train.npy", POWER().trn.x)`, and `.val.x` and `.tst.x`. Rows and columns must be
-    the paper's, or likelihoods could not be compared with published ones. Nothing is standardized again: densities are
+    for example by `np.save("power/train.npy", POWER().trn.x)`, and `.val.x` and `.tst.x`. Rows and columns must be those of
+    the paper, or likelihoods could not be compared with published ones. Nothing is standardized again: densities are
     those of the prepared values, in nats, as published.
 
     | name | columns | training rows | validation | test |
@@ -50,14 +50,14 @@ class Literature(TensorDataModule):
     | `bsds300` | 63 | 1,000,000 | 50,000 | 250,000 |
 
     Args:
-        name: which.
-        path: the folder of the three files.
+        name: name of the table.
+        path: folder of the three files.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
-        seed: of the order of the training rows; the split is the literature's.
+        seed: of the order of the training rows; the split is that of the literature.
 
     Raises:
-        DataError: another name, no such file, or another layout, with what the file has and what is expected.
+        DataError: the name is another one, a file does not exist, or has another layout than expected.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A LightningDataModule of one's own, which divflow knows nothing of: the shapes and the parts of its batches."""
+"""Your own LightningDataModule: the shapes and the parts of its batches."""
 
 from collections.abc import Iterator
 
@@ -16,10 +16,10 @@ _STAGES = {"train": "fit", "val": "validate", "test": "test"}
 
 
 def check_loaders(data: L.LightningDataModule) -> None:
-    """Refuse a data module without one of the three loaders that a run takes.
+    """Refuse a data module without one of the three loaders that a run needs.
 
     Raises:
-        DataError: naming what is missing.
+        DataError: naming the missing loaders.
     """
     if not isinstance(data, L.LightningDataModule):
         raise DataError(
@@ -34,17 +34,17 @@ def check_loaders(data: L.LightningDataModule) -> None:
 
 
 def first_parts(data: L.LightningDataModule, keys: Keys | None) -> Parts:
-    """The parts of the first training batch, from which the shapes are known; the random numbers stay where they were.
+    """Parts of the first training batch, from which the shapes are known; the state of random numbers is restored.
 
     Raises:
-        DataError: there is no batch, or it is none that `parts_of` knows.
+        DataError: there is no batch, or `parts_of` refuses it.
     """
     with torch.random.fork_rng(devices=[]):
         return next(_batches(data, "train", keys))
 
 
 def split_parts(data: L.LightningDataModule, split: str, keys: Keys | None) -> list[Parts]:
-    """The parts of all batches of a split, "train", "val" or "test", as its loader gives them.
+    """Parts of all batches of a split, "train", "val" or "test", in the order of its loader.
 
     Raises:
         DataError: as `first_parts`.
@@ -70,5 +70,5 @@ def _batches(data: L.LightningDataModule, split: str, keys: Keys | None) -> Iter
 
 
 def is_features(context: object) -> bool:
-    """Whether a context is what networks of divflow take: floating-point features, `(k, features)`."""
+    """Whether divflow's networks take a context: floating-point features `(k, features)`."""
     return isinstance(context, Tensor) and context.ndim == 2 and context.is_floating_point()

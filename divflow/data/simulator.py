@@ -1,4 +1,4 @@
-"""Parameters and what a simulator makes of them, for posteriors p(parameters | observation) by conditional flows."""
+"""Parameters and their simulations, for posteriors p(parameters | observation) by conditional flows."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -22,29 +22,29 @@ Prior = Ranges | Distribution
 
 
 class Simulator(TensorDataModule):
-    """Parameters drawn from a prior, each with a simulation as its context; the flow's density is the posterior.
+    """Your own simulator: parameters drawn from a prior, each with its simulation as context; the density of the flow is the posterior.
 
-    A conditional flow that maximizes the likelihood of parameters given simulations, or matches them, estimates the posterior for
-    every observation at once (neural posterior estimation, Papamakarios and Murray 2016). Parameters and simulations are in
-    their own units, and standardized by `transform` and `context_transform`, which are fitted on the training rows and saved with
-    the density. Simulations that are expensive, or were made elsewhere, are a `Table` with a context.
+    A conditional flow that is trained on these pairs, by maximum likelihood or flow matching, estimates the posterior for every
+    observation at once (neural posterior estimation, Papamakarios and Murray 2016). Parameters and simulations are in
+    their own units. `transform` and `context_transform` standardize them, are fitted on the training rows, and are saved with
+    the density. For simulations that are expensive, or were made elsewhere, use a `Table` with a context.
 
     Args:
-        simulate: simulations `(n, ...)` of parameters `(n, D)`, a tensor or an array, which are flattened; `generator=` is
-            given to one that takes it, and others find torch's, numpy's and Python's seeded.
-        prior: of the parameters.
-        num_simulations: of which a tenth is for validation.
-        num_test: further simulations, for the test.
+        simulate: function of parameters `(n, D)` that returns simulations `(n, ...)`, a tensor or an array, which are flattened. It gets
+            `generator=` if it takes that; otherwise torch's, numpy's and Python's generators are seeded.
+        prior: distribution of the parameters, or their ranges.
+        num_simulations: number of simulations, a tenth of them for validation.
+        num_test: number of further simulations, for the test.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
         seed: of all simulations.
 
     Attributes:
-        columns: the names of the parameters.
-        context_columns: the names of the simulations' entries.
+        columns: names of the parameters.
+        context_columns: names of the entries of a simulation.
 
     Raises:
-        DataError: too few simulations, a prior that is none, or simulations of another number, not finite or constant.
+        DataError: there are too few simulations, the prior is no prior, or simulations are of another number, not finite or constant.
 
     Example:
         >>> data = Simulator(lambda p: p.square() + torch.randn(len(p), 1), {"rate": (0, 2)}, 100, 20)

@@ -1,4 +1,4 @@
-"""What a table may hold that is no datum, or has no density: it is used as it is, and warned of."""
+"""Warnings about a table: columns and rows that are probably no data, or have no density, but are used as they are."""
 
 import warnings
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from divflow.data.module import listed
 
 __all__ = ["warn_of_suspicious"]
 
-# Whole numbers from here on are not all float64's, and beyond these they are no ids.
+# float64 does not hold all whole numbers from the first on; beyond the second they are no ids.
 _DIGITS = 2.0**53, 1e30
-# Share of the rows that may repeat others by chance, as rounded ones do.
+# Share of the rows that may repeat others by chance, for example after rounding.
 _FEW = 0.01
 
 
@@ -21,12 +21,12 @@ def warn_of_suspicious(
     """Warn of columns that are modelled as continuous and probably are not, and of repeated rows.
 
     Args:
-        rows: of the file, in its order, `(n, columns)`.
-        digests: of the rows, `row_digests`.
-        names: of the columns.
-        modelled: those that are, the others are given.
-        discrete: those that get noise.
-        file: its name.
+        rows: rows of the file, in its order, `(n, columns)`.
+        digests: digests of the rows, by `row_digests`.
+        names: names of the columns.
+        modelled: names of the modelled columns; the others are context.
+        discrete: names of the columns that get noise.
+        file: name of the file.
     """
     continuous = [(name, rows[:, names.index(name)]) for name in modelled if name not in discrete]
     whole = {name: column for name, column in continuous if bool((column == column.round()).all())}

@@ -1,4 +1,4 @@
-"""The columns of a text file as numbers, and what to do about those that are none."""
+"""Columns of a text file as numbers, with advice for those that are not."""
 
 import warnings
 from pathlib import Path
@@ -16,10 +16,10 @@ _FEW_KINDS = 20
 
 
 def read_text(path: Path, written: TextFormat) -> pa.Table:
-    """A `.csv`, with a header or without one: a first row that is all numbers is data.
+    """Read a `.csv` with or without a header; a first row that holds only numbers is data.
 
     Raises:
-        DataError: it looks as if it were written otherwise.
+        DataError: the file seems to have another format.
         ArrowException: it can't be read.
     """
     written = apparent_format(path, written)
@@ -46,7 +46,7 @@ def read_text(path: Path, written: TextFormat) -> pa.Table:
 
 
 def _ungrouped(table: pa.Table, written: TextFormat) -> pa.Table:
-    """Columns of text that are numbers whose digits are grouped, as numbers."""
+    """Convert columns of text that are numbers with grouped digits."""
     for i, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if not pa.types.is_string(column.type) or not pc.all(_match(column, written.number)).as_py():
             continue
@@ -70,7 +70,7 @@ def check_numbers(table: pa.Table, file: str, written: TextFormat) -> None:
     """Refuse columns that are not numbers.
 
     Raises:
-        DataError: naming them, or the rows that are not, and what to do.
+        DataError: naming the columns, or the rows that are not numbers, and what to do.
     """
     columns = zip(table.column_names, table.columns, strict=True)
     others = {name: column for name, column in columns if not is_numeric(column.type) and len(column)}
@@ -96,7 +96,7 @@ def check_numbers(table: pa.Table, file: str, written: TextFormat) -> None:
 
 
 def _check_marks(name: str, column: pa.ChunkedArray, file: str, written: TextFormat) -> None:
-    """Refuse a column of numbers, all but a few of which are something else, such as '?' where there is no value."""
+    """Refuse a column of numbers that has a few other values, such as '?' for a missing one."""
     numbers = pc.or_(_match(column, written.number), _match(column, r"^\s*$|^(NA|N/A|#N/A|NaN|nan|null|NULL|-?inf)$"))
     others = pc.indices_nonzero(pc.invert(numbers)).to_pylist()
     if not others or len(others) > len(column) / 2:
@@ -110,7 +110,7 @@ def _check_marks(name: str, column: pa.ChunkedArray, file: str, written: TextFor
 
 
 def _remedy(columns: list[pa.ChunkedArray], written: TextFormat) -> str:
-    """What columns of text may be: numbers in another format, the same for all of them if there is one, or categories."""
+    """Advice for columns of text: numbers in another format, the same for all if there is one, or categories."""
     if not columns:
         return ""
     fitting: list[set[str]] = []
@@ -133,7 +133,7 @@ def _remedy(columns: list[pa.ChunkedArray], written: TextFormat) -> str:
 
 
 def _other_formats(written: TextFormat) -> dict[str, TextFormat]:
-    """Ways in which numbers are written, by what sets them on a command line."""
+    """Other formats of numbers, by the settings that choose them on a command line."""
     ways = {}
     for decimal, thousands in ((",", None), (".", ","), (",", "."), (".", " "), (",", " "), (".", "'")):
         settings = [f"\"data.decimal='{decimal}'\""] if decimal != written.decimal else []

@@ -1,4 +1,4 @@
-"""How columns and numbers are written in a text file: what a user says of it, and what its first lines look like."""
+"""Format of columns and numbers in a text file: as the user gives it, and as its first lines show it."""
 
 import codecs
 import io
@@ -20,16 +20,16 @@ _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.B
 
 @dataclass(frozen=True)
 class TextFormat:
-    r"""Of a `.csv`.
+    r"""Format of a `.csv`.
 
     Args:
-        separator: of columns, one character; `\t`, as a command writes it, is the tab.
-        decimal: what stands before the fraction of a number, one character.
-        thousands: what groups the digits of a number, one character; None for nothing.
-        encoding: such as "latin-1"; None for UTF-8, or UTF-16 where the file begins with its mark.
+        separator: separator of columns, one character; `\t`, as a command writes it, is the tab.
+        decimal: decimal mark of a number, one character.
+        thousands: character that groups the digits of a number; None for none.
+        encoding: encoding such as "latin-1"; None for UTF-8, or UTF-16 if the file begins with its mark.
 
     Raises:
-        DataError: no characters, or the same for two of them; an encoding that there is not.
+        DataError: not single characters, or two of them are equal; there is no such encoding.
     """
 
     separator: str = ","
@@ -55,7 +55,7 @@ class TextFormat:
 
     @property
     def number(self) -> str:
-        """A regular expression of numbers, as pyarrow takes it."""
+        """Regular expression of numbers, for pyarrow."""
         grouped = "" if self.thousands is None else rf"[0-9]{{1,3}}(?:{re.escape(self.thousands)}[0-9]{{3}})+|"
         fraction = rf"{re.escape(self.decimal)}[0-9]*"
         whole = rf"(?:{grouped}[0-9]+)(?:{fraction})?|{re.escape(self.decimal)}[0-9]+"
@@ -80,11 +80,10 @@ def apparent_format(path: Path, written: TextFormat) -> TextFormat:
 
 
 def check_apparent(path: Path, written: TextFormat) -> None:
-    """Refuse a file whose first lines look otherwise.
+    """Refuse a file whose first lines show another format.
 
     Raises:
-        DataError: they are in another encoding; by another separator they have one number of columns, at least 2, and by
-            this one they have not.
+        DataError: they have another encoding, or the same number of columns, at least 2, by another separator but not by this one.
     """
     try:
         with pa.input_stream(str(path)) as file, io.TextIOWrapper(file, written.encoding) as text:

@@ -1,4 +1,4 @@
-"""The Boltzmann density of four particles in the plane by quadrature: log Z and the distribution of a pair's distance."""
+"""Boltzmann density of four particles in the plane by quadrature: log Z and the distribution of a pair's distance."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from divflow.errors import check_count, check_positive
 
 __all__ = ["Quartet", "quartet"]
 
-# In nats and in probability, between two grids.
+# Largest change between two grids, in nats and in probability.
 _TOLERANCE = 1e-4
 # Each grid is finer than the one before by a half, and pairs may be farther apart: where exp(-u) is above exp(-depth) of its maximum.
 _SHARES = (8 / 27, 4 / 9, 2 / 3, 1)
@@ -20,14 +20,14 @@ _DEPTHS = (30.0, 36.0, 43.0, 52.0)
 
 
 class Quartet(NamedTuple):
-    """What quadrature says of four particles in the plane.
+    """Results of the quadrature for four particles in the plane.
 
     Attributes:
         log_normalizer: log Z over states whose centre of mass is zero, in nats.
-        beyond: P(r > split), of the distance r of any pair.
+        beyond: P(r > split), r being the distance of any pair.
         distances: nodes r, ascending, `(nodes,)`, in float64.
         density: p(r) at the nodes, `(nodes,)`.
-        weights: of the nodes, so that the mean of h(r) is the sum of weights * density * h(distances).
+        weights: weights of the nodes, such that the mean of h(r) is the sum of weights * density * h(distances).
     """
 
     log_normalizer: float
@@ -38,24 +38,24 @@ class Quartet(NamedTuple):
 
 
 def quartet(energy: PairEnergy, split: float, points: int = 432) -> Quartet:
-    """Log Z and p(r), on a grid that is made finer and wider until neither log Z nor P(r > split) changes by 1e-4.
+    """Compute log Z and p(r), refining and widening a grid until neither log Z nor P(r > split) changes by 1e-4.
 
-    At a fixed distance r of particles 1 and 2 the others see these and each other: with w(y) = exp(-u(|y - x_1|) - u(|y - x_2|)),
+    At a fixed distance r of particles 1 and 2, with w(y) = exp(-u(|y - x_1|) - u(|y - x_2|)) for the two others,
 
         4 Z p(r) = 2 pi r exp(-u(r)) integral of w(y) w(z) exp(-u(|y - z|)) dy dz
 
-    where 4 = n^(d/2) is the volume of the coordinates relative to particle 1, in that of the subspace. The convolution is taken by FFT on a
-    periodic grid, and the trapezoidal rule is as good as the functions are smooth; over r it is Gauss and Legendre's rule, below and beyond a
-    split. Pairs that may meet, or wells that four particles in the plane can't all be in, make it hard.
+    where 4 = n^(d/2) converts the volume of coordinates relative to particle 1 to that of the subspace. The convolution is an FFT on a
+    periodic grid; its trapezoidal rule is as accurate as the functions are smooth. Over r the rule is Gauss-Legendre, below and beyond
+    `split`. Pairs that may meet, or wells that four particles in the plane can't all occupy, make the integral hard.
 
     Args:
-        energy: of 4 particles in 2 dimensions.
+        energy: energy of 4 particles in 2 dimensions.
         split: a distance, such as that between two wells.
-        points: of the finest grid that is tried, in each direction; some seconds, growing with their cube.
+        points: points of the finest grid in each direction. The cost, a few seconds, grows with their cube.
 
     Raises:
-        EnergyError: an energy of other particles, or one that does not hold them together; a split that no pair reaches; a density that the
-            finest grid does not resolve.
+        EnergyError: the energy is of other particles or does not bind them, no pair reaches the split, or the finest grid does not
+            resolve the density.
     """
     check_energy(energy)
     check_positive("split", split)

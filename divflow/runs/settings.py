@@ -1,4 +1,4 @@
-"""The settings of a run, checked before anything is built of them."""
+"""Checks of the settings of a run, before anything is built from them."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from divflow.saved.build import WAYS, ConfigError, build_ways
 __all__ = ["check_paths", "check_settings", "check_values"]
 
 _LARGEST = 3.4e38
-# Settings that are lists, with what they look like.
+# Settings that are lists, with an example.
 _LISTS = {
     **dict.fromkeys(("hidden", "joint", "channels", "block_out_channels", "event_shape"), "[64,64]"),
     **dict.fromkeys(("down_block_types", "up_block_types"), "[DownBlock2D,AttnDownBlock2D]"),
@@ -22,14 +22,14 @@ _LISTS = {
 
 
 def check_settings(config: DictConfig) -> None:
-    """Refuse what can be seen to be wrong at once: before Lightning is there, whose import takes seconds.
+    """Refuse wrong settings before Lightning is imported, which takes seconds.
 
     Args:
         config: of a whole run.
 
     Raises:
-        ConfigError: a value is missing, a file or folder that is named is not there, or times are those of another task.
-        DivflowError: an estimator, a likelihood or a solver is given an option that it does not take.
+        ConfigError: a value is missing, a file or folder does not exist, or `times` are those of another task.
+        DivflowError: an estimator, a likelihood or a solver does not take an option.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} must be given. Add {missing[0]}=...")
@@ -48,7 +48,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def _check_groups(config: DictConfig) -> None:
-    """What is chosen of a group, or named by its class; the settings of Lightning are no class."""
+    """Check that each group is chosen, or names a class; the settings of Lightning name none."""
     groups = {name: config.get(name) for name in ("trainer", "device", "callbacks", "evaluation")}
     for name, value in groups.items():
         if not isinstance(value, DictConfig):
@@ -64,7 +64,7 @@ def _check_groups(config: DictConfig) -> None:
 
 
 def check_values(value: Any, name: str = "") -> None:
-    """Refuse what no setting can be: numbers that a computer's do not hold, and classes that have no name.
+    """Refuse numbers that a computer's numbers do not hold, and classes without a name.
 
     Raises:
         ConfigError: naming the setting and its value.
@@ -81,7 +81,7 @@ def check_values(value: Any, name: str = "") -> None:
 
 
 def _check_lists(settings: Any, place: str = "") -> None:
-    """Refuse text where a list belongs, which Python would take letter by letter; where names belong, it is one name."""
+    """Refuse text in place of a list, which Python would read letter by letter; where a list of names belongs, text is one name."""
     for name, value in settings.items() if isinstance(settings, Mapping) else ():
         if name in _LISTS and isinstance(value, str):
             raise ConfigError(f"{place}{name} must be a list, such as {_LISTS[name]}, but is the text {value!r}")
@@ -89,7 +89,7 @@ def _check_lists(settings: Any, place: str = "") -> None:
 
 
 def _check_times(config: DictConfig) -> None:
-    """One group holds the times of both tasks: densities that flow matching draws from, and weights over an SDE's."""
+    """Check `times`, one group for both tasks: densities of times for flow matching, weights over the times of an SDE."""
     if "times" not in config:
         return
     drawn = config.times.get("_target_")
@@ -100,7 +100,7 @@ def _check_times(config: DictConfig) -> None:
 
 
 def check_paths(paths: Mapping[str, str | None]) -> None:
-    """Refuse settings, by name, that are the path of nothing: data may be a file or a folder, anything else is a file.
+    """Refuse settings that are paths of nothing: data may be a file or a folder, anything else is a file.
 
     Raises:
         ConfigError: naming the setting and where it was looked for.

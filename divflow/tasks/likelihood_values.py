@@ -1,4 +1,4 @@
-"""What is said of a batch's log-density, and of discrete data through the noise that makes them continuous."""
+"""Log-densities of a batch with their errors and costs, and those of discrete data through the noise that makes them continuous."""
 
 import math
 import warnings
@@ -23,22 +23,26 @@ def likelihood_values(
     num_draws: int = 1,
     generator: Generator | None = None,
 ) -> Values:
-    """Values per sample, by name, None where unknown: `nll` and `gap` (nats), evaluations, errors, `bits_per_dim`.
+    """Evaluate the log-density of each sample of a batch, with its errors and costs.
 
-    Those of discrete data are averages over K draws of their noise. With b_k = log p(y_k) - log q(u_k) for draw k of a
-    sample, whose mean gives its bits per dimension, what varies from draw to draw is the noise and the probes,
+    For discrete data, values are averages over K draws of the dequantization noise. Let b_k = log p(y_k) - log q(u_k) for draw k of a
+    sample; its mean gives the bits per dimension. The draws differ by the noise and the probes,
 
         var_k(b_k) / K = dequantization_variance + estimator_variance      in nats^2, in expectation
 
-    and log mean_k exp(b_k) gives the importance-weighted bits per dimension. These are not taken of estimated
-    densities, whose error would raise them.
+    and log mean_k exp(b_k) gives the importance-weighted bits per dimension. Estimated densities have no importance-weighted
+    value, because the error of an estimate would raise it.
 
     Args:
-        density: that judges.
-        batch: data `(k, *event)`, or these and their context, as `parts_of` takes them.
-        data: the data module, where it is one of divflow's.
-        num_draws: K, of the noise of discrete data; the batch itself is the first draw.
+        density: density to evaluate.
+        batch: data `(k, *event)`, or data and context, as `parts_of` takes them.
+        data: the data module, if it is one of divflow's.
+        num_draws: K. The batch itself is the first draw.
         generator: of probes and noise; torch's default one if None.
+
+    Returns:
+        Values per sample `(k,)` by name, None where unknown: `nll` and `gap` (nats), `bits_per_dim`, `nfe` and `nfe_divergence`
+        (evaluations), `quadrature_error` (nats), `estimator_variance` (nats^2), and the two of discrete data above.
     """
     x, context, _ = parts_of(batch)
     draws = [_one_draw(density, x, context, data, generator)]

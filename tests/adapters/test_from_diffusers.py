@@ -276,7 +276,7 @@ REFUSED = {
     "no config": (SimpleNamespace(alphas_cumprod=LINEAR), "prediction_type.*None"),
     "rising": (
         SimpleNamespace(alphas_cumprod=LINEAR.flip(0), config=SimpleNamespace(prediction_type="sample")),
-        "falling",
+        "decreasing",
     ),
     "one step": (
         SimpleNamespace(alphas_cumprod=LINEAR[:1], config=SimpleNamespace(prediction_type="sample")),

@@ -182,7 +182,7 @@ from divflow.flow.transforms import Affine
 def bare(**options):
     return from_flow_matching(lambda x, t: -x, (1, 8, 8), **options)
 
-def told():
+def informed():
     return bare(data_range=(-1, 1))
 
 def scaled():
@@ -202,7 +202,11 @@ def test_images_are_brought_to_the_range_of_a_model_trained_elsewhere(best, tmp_
 
     names, expected = evaluated("scaled")
     assert "bits_per_dim" in names
-    for values in (evaluated("told"), evaluated("bare", "data_range=[-1,1]"), evaluated("told", "data_range=[-1,1]")):
+    for values in (
+        evaluated("informed"),
+        evaluated("bare", "data_range=[-1,1]"),
+        evaluated("informed", "data_range=[-1,1]"),
+    ):
         np.testing.assert_allclose(values[1], expected, rtol=1e-6)
     x = torch.cat([part.rows for part in [divflow.data.Digits((1, 8, 8)).test]])
     truth = torch.distributions.Normal(0.0, np.exp(-1.0)).log_prob(2 * x - 1).sum(dim=(1, 2, 3)) + 64 * np.log(2)
@@ -211,7 +215,7 @@ def test_images_are_brought_to_the_range_of_a_model_trained_elsewhere(best, tmp_
     np.testing.assert_allclose(expected[:, names.index("bits_per_dim")], bits, rtol=1e-4)
     assert (evaluated("bare")[1][:, 0] > expected[:, 0]).all()  # of other pixels, which are less far from its mode
     run = ["evaluate", "overwrite=true"]
-    assert "transform of its own" in refused(*run, "model._target_=own_pixels.scaled", *digits, "data_range=[-1,1]")
+    assert "its own transform" in refused(*run, "model._target_=own_pixels.scaled", *digits, "data_range=[-1,1]")
     assert "data_range must be a range" in refused(*run, "model._target_=own_pixels.bare", *digits, "data_range=[1,-1]")
     assert "not discrete" in refused(*run, "model._target_=own_pixels.bare", "data=two_moons", "data_range=[-1,1]")
     main(["sample", "model._target_=own_pixels.told", "num_samples=4", "out=a.png", *digits])

@@ -46,7 +46,7 @@ def test_the_sizes_are_shares_of_a_tenth():
         (np.zeros((100, 43)), r"of shape \(100, 43\), but .*\(29556, 43\) in this file, as prepared by Papamakarios"),
         (np.zeros((29_556, 43), np.int64), "int64 of shape"),
         (np.full((29_556, 43), np.nan), "29556 of 29556 rows are not finite"),
-        (np.full((29_556, 43), 1e300), r"has 1e\+300, which is beyond float32"),
+        (np.full((29_556, 43), 1e300), r"has the value 1e\+300, which is beyond float32"),
         (np.array([{}], dtype=object), r"could not be read as \.npy"),
     ],
 )

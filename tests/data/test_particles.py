@@ -138,7 +138,7 @@ def test_what_is_damaged_is_made_anew(tmp_path, kept, made, capsys, harm):
     damage(path)
     again = particles(tmp_path, LennardJones(3, 2))
     assert len(made) == 1
-    assert re.search(f"{why}.*made anew", capsys.readouterr().out)
+    assert re.search(f"{why}.*Making it again", capsys.readouterr().out)
     assert torch.equal(first.train.rows, again.train.rows)
     particles(tmp_path, LennardJones(3, 2))
     assert len(made) == 1

@@ -133,7 +133,7 @@ def test_a_separator_is_taken_and_a_missing_one_is_reported(tmp_path, separator)
     given = "\\t" if separator == "\t" else separator  # as on a command line
     data = Table(tmp_path / "t.csv", separator=given)
     assert data.columns == ["a", "b"]
-    with pytest.raises(DataError, match=re.escape(f"seem to be separated by {separator!r}, and not by ','")):
+    with pytest.raises(DataError, match=re.escape(f"seem to be separated by {separator!r}, not by ','")):
         Table(tmp_path / "t.csv")
 
 

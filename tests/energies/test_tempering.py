@@ -167,7 +167,7 @@ def test_energies_that_are_refused(energy, message):
 
 
 def test_a_target_out_of_reach_is_refused():
-    with pytest.raises(EnergyError, match=r"exchanges 0\.\d%.*more rungs"):
+    with pytest.raises(EnergyError, match=r"exchanges only 0\.\d%.*more rungs"):
         Tempering(rungs=1, **SHORT)(Springs(stiffness=4_000.0), 200, seed())
 
 

@@ -143,7 +143,7 @@ def test_where_particles_meet_it_is_smooth(kind):
     [
         ({"event_shape": (3,)}, NetworkError, r"GNN.*\(3,\)"),
         ({"types": [0, 1]}, NetworkError, r"each of 4 particles.*\[0, 1\]"),
-        ({"types": [0, 1, -1, 0]}, NetworkError, "from 0"),
+        ({"types": [0, 1, -1, 0]}, NetworkError, "of at least 0"),
         ({"hidden": 0}, ValueError, "hidden.*0"),
         ({"layers": -1}, ValueError, "layers.*-1"),
     ],
@@ -155,5 +155,7 @@ def test_errors(kind, arguments, error, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_particles_of_another_number_are_refused(kind):
-    with pytest.raises(NetworkError, match=r"4 particles in 3 dimensions.*\(2, 5, 3\).*another number"):
+    with pytest.raises(
+        NetworkError, match=r"4 particles in 3 dimensions.*\(2, 5, 3\).*Build a network for that number"
+    ):
         KINDS[kind]((4, 3))(torch.tensor(0.0), torch.ones(2, 5, 3))
