@@ -24,7 +24,7 @@ X = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 
 
 class Slow(nn.Module):
-    """A velocity without closed form, of which each evaluation takes a while once it is told to."""
+    """A velocity without closed form, of which each evaluation takes a while once it is asked to."""
 
     pause = 0.0
 

@@ -1,4 +1,4 @@
-"""Any setting with any value: the run is made, or told in a line what is wrong with it."""
+"""Any setting with any value: the run is made, or a line reports what is wrong with it."""
 
 import random
 import re

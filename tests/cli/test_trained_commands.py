@@ -218,8 +218,8 @@ def test_images_are_brought_to_the_range_of_a_model_trained_elsewhere(best, tmp_
     assert "its own transform" in refused(*run, "model._target_=own_pixels.scaled", *digits, "data_range=[-1,1]")
     assert "data_range must be a range" in refused(*run, "model._target_=own_pixels.bare", *digits, "data_range=[1,-1]")
     assert "not discrete" in refused(*run, "model._target_=own_pixels.bare", "data=two_moons", "data_range=[-1,1]")
-    main(["sample", "model._target_=own_pixels.told", "num_samples=4", "out=a.png", *digits])
-    main(["sample", "model._target_=own_pixels.told", "num_samples=4", "out=a.npy"])
+    main(["sample", "model._target_=own_pixels.informed", "num_samples=4", "out=a.png", *digits])
+    main(["sample", "model._target_=own_pixels.informed", "num_samples=4", "out=a.npy"])
     assert np.load("a.npy").dtype == np.float64
 
 

@@ -1,4 +1,4 @@
-"""What a batch may be: nothing in it is left out without being told to."""
+"""What a batch may be: nothing in it is left out unless keys leave it out."""
 
 from collections import namedtuple
 

@@ -158,11 +158,11 @@ def test_closures_over_a_batch_are_warned_of_once_and_contexts_are_not():
         warnings.simplefilter("error")
         for _ in range(10):
             step(True)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(20):
             step(False)
-    (once,) = told
+    (once,) = caught
     assert once.category is FieldWarning
     assert "planned anew at each call" in str(once.message)
     assert "context=c" in str(once.message)

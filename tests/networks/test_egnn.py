@@ -110,8 +110,8 @@ class Seeing(HollowEGNN):
     """One whose messages have been where they go, as those of `EGNN`."""
 
     def conditioner(self, t, x):
-        told = super().conditioner(t, x)
-        return told + told.mean(dim=1, keepdim=True)
+        features = super().conditioner(t, x)
+        return features + features.mean(dim=1, keepdim=True)
 
 
 def test_what_is_not_hollow_is_refused():
