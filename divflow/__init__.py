@@ -1,4 +1,4 @@
-"""divflow: exact and estimated divergences, and the models trained or judged through them.
+"""divflow: exact and estimated divergences, and the models trained and evaluated through them.
 
 `divflow.divergence` is the heart and needs torch alone; `divflow.flow` holds continuous normalizing
 flows, those of `divflow.adapters` from models trained elsewhere; `divflow.load` brings a trained one back.
@@ -48,7 +48,6 @@ _MOVED = {
     "divflow.step_control": ["divflow.solver.step_control", "divflow.solver.norms"],
     "divflow.support": ["divflow.distributions.support"],
     "divflow.sweeps": ["divflow.runs.sweeps"],
-    "divflow.tasks.flow_density": ["divflow.tasks.judged_flow"],
     "divflow.transform": ["divflow.flow.transform"],
     "divflow.transforms": ["divflow.flow.transforms"],
     "divflow.units": ["divflow.flow.units"],

@@ -26,8 +26,8 @@ def unknown(code: list[tuple[str, str]], root: Path) -> list[str]:
     ]
 
 
-def judgements(code: list[tuple[str, str]]) -> list[str]:
-    """The lines of shell blocks that judge, sample or compare."""
+def evaluations(code: list[tuple[str, str]]) -> list[str]:
+    """The lines of shell blocks that evaluate, sample or compare."""
     return [line for line in _lines(code) if line.startswith(("divflow evaluate", "divflow sample", "divflow compare"))]
 
 

@@ -186,7 +186,7 @@ def test_a_peer_has_the_size_of_ours_and_the_density_of_the_data(monkeypatch, na
     assert peers.parameters(peer.model) == pytest.approx(size, rel=0.35)
     assert peers.train(peer, peers.endless(data), 0.2, 0.9) > 0
     assert peer.evaluations == 0
-    peer.judging()
+    peer.evaluating()
     axis = torch.linspace(-8, 8, 121, dtype=torch.float64)
     cell = (axis[1] - axis[0]) ** 2 * scales.prod()
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_flow_matching_learns_the_velocity_of_its_paths(monkeypatch):
         assert peer.loss(rows[:400], None) > best + 0.1
 
 
-def test_particles_are_judged_as_a_trace_by_products_would(monkeypatch, tmp_path):
+def test_particles_are_evaluated_as_a_trace_by_products_would(monkeypatch, tmp_path):
     from divflow.data import Particles
     from divflow.distributions import MeanFreeNormal
     from divflow.energies import DoubleWell, Tempering

@@ -1,4 +1,4 @@
-"""The commands, `divflow train`, `evaluate`, `sample` and `compare`: each in a file of its own, imported when it runs."""
+"""The commands `divflow train`, `evaluate`, `sample` and `compare`, each in its own file, which is imported when it runs."""
 
 import argparse
 import importlib
@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the command and its settings; those of this process if None.
 
     Raises:
-        SystemExit: with 1 and a message, something that a user can mend; with 2, no such command; with 130 or 143, it
-            was interrupted.
+        SystemExit: with 1 and a message for a mistake that the user can correct; with 2 for an unknown command; with 130 or 143
+            after an interruption.
     """
     try:
         with heard(), alone():
@@ -48,7 +48,7 @@ def _run(given: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(
         prog="divflow",
-        description="Train and judge densities with exact or estimated divergences.",
+        description="Train and evaluate densities with exact or estimated divergences.",
         epilog="divflow COMMAND --help lists the settings of a command.",
     )
     parser.add_argument("--version", action="version", version=f"divflow {divflow.__version__}")

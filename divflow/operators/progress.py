@@ -1,4 +1,4 @@
-"""How far a long evaluation is, told to whoever watches it."""
+"""Progress of a long evaluation, reported to those who watch it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 import torch
 
-__all__ = ["tell", "watched"]
+__all__ = ["report", "watched"]
 
 Watcher = Callable[[str, int, int], None]
 """Called with what is counted, how many are done, and how many there are."""
@@ -16,7 +16,7 @@ _WATCHERS: ContextVar[tuple[Watcher, ...]] = ContextVar("watchers", default=())
 
 @contextlib.contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Within it the watcher is told of every part of an evaluation that is done; what it raises ends the evaluation."""
+    """Report every finished part of an evaluation to the watcher, within this context; what the watcher raises ends the evaluation."""
     _WATCHERS.set((*_WATCHERS.get(), watcher))
     try:
         yield
@@ -24,8 +24,8 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _WATCHERS.set(tuple(other for other in _WATCHERS.get() if other is not watcher))
 
 
-def tell(what: str, done: int, total: int) -> None:
-    """Tell all watchers of this thread."""
+def report(what: str, done: int, total: int) -> None:
+    """Report to all watchers of this thread."""
     if torch.compiler.is_compiling():
         return
     for watcher in _WATCHERS.get():

@@ -1,4 +1,4 @@
-"""What a run is logged to: `metrics.csv`, and beside it what the user names."""
+"""Loggers of a run: `metrics.csv`, and those that the user names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +16,10 @@ __all__ = ["build_loggers", "log_settings"]
 
 
 def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
-    """The logger of `metrics.csv`, and that of a config, unless that is the same.
+    """Build the logger of `metrics.csv`, and that of a config unless it is the same.
 
     Raises:
-        ConfigError: it needs a package that is not installed.
+        ConfigError: the logger needs a package that is not installed.
     """
     table = CSVLogger(output, name="", version="")
     if config is None or config._target_.endswith(".CSVLogger"):
@@ -30,11 +30,13 @@ def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
         package = config._target_.rpartition(".")[2].removesuffix("Logger").lower()
-        raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
+        raise ConfigError(
+            f"logger={package} needs the package {package}, which is not installed. Install it: pip install {package}"
+        ) from error
 
 
 def log_settings(trainer: L.Trainer, config: DictConfig) -> None:
-    """Give the settings of a run to the loggers that show them; `config.yaml` has them for `metrics.csv`."""
+    """Pass the settings of a run to the loggers that show them; for `metrics.csv`, `config.yaml` has them."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger):

@@ -1,4 +1,4 @@
-"""Settings of the wrong type, told before anything is built: each is held to what the class that takes it is annotated with."""
+"""Checks of the types of settings, before anything is built: each must fit the annotation of the class that takes it."""
 
 import contextlib
 import inspect
@@ -16,19 +16,19 @@ from divflow.saved.build import ConfigError
 __all__ = ["check_arguments", "check_targets_arguments"]
 
 _NUMBERS = BeartypeConf(is_pep484_tower=True)  # a whole number is a float
-# Of Hydra, and not of the class.
+# Keys of Hydra, not arguments of the class.
 _RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
 def check_targets_arguments(settings: Any, name: str = "") -> None:
-    """Hold all settings of a config to the annotations of the classes that they name by `_target_`, wherever these stand.
+    """Check all settings of a config against the annotations of the classes that they name by `_target_`.
 
     Args:
         settings: plain values.
-        name: of what they are settings, for messages.
+        name: name of the settings, for messages.
 
     Raises:
-        ConfigError: naming the setting, its value, and what it must be; or an argument that the class does not take.
+        ConfigError: naming the setting, its value and what it must be; or an argument that the class does not take.
     """
     if isinstance(settings, list):
         settings = dict(enumerate(settings))
@@ -37,7 +37,7 @@ def check_targets_arguments(settings: Any, name: str = "") -> None:
     if "_target_" in settings:
         try:
             called = get_object(settings["_target_"])
-        except ImportError:  # which is told where it is built
+        except ImportError:  # which is reported when the class is built
             return
         check_arguments(called, settings, name)
     for key, value in settings.items():
@@ -45,10 +45,10 @@ def check_targets_arguments(settings: Any, name: str = "") -> None:
 
 
 def check_arguments(called: Any, settings: Mapping[str, Any], name: str) -> None:
-    """Hold settings to the annotations of a class or function; what has none, or a `_target_`, is left alone.
+    """Check settings against the annotations of a class or function; those without annotation, or with a `_target_`, are skipped.
 
     Raises:
-        ConfigError: naming the setting, its value, and what it must be.
+        ConfigError: naming the setting, its value and what it must be.
     """
     hints = _hints(called)
     for key, value in settings.items():
@@ -60,13 +60,13 @@ def check_arguments(called: Any, settings: Mapping[str, Any], name: str) -> None
 
 
 def _hints(called: Any) -> dict[str, Any]:
-    """Of the arguments, those that a class hands on to the one it is made from among them."""
+    """Annotations of the arguments, including those that a class passes on to its base."""
     classes = reversed(called.__mro__) if inspect.isclass(called) else ()
     hints: dict[str, Any] = {}
     for function in [vars(it)["__init__"] for it in classes if "__init__" in vars(it)] or [called]:
         parameters: Mapping[str, inspect.Parameter] = {}
         own: dict[str, Any] = {}
-        # What has no signature, or names that are there for type checkers alone, says nothing.
+        # Classes without signature, or with names for type checkers alone, are not checked.
         with contextlib.suppress(Exception):
             parameters = inspect.signature(function).parameters
             own = typing.get_type_hints(inspect.unwrap(function))
@@ -76,19 +76,19 @@ def _hints(called: Any) -> dict[str, Any]:
 
 
 def _is_built(value: Any) -> bool:
-    """Whether it is, or holds, what is made by a class of its own."""
+    """Whether a value is, or contains, one that a class of its own builds."""
     if isinstance(value, Mapping):
         return "_target_" in value or any(map(_is_built, value.values()))
     return isinstance(value, list) and any(map(_is_built, value))
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, bool) and hint in (int, float):  # which Python takes for a number
+    if isinstance(value, bool) and hint in (int, float):  # which is a number in Python
         return False
     forms = (value, tuple(value)) if isinstance(value, list) else (value,)
     try:
         return any(is_bearable(form, hint, conf=_NUMBERS) for form in forms)
-    except BeartypeException:  # a hint that it does not know
+    except BeartypeException:  # an annotation that beartype does not support
         return True
 
 

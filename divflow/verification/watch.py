@@ -1,4 +1,4 @@
-"""One verified evaluation of a user's function: what it did is watched, and what autograd makes of it is then judged."""
+"""One verified evaluation of a user's function: what it did is watched, and its derivatives are then compared with differences."""
 
 import warnings
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class Watch:
         return output
 
     def conclude(self, output: Tensor, point: Tensor, twice: bool) -> None:
-        """Judge what was seen.
+        """Check what was seen.
 
         Args:
             output: the value, as it was checked, with its graph.
@@ -95,9 +95,9 @@ class Watch:
                 "evaluate samples that belong together as one event"
             )
         record.wrong = False
-        self._judge(output, point)
+        self._compare(output, point)
 
-    def _judge(self, output: Tensor, point: Tensor) -> None:
+    def _compare(self, output: Tensor, point: Tensor) -> None:
         record = self._record
         if self._following is None or not isinstance(self._output, Tensor) or answer() == "allow":
             return
@@ -111,17 +111,17 @@ class Watch:
         elif found.verdict == "unknown":
             record.note = f"not compared with differences, though {suspicion}: {found.why}"
             if not output.requires_grad and "severed" in suspicion:
-                self._tell(f"autograd sees nothing of how the field depends on x: {suspicion}. {_REMEDY}", False)
+                self._report(f"autograd sees nothing of how the field depends on x: {suspicion}. {_REMEDY}", False)
         elif found.verdict == "wrong":
             record.wrong = True
-            self._tell(
+            self._report(
                 f"autograd does not see all of how the field depends on x: {suspicion}. A derivative is "
                 f"{found.difference:.6g} by central differences and {found.autograd:.6g} by autograd, so its divergence "
                 f"would be wrong. {_REMEDY}",
                 found.certain,
             )
 
-    def _tell(self, message: str, certain: bool) -> None:
+    def _report(self, message: str, certain: bool) -> None:
         if certain and answer() == "refuse":
             raise FieldError(message)
         if not self._record.warned:

@@ -1,4 +1,4 @@
-"""Any setting with any value: the run is made, or told in a line what is wrong with it."""
+"""Any setting with any value: the run is made, or a line reports what is wrong with it."""
 
 import random
 import re
@@ -87,8 +87,8 @@ def test_any_value_of_any_setting(run, number, tmp_path, monkeypatch, capsys):
         (["network._target_=3"], "network._target_ must name a class or function, .*but is 3"),
         (["network._target_=foo.Bar"], "Error locating target 'foo.Bar'$"),
         (["estimator=null"], "Config group override must be a string or a list. Got NoneType"),
-        (["data.batch_size=99999999999999999999999"], "data.batch_size=9+ is beyond what 64 bits hold"),
-        (["task.optimizer.lr=1e300"], "task.optimizer.lr=1e\\+300 is beyond what single precision holds"),
+        (["data.batch_size=99999999999999999999999"], "data.batch_size=9+ is beyond the largest number of 64 bits"),
+        (["task.optimizer.lr=1e300"], "task.optimizer.lr=1e\\+300 is beyond the largest number of single precision"),
         (["ckpt_path=3"], "ckpt_path must be a path, but is 3"),
         (["base=0"], "Config group override must be a string or a list. Got int"),
     ],

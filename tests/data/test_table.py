@@ -57,7 +57,7 @@ def test_a_csv_without_a_header_keeps_its_first_row(tmp_path):
     data = Table(tmp_path / "t.csv")
     assert sum(len(split.rows) for split in (data.train, data.val, data.test)) == 100
     pd.DataFrame(VALUES).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.warns(UserWarning, match=r"first row of t\.csv, 0, 1, is taken for data.*header=False"):
+    with pytest.warns(UserWarning, match=r"first row of t\.csv, 0, 1, is read as data.*header=False"):
         Table(tmp_path / "t.csv")
 
 
@@ -88,7 +88,7 @@ def test_bad_tables_name_what_is_wrong(tmp_path, kind):
 
 def test_bad_files(tmp_path):
     path = write(tmp_path, "csv")
-    with pytest.raises(DataError, match="no column c; it has a, b"):
+    with pytest.raises(DataError, match="no column c. Choose from a, b"):
         Table(path, columns=["a", "c"])
     with pytest.raises(DataError, match="no file"):
         Table(tmp_path / "nowhere.csv")
@@ -108,7 +108,7 @@ def test_bad_files(tmp_path):
         Table(tmp_path / "several.npy")
     (tmp_path / "twice.csv").write_text("a,b,a\n" + "1,2,3\n" * 30)
     for columns in (None, ["a"]):
-        with pytest.raises(DataError, match=r"columns of the same name: a, b, a; rename"):
+        with pytest.raises(DataError, match=r"columns of the same name: a, b, a\. Rename"):
             Table(tmp_path / "twice.csv", columns=columns)
     np.save(tmp_path / "objects.npy", np.array([[object()]]), allow_pickle=True)
     with pytest.raises(DataError, match="could not be read"):
@@ -128,12 +128,12 @@ def test_booleans_are_taken_as_zero_and_one(tmp_path):
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|", " "])
-def test_a_separator_is_taken_and_a_missing_one_is_told(tmp_path, separator):
+def test_a_separator_is_taken_and_a_missing_one_is_reported(tmp_path, separator):
     bad().to_csv(tmp_path / "t.csv", index=False, sep=separator)
     given = "\\t" if separator == "\t" else separator  # as on a command line
     data = Table(tmp_path / "t.csv", separator=given)
     assert data.columns == ["a", "b"]
-    with pytest.raises(DataError, match=re.escape(f"seem to be separated by {separator!r}, and not by ','")):
+    with pytest.raises(DataError, match=re.escape(f"seem to be separated by {separator!r}, not by ','")):
         Table(tmp_path / "t.csv")
 
 

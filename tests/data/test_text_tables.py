@@ -46,7 +46,7 @@ def test_encodings_without_a_mark_are_set(tmp_path, encoding):
     np.testing.assert_array_equal(rows.numpy(), VALUES)
 
 
-def test_a_letter_far_below_is_told_too(tmp_path):
+def test_a_letter_far_below_is_reported_too(tmp_path):
     (tmp_path / "t.csv").write_bytes((text(header="a,b\n") * 1 + "größe,1\n").encode("latin-1"))
     with pytest.raises(DataError, match=r"not encoded as.*data\.encoding=latin-1"):
         Table(tmp_path / "t.csv")
@@ -124,7 +124,7 @@ def test_what_is_missing_is_named(tmp_path):
         Table(tmp_path / "t.csv")
 
 
-def test_categories_are_told_what_they_can_be(tmp_path):
+def test_categories_are_reported_with_what_they_can_be(tmp_path):
     (tmp_path / "t.csv").write_text("a,kind\n" + "".join(f"{a},{'red' if a > 3 else 'blue'}\n" for a, _ in VALUES))
     with pytest.raises(DataError, match=r"such as '(red|blue)'\).*columns=\[a\].*2 here.*get_dummies.*data\.context="):
         Table(tmp_path / "t.csv")

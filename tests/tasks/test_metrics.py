@@ -1,4 +1,4 @@
-"""Means of what is judged, the errors beside them, and a warning where one of these is not in the other."""
+"""Means of what is evaluated, the errors beside them, and a warning where one of these is not in the other."""
 
 import math
 import warnings

@@ -15,17 +15,17 @@ Curve = Callable[[Tensor], Tensor]
 
 
 class CurveDensity(SmoothDensity):
-    """The density of c(u) + noise * n, u uniform on [0, 1], n standard normal, c one of several curves at random.
+    """Density of points on curves with Gaussian noise, c(u) + noise * n, u uniform on [0, 1], n standard normal, c a random curve.
 
         p(x) = mean over curves of integral from 0 to 1 of N(x; c(u), noise^2 I) du
 
-    The integral is taken by Gauss-Legendre quadrature with nodes closer than noise / 2, which is exact to about
-    1e-12: the integrand is analytic, of width noise.
+    The integral is a Gauss-Legendre quadrature with nodes closer than noise / 2. It is exact to about 1e-12, because the integrand is
+    analytic, of width noise.
 
     Args:
         curves: functions of u `(n,)` that return points `(n, 2)`.
-        noise: standard deviation.
-        scale: the points are multiplied by it, noise included.
+        noise: standard deviation of the noise.
+        scale: factor of the points, noise included.
         quadrature_nodes: nodes per curve.
     """
 
@@ -82,7 +82,7 @@ def circles(noise: float = 0.1) -> CurveDensity:
 
 
 def two_spirals(noise: float = 0.1) -> CurveDensity:
-    """Two arms of a spiral of one and a half turns, with radius up to 3; sparser outside, as FFJORD's."""
+    """Two arms of a spiral of one and a half turns, of radius up to 3, sparser outside, as FFJORD's."""
 
     def arm(sign: float) -> Curve:
         def point(u: Tensor) -> Tensor:

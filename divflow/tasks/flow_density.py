@@ -1,4 +1,4 @@
-"""What tasks share whose density is a flow: validation and test by its exact likelihood, however it is trained."""
+"""Base of tasks whose density is a flow: validation and test by its exact likelihood, whatever the training."""
 
 import inspect
 import warnings
@@ -23,16 +23,17 @@ __all__ = ["FlowDensityTask"]
 
 
 class FlowDensityTask(Task):
-    """A flow that is trained, and judged by its log-density. A subclass implements `loss` and `check`.
+    """Base of tasks that train a flow; validation and test evaluate its log-density.
+
+    A subclass implements `loss` and `check`.
 
     Args:
-        flow: what is trained and saved: a flow, or a `FlowDensity`, which adds the data's transform to it.
-        optimizer: function of the parameters that makes the optimizer.
-        scheduler: function of the optimizer that makes a learning rate schedule, or None.
-        evaluation: the flow that judges in validation and test, which shares the trained one's velocity; the trained
-            one itself if None.
-        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density.
-        monitor: the validation's value that `ReduceLROnPlateau` follows; `val/nll` if None.
+        flow: flow that is trained and saved, or a `FlowDensity`, which adds the transform of the data to it.
+        optimizer: function of the parameters that returns the optimizer.
+        scheduler: function of the optimizer that returns a learning rate schedule; None for none.
+        evaluation: flow that validation and test evaluate. It shares the velocity of the trained flow; that flow itself if None.
+        config: plain dict that is saved in each checkpoint, from which `divflow.load` rebuilds the density.
+        monitor: name of the validation value that `ReduceLROnPlateau` follows; `val/nll` if None.
         keys: where the parts of a batch are (`parts_of`).
     """
 
@@ -54,57 +55,61 @@ class FlowDensityTask(Task):
         self._evaluation = (self.density.flow if evaluation is None else evaluation,)
 
     @property
-    def judged(self) -> FlowDensity:
-        """The density as validation and test evaluate it."""
+    def evaluated_density(self) -> FlowDensity:
+        """Density that validation and test evaluate."""
         return self.density.with_flow(self._evaluation[0])
 
-    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
-        """The log-density of a batch, and what is known of it."""
-        return self.judge_likelihood(self.judged, batch)
+    def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+        """Evaluate the log-density of a batch, with its errors and costs (see `likelihood_values`)."""
+        return self.likelihood_values(self.evaluated_density, batch)
 
-    def check_judged(self, batch: Batch) -> None:
-        """Before the first step, in evaluation mode: the velocity that is judged must hide no derivative."""
-        flow, (x, context) = self.judged.flow, self.transformed(batch)
+    def check_evaluation(self, batch: Batch) -> None:
+        """Check the velocity in evaluation mode, before the first step: autograd must see all of its derivatives.
+
+        Raises:
+            FieldError: autograd does not see all of them.
+        """
+        flow, (x, context) = self.evaluated_density.flow, self.transformed(batch)
         check_field(flow.field(context), flow.times()[0], x, detached=flow.detached)
 
     def check_base(self, x: Tensor, context: Context | None) -> None:
-        """Before the first step: the velocity must stay on the subspace that the base is a density on, if it is one.
+        """Check, before the first step, that the velocity stays on the subspace of the base, if the base has one.
 
         Raises:
-            BaseError: it leaves it, such as by moving the centre of mass of particles.
+            BaseError: it leaves the subspace, for example by moving the centre of mass of particles.
         """
         flow = self.density.flow
         if isinstance(base := flow.base.distribution, OnSubspace):
             base.check_velocity(flow.field(context), flow.times()[0], x)
 
     def on_test_epoch_end(self) -> None:
-        """Log the test averages, and where the data have an energy, what weighted samples say of it."""
+        """Log the test averages and, if the data have an energy, the estimates of weighted samples."""
         super().on_test_epoch_end()
-        data, estimator = self.data, self.judged.flow.estimator
+        data, estimator = self.data, self.evaluated_density.flow.estimator
         if data is None or data.energy is None:
             return
         if estimator.estimates:
             warnings.warn(
-                f"samples are not weighted towards the energy, since {estimator} estimates the divergence; their weights need an exact "
-                "one: estimator@evaluation.estimator=exact",
+                f"samples are not weighted towards the energy, because {estimator} estimates the divergence. Use an exact divergence, "
+                "estimator@evaluation.estimator=exact",
                 stacklevel=2,
             )
             return
-        for name, value in reweighted(self.judged, data, Generator(self.device).manual_seed(0)).items():
+        for name, value in reweighted(self.evaluated_density, data, Generator(self.device).manual_seed(0)).items():
             self.log(f"test/{name}", value)
 
     @torch.no_grad()
     def transformed(self, batch: Batch) -> tuple[Tensor, Context | None]:
-        """What the flow models, T(x) of the data x of a batch, and their context, both as the flow takes them."""
+        """Transform a batch x to what the flow models, T(x), with the context as the flow takes it."""
         x, context, _ = self.parts(batch)
         y, _ = self.density.transform(x, values=False)
         return y.to(self.density.dtype), self.density.flow_context(context)
 
     def checked(self, batch: Batch) -> tuple[Tensor, Context | None]:
-        """Before the first step: `transformed`, of batches with a context only if the velocity takes one.
+        """Return `transformed`, after a check that the velocity takes a context if and only if the batch has one.
 
         Raises:
-            FieldError: it does not, or needs one and there is none.
+            FieldError: the velocity takes no context but the batch has one, or the other way round.
         """
         x, context = self.transformed(batch)
         velocity = self.density.flow.velocity
@@ -112,10 +117,10 @@ class FlowDensityTask(Task):
         try:
             inspect.signature(call).bind(0.0, x, *([] if context is None else [context]))
         except TypeError as error:
-            told = "have a context" if context is not None else "have none"
+            have = "have a context" if context is not None else "have none"
             raise FieldError(
-                f"the velocity can't be called as v(t, x{', context' if context is not None else ''}), but the batches {told} ({error}): leave "
-                "out what is no context by keys={'x': 0}, or say what is one by keys={'x': 0, 'context': 1}, the keys or places of a batch"
+                f"the velocity can't be called as v(t, x{', context' if context is not None else ''}), but the batches {have} ({error}). Leave "
+                "out what is no context by keys={'x': 0}, or name the context by keys={'x': 0, 'context': 1}, the keys or places of a batch"
             ) from error
         except ValueError:  # a built-in function has no signature
             pass
