@@ -67,8 +67,9 @@ WIDEST = [
         if j != i
     )
 ]
-# Conditional densities, and simulators, are trained and evaluated by tests/data/test_contexts.py and tests/data/test_simulator.py.
-OF_OTHERS = ("context=", "allow=my_module.simulate")
+# Conditional densities, simulators and a package of one's own are trained and evaluated by tests/data/test_contexts.py,
+# tests/data/test_simulator.py and tests/test_own_package.py.
+OF_OTHERS = ("context=", "allow=my_module.simulate", "rings.", "outputs/sweeps")
 EVALUATIONS = sorted(
     {
         line

@@ -17,7 +17,10 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import divflow.cli.help  # registers how choices are listed
 import divflow.runs.sweeps  # registers how the folders of a sweep are named
+from divflow.cli.command_line import for_hydra
+from divflow.cli.mistakes import check_no_choice_is_hidden, in_a_line
 from divflow.errors import DivflowError
 from divflow.runs.signals import alone
 
@@ -66,13 +69,13 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
     # Until there is a config, let Hydra raise its errors. It would print them, some with a traceback.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        with _command_line([given[0], *_with_absolute_config_path(arguments)]):
+        with _command_line([given[0], *for_hydra(arguments)]):
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(run)()
     except Exception as error:
         if full or begun:
             raise
-        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        sys.exit(f"error: {error}{cause}")
+        groups = [path.name for path in config_dir().iterdir()]
+        sys.exit(f"error: {in_a_line(error, name, groups)}")
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -80,6 +83,7 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
 
 def _ending_with_messages(name: str, config: DictConfig) -> float | None:
     try:
+        check_no_choice_is_hidden(HydraConfig.get().runtime.config_sources, config_dir())
         return importlib.import_module(f"divflow.cli.{name}").run(config)
     except (DivflowError, OmegaConfBaseException) as error:
         _end(str(error), error)
@@ -107,23 +111,6 @@ def _with_whole_paths(config: DictConfig, folder: Path) -> DictConfig:
         if isinstance(path := OmegaConf.select(config, name), str):
             OmegaConf.update(config, name, str(folder / Path(path).expanduser()))
     return config
-
-
-def _with_absolute_config_path(arguments: Sequence[str]) -> list[str]:
-    """Make --config-path absolute. Hydra resolves it against the folder of the program, in which a user has nothing."""
-    given = list(arguments)
-    for i, argument in enumerate(arguments):
-        name, equals, path = argument.partition("=")
-        if name in ("--config-path", "-cp"):
-            if equals:
-                given[i] = f"{name}={_absolute(path)}"
-            elif i + 1 < len(given):
-                given[i + 1] = _absolute(given[i + 1])
-    return given
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())
 
 
 @contextlib.contextmanager

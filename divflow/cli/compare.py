@@ -1,6 +1,7 @@
 """`divflow compare`: runs side by side, as a table and as learning curves."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -20,6 +21,11 @@ _IGNORED = ("hydra", "defaults", "output_dir", "ckpt_path", "overwrite")
 _ERROR = "_standard_error"
 # Runs are sorted by the first of these that all of them have, the smallest first.
 _BEST = ("test/nll", "test/loss")
+_EXAMPLES = """\
+examples:
+  divflow compare outputs/
+  divflow compare outputs/sweeps --out sweeps.png
+  divflow compare outputs/flow_two_moons outputs/flow_matching_two_moons --overwrite"""
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,16 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: with 1 and a message if there is no run, or the figure exists.
     """
-    parser = argparse.ArgumentParser(prog="divflow compare", description="The runs of folders side by side.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, or one with runs anywhere below")
-    parser.add_argument("--out", default="compare.png", help="the figure of the learning curves (default: compare.png)")
+    parser = argparse.ArgumentParser(
+        prog="divflow compare",
+        description="Show finished runs side by side: the settings that differ, the results, and the learning curves.",
+        epilog=_EXAMPLES,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="the folder of a run, or one with runs anywhere below"
+    )
+    parser.add_argument("--out", default="compare.png", help="figure of the learning curves (default: compare.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     given = parser.parse_args(list(arguments))
     try:

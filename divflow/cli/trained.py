@@ -25,6 +25,7 @@ from divflow.saved.checkpoint import (
     rebuild,
     which_weights,
 )
+from divflow.saved.named import named
 from divflow.score import UnnormalizedDensity
 
 if TYPE_CHECKING:  # it imports Lightning, and mistakes are reported first
@@ -140,10 +141,7 @@ def _allowed(names: Any) -> list[str]:
 
 def _classes(names: Iterable[str]) -> list[type]:
     """Classes among the named classes and functions; functions make data."""
-    try:
-        found = [get_object(name) for name in names]
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"allow must name classes, such as [my_module.Velocity]: {error}") from error
+    found = [named(name, "allow") for name in names]
     if odd := [repr(it) for it in found if not callable(it)]:
         raise ConfigError(f"allow must name classes, such as [my_module.Velocity], but names {', '.join(odd)}")
     return [it for it in found if isinstance(it, type)]
@@ -270,6 +268,7 @@ def _is_ours(target: Any) -> bool:
 
 
 def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
+    named(model._target_, "model._target_")
     made: nn.Module = instantiate(model, _convert_="all")
     if isinstance(made, ContinuousFlow):
         made = FlowDensity(made, Affine())

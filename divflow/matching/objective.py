@@ -31,7 +31,7 @@ class ConditionalFlowMatching:
 
     The minimiser is the mean of the paths' velocities at each t and x, whose flow has the density of x_t at each t: that of the data at
     t = 1. The loss at the minimum is the variance of those velocities, not zero, so that its size says little about
-    the density: judge by likelihood.
+    the density: compare by likelihood.
 
     Args:
         path: from noise to data.

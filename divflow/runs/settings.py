@@ -49,6 +49,21 @@ def check_settings(config: DictConfig) -> None:
 
 def _check_groups(config: DictConfig) -> None:
     """Check that each group is chosen, or names a class; the settings of Lightning name none."""
+    for name in ("experiment", "recipe", "global", "_global"):
+        if name in config:
+            raise ConfigError(
+                f"a config file would have no effect, since its settings stand under {name!r}; make `# @package _global_` its first line"
+            )
+    if "_target_" in config:
+        raise ConfigError(
+            f"a file with `# @package _global_` sets _target_={config._target_} at the top of the config; take that line out of it, or "
+            "put the settings under their group, such as network:"
+        )
+    for key, value in config.items():
+        if isinstance(value, DictConfig) and list(value) == [key]:
+            raise ConfigError(
+                f"{key!s} holds another {key!s}: take the line `{key!s}:` out of the file of {key!s}=, or make `# @package _global_` its first line"
+            )
     groups = {name: config.get(name) for name in ("trainer", "device", "callbacks", "evaluation")}
     for name, value in groups.items():
         if not isinstance(value, DictConfig):

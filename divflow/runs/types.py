@@ -9,13 +9,14 @@ from typing import Any
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 from beartype.roar import BeartypeException
-from hydra.utils import get_object
 
-from divflow.saved.build import ConfigError
+from divflow.saved.named import ConfigError, meant, named
 
 __all__ = ["check_arguments", "check_targets_arguments"]
 
 _NUMBERS = BeartypeConf(is_pep484_tower=True)  # a whole number is a float
+# Keys of the loaders' batches, not an argument of the data module.
+_OF_BATCHES = ("data", "keys")
 # Keys of Hydra, not arguments of the class.
 _RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
@@ -28,28 +29,26 @@ def check_targets_arguments(settings: Any, name: str = "") -> None:
         name: name of the settings, for messages.
 
     Raises:
-        ConfigError: naming the setting, its value and what it must be; or an argument that the class does not take.
+        ConfigError: naming the setting, its value, and what it must be; a class that can't be found, or an argument that it does not take.
     """
     if isinstance(settings, list):
         settings = dict(enumerate(settings))
     if not isinstance(settings, Mapping):
         return
     if "_target_" in settings:
-        try:
-            called = get_object(settings["_target_"])
-        except ImportError:  # which is reported when the class is built
-            return
-        check_arguments(called, settings, name)
+        target = f"{name}._target_" if name else "_target_"
+        check_arguments(named(settings["_target_"], target), settings, name)
     for key, value in settings.items():
         check_targets_arguments(value, f"{name}.{key}" if name else str(key))
 
 
 def check_arguments(called: Any, settings: Mapping[str, Any], name: str) -> None:
-    """Check settings against the annotations of a class or function; those without annotation, or with a `_target_`, are skipped.
+    """Check settings against the arguments of a class or function and their annotations; those without annotation, or with a `_target_`, are skipped.
 
     Raises:
-        ConfigError: naming the setting, its value and what it must be.
+        ConfigError: naming the setting, its value, and what it must be; or an argument that is not taken.
     """
+    _check_taken(called, settings, name)
     hints = _hints(called)
     for key, value in settings.items():
         if key in _RESERVED or key not in hints or _is_built(value):
@@ -57,6 +56,23 @@ def check_arguments(called: Any, settings: Mapping[str, Any], name: str) -> None
         if not _fits(value, hints[key]):
             shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
             raise ConfigError(f"{name}.{key} must be {_in_words(hints[key])}, but is {shown}")
+
+
+def _check_taken(called: Any, settings: Mapping[str, Any], name: str) -> None:
+    try:
+        parameters = inspect.signature(called).parameters
+    except (ValueError, TypeError):  # some built-in types have no signature
+        return
+    if any(it.kind is inspect.Parameter.VAR_KEYWORD for it in parameters.values()):
+        return
+    known = [key for key, it in parameters.items() if it.kind is not inspect.Parameter.POSITIONAL_ONLY]
+    for key in settings:
+        if key not in (*known, *_RESERVED) and (name, key) != _OF_BATCHES:
+            label = getattr(called, "__name__", called)
+            hint = (
+                meant(str(key), known) or f"; it takes {', '.join(known[:12]) or 'none'}{', ...' if known[12:] else ''}"
+            )
+            raise ConfigError(f"{name}.{key} is no setting of {label}{hint}")
 
 
 def _hints(called: Any) -> dict[str, Any]:

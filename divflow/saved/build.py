@@ -12,16 +12,19 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
 from divflow.distributions import OnSubspace
-from divflow.errors import DivflowError
+from divflow.divergence import Estimator
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.flow.transforms import MeanFreeScale
+from divflow.likelihood import Likelihood
 from divflow.operators.differentiating import evaluated
+from divflow.saved.named import ConfigError, made, named
 from divflow.score import ScoreDensity, UnnormalizedDensity
 from divflow.score.objectives import Objective, TimeConditionalScoreMatching
 from divflow.score.probability_flow import probability_flow
 from divflow.score.sampling import Sampler
 from divflow.score.scaling import ScaledScore
 from divflow.score.sde import SDE
+from divflow.solver import Solver
 
 __all__ = [
     "WAYS",
@@ -32,11 +35,8 @@ __all__ = [
     "build_ways",
 ]
 
-WAYS = ("estimator", "likelihood", "solver")
-
-
-class ConfigError(DivflowError, ValueError):
-    """A setting is wrong; the message gives its value and what it must be."""
+_KINDS = {"estimator": Estimator, "likelihood": Likelihood, "solver": Solver}
+WAYS = tuple(_KINDS)
 
 
 def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensity:
@@ -97,16 +97,21 @@ def build_objective(config: Mapping[str, Any], density: ScoreDensity | Unnormali
 
 
 def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the estimator, likelihood and solver that a config names; others are left out."""
-    return {name: instantiate(config[name], _convert_="all") for name in WAYS if config.get(name) is not None}
+    """Build the estimator, likelihood and solver that a config names; others are left out.
+
+    Raises:
+        ConfigError: a class that can't be found, or is of another kind.
+    """
+    return {name: made(name, config[name], kind) for name, kind in _KINDS.items() if config.get(name) is not None}
 
 
 def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], context_features: int = 0) -> nn.Module:
     """Build the velocity network of a config, with the event shape and context features that its class asks for.
 
     Raises:
-        ConfigError: `_target_` does not make a module, or the network takes no context and the data have one.
+        ConfigError: `_target_` can't be found, what it makes is no module, or it takes no context and there is one.
     """
+    named(config["_target_"], "network._target_")
     make = instantiate({**config, "_partial_": True}, _convert_="all")
     if "event_shape" in _free_arguments(make):
         make = functools.partial(make, event_shape=event_shape)
@@ -154,7 +159,7 @@ def _build_base(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) 
 
 
 def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:
-    return None if config is None else instantiate({**config, "event_shape": list(event_shape)}, _convert_="all")
+    return None if config is None else made("sde", {**config, "event_shape": list(event_shape)}, SDE)
 
 
 def _build_sampler(config: Mapping[str, Any] | None, sde: SDE | None, event_shape: tuple[int, ...]) -> Sampler | None:

@@ -115,13 +115,29 @@ class FlowDensityTask(Task):
         velocity = self.density.flow.velocity
         call = velocity.forward if isinstance(velocity, nn.Module) else velocity
         try:
-            inspect.signature(call).bind(0.0, x, *([] if context is None else [context]))
-        except TypeError as error:
+            signature = inspect.signature(call)
+        except ValueError:  # a built-in function has no signature
+            return x, context
+        as_given, otherwise = ((0.0, x), (0.0, x, context))[:: -1 if context is not None else 1]
+        if error := _refusal(signature, as_given):
+            shown = f"v(t, x{', context' if context is not None else ''})"
+            if _refusal(signature, otherwise):
+                raise FieldError(
+                    f"the velocity, a {type(velocity).__name__}, can't be called as {shown} ({error}): its arguments are the time, the state, "
+                    "and a context where there is one"
+                )
             have = "have a context" if context is not None else "have none"
             raise FieldError(
-                f"the velocity can't be called as v(t, x{', context' if context is not None else ''}), but the batches {have} ({error}). Leave "
+                f"the velocity can't be called as {shown}, but the batches {have} ({error}). Leave "
                 "out what is no context by keys={'x': 0}, or name the context by keys={'x': 0, 'context': 1}, the keys or places of a batch"
-            ) from error
-        except ValueError:  # a built-in function has no signature
-            pass
+            )
         return x, context
+
+
+def _refusal(signature: inspect.Signature, arguments: tuple[object, ...]) -> str:
+    """Why a call with these arguments is not one of that signature; empty if it is."""
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    return ""

@@ -85,7 +85,7 @@ def test_any_value_of_any_setting(run, number, tmp_path, monkeypatch, capsys):
         (["network.hidden=64"], r"network.hidden must be Sequence\[int\], but is 64"),
         (["network.hidden=[-3]"], "error: .*-3"),
         (["network._target_=3"], "network._target_ must name a class or function, .*but is 3"),
-        (["network._target_=foo.Bar"], "Error locating target 'foo.Bar'$"),
+        (["network._target_=foo.Bar"], "network._target_=foo.Bar can't be found: there is no module 'foo'"),
         (["estimator=null"], "Config group override must be a string or a list. Got NoneType"),
         (["data.batch_size=99999999999999999999999"], "data.batch_size=9+ is beyond the largest number of 64 bits"),
         (["task.optimizer.lr=1e300"], "task.optimizer.lr=1e\\+300 is beyond the largest number of single precision"),

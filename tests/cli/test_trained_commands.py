@@ -305,7 +305,10 @@ MISTAKES = {
     "batch size": (["evaluate", "{best}", "batch_size=0"], "batch_size must be a whole number of at least 1, but is 0"),
     "samples": (["sample", "{best}", "num_samples=0"], "num_samples must be a whole number of at least 1, but is 0"),
     "seed": (["sample", "{best}", "seed=zero"], "seed must be a whole number of at least 0, but is 'zero'"),
-    "allowed": (["sample", "{best}", "allow=[nowhere.Velocity]"], "allow must name classes.*nowhere"),
+    "allowed": (
+        ["sample", "{best}", "allow=[nowhere.Velocity]"],
+        "allow=nowhere.Velocity can't be found: there is no module",
+    ),
     "processes": (["sample", "{best}", "device=multi_process_cpu"], "runs in one process"),
     "precision": (["sample", "{best}", "device.precision=bf16-mixed"], "bf16-mixed is for training"),
 }
