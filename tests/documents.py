@@ -24,7 +24,7 @@ _BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 _NUMBER = re.compile(r"-?\d+(?:\.\d*)?(?:e[+-]?\d+)?")
 _ERROR = re.compile(r" ± (\d+(?:\.\d+)?)")
 # Of a run's table, what another machine may have otherwise.
-_COSTS = re.compile(r"seconds|evaluations|quadrature.error|│\s+│|┃\s+┃")
+_COSTS = re.compile(r"evaluations|quadrature.error|│\s+│|┃\s+┃")
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
@@ -159,14 +159,17 @@ def _last_place(number: str) -> float:
 
 
 def rewrite(path: Path) -> None:
-    """Put what each block prints into the block of text after it: of commands the end, from the line on that it begins with now."""
+    """Put what each block prints into the block of text after it: of commands the end, from the line on that it begins with now.
+
+    Folders and times of this machine are left out.
+    """
     text, place = path.read_text(), 0
     for code, printed, shown in played(path, True, {}):
         if shown is not None:
             lines = [line.rstrip() for line in printed.rstrip().splitlines()]
             if f"```bash\n{code}```" in text:
                 begin = max(i for i, line in enumerate(lines) if _words(line) == _words(shown.splitlines()[0]))
-                lines = [line for line in lines[begin:] if not line.startswith("In ")]  # a folder of this machine
+                lines = [line for line in lines[begin:] if not line.startswith("In ") and "seconds" not in line]
             place = text.index(f"```text\n{shown}```", text.index(code, place)) + len("```text\n")
             text = text[:place] + "\n".join(lines) + "\n" + text[place + len(shown) :]
     path.write_text(text)

@@ -57,10 +57,12 @@ def test_getting_started_as_it_stands(tmp_path, monkeypatch):
             (check_table if code in shell else check_printed)(printed, shown)
 
 
-SHOWN = "┃ quantity ┃ value ┃ unit ┃\n│ a │ 1.50 ± 0.02 │ nats │\n│ b │ 2.00 │ nats │\n│ took │ 61 │ seconds │\n"
+SHOWN = "┃ quantity ┃ value ┃ unit ┃\n│ a │ 1.50 ± 0.02 │ nats │\n│ b │ 2.00 │ nats │\n│ evaluations │ 61.5 │ solve │\n"
 
 
-@pytest.mark.parametrize("other", [("1.50", "1.57"), ("2.00", "1.94"), ("61", "12"), ("━", "━━")])
+@pytest.mark.parametrize(
+    "other", [("1.50", "1.57"), ("2.00", "1.94"), ("61", "12"), ("┃ quantity", "In a folder\n┃ quantity"), ("━", "━━")]
+)
 def test_another_machine_may_print_a_little_else(other):
     check_table(SHOWN.replace(*other), SHOWN)
     check_printed("tensor([-0.1234,  1.0000])\n", "tensor([-0.1235, 1.009])\n".replace("1.009", "1.0090"))
