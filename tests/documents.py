@@ -7,7 +7,17 @@ from pathlib import Path
 
 def blocks(path: Path) -> list[tuple[str, str]]:
     """Language and code of each fenced block; a block without a language has an empty one."""
-    return re.findall(r"^```([^\n`]*)\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return _blocks(path.read_text())
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```([^\n`]*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def sections(path: Path) -> dict[str, list[str]]:
+    """The Python blocks of each section, by its title."""
+    parts = re.split(r"^## ", path.read_text(), flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0]: [code for language, code in _blocks(part) if language == "python"] for part in parts}
 
 
 def commands(code: list[tuple[str, str]]) -> list[str]:
@@ -42,8 +52,12 @@ def overrides(command: str) -> list[str]:
 
 def run_python(path: Path) -> dict:
     """Run all blocks of Python in order, as one script; returns its names."""
-    namespace: dict = {"__name__": path.stem}
-    for language, code in blocks(path):
-        if language == "python":
-            exec(compile(code, path.name, "exec"), namespace)
+    return run_blocks([code for language, code in blocks(path) if language == "python"], path.stem)
+
+
+def run_blocks(codes: list[str], name: str, namespace: dict | None = None) -> dict:
+    """Run blocks in order, in these names or in new ones; returns the names."""
+    namespace = {"__name__": name} if namespace is None else namespace
+    for code in codes:
+        exec(compile(code, name, "exec"), namespace)
     return namespace
