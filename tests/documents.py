@@ -32,6 +32,12 @@ def blocks(path: Path) -> list[tuple[str, str]]:
     return _BLOCK.findall(path.read_text())
 
 
+def sections(path: Path) -> dict[str, list[str]]:
+    """The Python blocks of each section, by its title."""
+    parts = re.split(r"^## ", path.read_text(), flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0]: [code for lang, code in _BLOCK.findall(part) if lang == "python"] for part in parts}
+
+
 def commands(code: list[tuple[str, str]]) -> list[str]:
     """The lines of shell blocks that run train.py, from there on; a script's are not single commands."""
     return [line[line.index("train.py") :] for line in _lines(code) if "train.py" in line]
@@ -115,6 +121,14 @@ def run_python(path: Path) -> dict:
         if shown is not None:
             check_printed(printed, shown, numbers="outputs/" not in code)
     return names
+
+
+def run_blocks(codes: list[str], name: str, namespace: dict | None = None) -> dict:
+    """Run blocks in order, in these names or in new ones; returns the names."""
+    namespace = {"__name__": name} if namespace is None else namespace
+    for code in codes:
+        exec(compile(code, name, "exec"), namespace)
+    return namespace
 
 
 def check_printed(printed: str, shown: str, numbers: bool = True) -> None:

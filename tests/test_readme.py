@@ -27,7 +27,7 @@ BLOCKS = blocks(README)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 LINES = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 COMMANDS = commands(BLOCKS)
-# Experiments, particles, conditions, simulators, modules and loaders of one's own and ways to write a table need data or
+# Experiments, particles, conditions, simulators, modules and loaders of one's own, W&B and ways to write a table need data or
 # packages; they, and schedules, are trained by the tests of each. tests/test_docs.py composes these commands, too.
 TRAINED_BY_OTHERS = (
     "experiment=",
@@ -39,6 +39,7 @@ TRAINED_BY_OTHERS = (
     "data.weight",
     "data.separator",
     "data.encoding",
+    "logger=wandb",
     "scheduler",
 )
 TRAINED = list(

@@ -29,7 +29,7 @@ from divflow.flow.evaluation_time import EvaluationTimeError
 from divflow.runs.compiled import compile_network
 from divflow.runs.data import build_data, data_description
 from divflow.runs.folder import claim, earlier_metrics, link_latest, save_config, save_results, take_along
-from divflow.runs.loggers import build_loggers, log_settings
+from divflow.runs.loggers import build_loggers, log_settings, own_wandb_run
 from divflow.runs.report import print_results
 from divflow.runs.signals import exit_code
 from divflow.runs.types import check_arguments, check_targets_arguments
@@ -98,6 +98,7 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         if config.init_from is None or resumed is not None
         else init_weights(task.density, config.init_from, config.weights)
     )
+    held.enter_context(own_wandb_run())
     with _settings_of("trainer, device, logger or callbacks"):
         trainer = _build_trainer(config)
     if resumed is not None:  # before anything is written; training itself warns of the rest

@@ -1,6 +1,8 @@
 """Loggers of a run: `metrics.csv`, and those that the user names."""
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from divflow.saved.build import ConfigError
 
-__all__ = ["build_loggers", "log_settings"]
+__all__ = ["build_loggers", "log_settings", "own_wandb_run"]
 
 
 def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
@@ -33,6 +35,21 @@ def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
         raise ConfigError(
             f"logger={package} needs the package {package}, which is not installed. Install it: pip install {package}"
         ) from error
+
+
+@contextlib.contextmanager
+def own_wandb_run() -> Iterator[None]:
+    """Within it W&B's run begins, and ends with it: the next run of a sweep, in the same process, would be logged to it, too."""
+    before = _wandb_run()
+    try:
+        yield
+    finally:
+        if before is None and (run := _wandb_run()) is not None:
+            run.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def log_settings(trainer: L.Trainer, config: DictConfig) -> None:
