@@ -77,9 +77,7 @@ def test_repeated_rows_are_told_apart_by_their_order():
 
 def test_another_seed_does_not_test_what_was_trained_on():
     trained, data = table(ROWS), table(ROWS, seed=1)
-    with pytest.warns(
-        UserWarning, match=r"by val_fraction=0\.1, test_fraction=0\.1, seed=0, and not the one of seed=1"
-    ):
+    with pytest.warns(UserWarning, match=r"by val_fraction=0\.1, test_fraction=0\.1, seed=0, not by seed=1"):
         data.keep_split(trained.state_dict())
     assert rows_of(data) == rows_of(trained)
 

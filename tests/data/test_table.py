@@ -171,7 +171,7 @@ def test_a_whole_one_hot_code_is_warned_of(tmp_path):
     bad(red=kind == 0, green=kind == 1, blue=kind == 2).to_csv(tmp_path / "t.csv", index=False)
     with (
         pytest.warns(UserWarning, match=r"blue \(of red, green\).*columns=\[a,b,red,green\]"),
-        pytest.warns(UserWarning, match=r"red, green, blue of t\.csv has whole numbers"),
+        pytest.warns(UserWarning, match=r"red, green, blue of t\.csv repeats whole numbers"),
     ):
         Table(tmp_path / "t.csv")
 
