@@ -13,6 +13,7 @@ from divflow.errors import DivflowError
 
 __all__ = ["ConfigError", "made", "meant", "named"]
 
+
 class ConfigError(DivflowError, ValueError):
     """A setting is not what the program needs."""
 
