@@ -1,7 +1,10 @@
-"""divflow: exact and estimated divergences, and the models trained and evaluated through them.
+"""divflow: exact and estimated divergences, and the models trained or evaluated through them.
 
-`divflow.divergence` is the heart and needs torch alone; `divflow.flow` holds continuous normalizing
-flows, those of `divflow.adapters` from models trained elsewhere; `divflow.load` brings a trained one back.
+- `divflow.divergence` is the core and needs torch alone.
+- `divflow.operators` has Jacobians, Laplacians and other derivatives of plain functions.
+- `divflow.flow` has continuous normalizing flows; `divflow.adapters` makes them from models trained elsewhere.
+- `divflow.load` loads a trained model.
+
 Submodules are imported on first use.
 """
 
@@ -18,7 +21,7 @@ __all__ = ["ContinuousFlow", "adapters", "divergence", "load", "operators"]
 
 _ORIGIN = {"ContinuousFlow": "divflow.flow", "load": "divflow.saved.checkpoint"}
 
-# Where names are that stood in modules before these had rooms: what others import, and what checkpoints name, goes on.
+# Former modules and where their names are now, so that old imports and the names in old checkpoints keep working.
 _MOVED = {
     "divflow.adjoint": ["divflow.solver.adjoint"],
     "divflow.arguments": ["divflow.errors"],
@@ -60,20 +63,20 @@ def __getattr__(name: str) -> object:
         return getattr(importlib.import_module(_ORIGIN[name]), name)
     if name in __all__ or f"divflow.{name}" in _MOVED:
         return importlib.import_module(f"divflow.{name}")
-    raise AttributeError(f"module 'divflow' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    raise AttributeError(f"module 'divflow' has no attribute {name!r}; available are {', '.join(__all__)}")
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Modules of before, each of which has the public names of those where they are now."""
+    """Former modules, each with the public names of the modules that replaced it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """One of them, or None for any other module."""
+        """The spec of a former module, or None for any other."""
         return ModuleSpec(fullname, self) if fullname in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill it with the very objects."""
+        """Fill the module with the same objects."""
         for place in _MOVED[module.__name__]:
             found = importlib.import_module(place)
             vars(module).update({name: getattr(found, name) for name in found.__all__})

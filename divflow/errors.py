@@ -1,6 +1,6 @@
-"""Typed errors, and the checks of arguments that raise errors naming the value and the remedy.
+"""Typed errors, and argument checks whose messages name the value received and the remedy.
 
-divflow's own errors have a common root, so that one `except` can tell them from a bug.
+All errors of divflow have a common root, so that one `except` separates them from bugs.
 """
 
 import functools
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what is refused at once by a command is told before torch is imported, which takes a second
+if TYPE_CHECKING:  # commands report what they refuse at once without importing torch, which takes a second
     from torch import Generator, Tensor
 
 __all__ = [
@@ -28,68 +28,86 @@ __all__ = [
 
 
 class DivflowError(Exception):
-    """Something a user can mend: the message names the value received and the remedy."""
+    """An error that a user can correct; its message names the value received and the remedy."""
 
 
 class FieldError(DivflowError, ValueError):
-    """A field or its arguments are not what the mathematics needs."""
+    """A field or one of its arguments violates what the mathematics needs."""
 
 
 class FieldWarning(UserWarning):
-    """A field may not be what the mathematics needs: what was seen of it, and what to do."""
+    """A field may violate what the mathematics needs; the message says what was observed and what to do."""
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`.
+    """Refuse a value that is not a whole number of at least `least`.
+
+    Args:
+        name: the option, for the message.
+        value: what was received.
+        least: the smallest value allowed.
 
     Raises:
-        ValueError: naming the option and the value.
+        ValueError: with the option and the value.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, but is {value!r}")
 
 
 def check_numbers(**values: float) -> None:
-    """Refuse what is no finite number.
+    """Refuse values that are not finite numbers.
+
+    Args:
+        **values: the numbers by the names of their options.
 
     Raises:
-        ValueError: naming the option and the value.
+        ValueError: with the option and the value.
     """
     for name, value in values.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a number, and finite, but is {value!r}")
+            raise ValueError(f"{name} must be a finite number, but is {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse what is no positive, finite number.
+    """Refuse a value that is not a positive, finite number.
+
+    Args:
+        name: the option, for the message.
+        value: what was received.
 
     Raises:
-        ValueError: naming the option and the value.
+        ValueError: with the option and the value.
     """
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a number, positive and finite, but is {value!r}")
+        raise ValueError(f"{name} must be a positive, finite number, but is {value!r}")
 
 
 def check_generator(generator: "Generator | None") -> None:
-    """Refuse what is neither a generator nor None, such as a seed.
+    """Refuse anything but a generator or None, such as a seed.
+
+    Args:
+        generator: what was received.
 
     Raises:
-        TypeError: naming the value.
+        TypeError: with the value.
     """
     from torch import Generator
 
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(
-            f"generator must be a torch.Generator or None, but is {generator!r}; for a seed use "
-            "torch.Generator().manual_seed(seed)"
+            f"generator must be a torch.Generator or None, but is {generator!r}. For a seed, use "
+            "torch.Generator().manual_seed(seed)."
         )
 
 
 def checked_event_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """The shape of one sample as a tuple; an int stands for vectors.
+    """Return the shape of one sample as a tuple.
+
+    Args:
+        shape: the sizes, or an int for vectors.
 
     Raises:
-        ValueError: naming the value.
+        ValueError: with the value.
     """
     sizes: object = (shape,) if isinstance(shape, Integral) else shape
     if isinstance(sizes, str) or not isinstance(sizes, Sequence):
@@ -100,10 +118,14 @@ def checked_event_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def checked_range(name: str, ends: Sequence[float]) -> tuple[float, float]:
-    """A range as two numbers, the lower one first.
+    """Return a range as two numbers, the lower one first.
+
+    Args:
+        name: the option, for the message.
+        ends: the two numbers.
 
     Raises:
-        ValueError: naming the value.
+        ValueError: with the value.
     """
     try:
         if isinstance(ends, str):  # of which each letter may be a number
@@ -117,14 +139,23 @@ def checked_range(name: str, ends: Sequence[float]) -> tuple[float, float]:
 
 
 def listed_rows(bad: "Tensor") -> str:
-    """The numbers of the first rows where `bad`, `(n,)`, is true, in words: `row 3, 4 of 10, counted from 0`."""
+    """List the first rows where `bad` is true in words, such as `row 3, 4 of 10, counted from 0`.
+
+    Args:
+        bad: a mask `(n,)`.
+    """
     rows = bad.nonzero().flatten().tolist()
     more = f" and {len(rows) - 10:,} more" if len(rows) > 10 else ""
     return f"row {', '.join(map(str, rows[:10]))}{more} of {len(bad):,}, counted from 0"
 
 
 def on_copies(cls: type, *names: str) -> None:
-    """Let the methods of these names that a class defines itself work on copies of the tensors that they are given."""
+    """Make the named methods of a class work on copies of the tensors that they receive.
+
+    Args:
+        cls: the class; only methods that it defines itself are changed.
+        *names: the methods.
+    """
     for name in names:
         method = vars(cls).get(name)
         if callable(method):

@@ -97,7 +97,7 @@ def test_a_flow_of_particles_there_and_back(kind, options):
 def test_what_is_off_the_subspace_is_refused(default, monkeypatch):
     monkeypatch.setattr(Distribution, "_validate_args", default)  # as other libraries do at their import
     base = MeanFreeNormal((PARTICLES, DIMENSIONS))
-    with pytest.raises(BaseError, match=r"centre of mass is zero.*lies 0\.1 off.*take the mean"):
+    with pytest.raises(BaseError, match=r"centre of mass is zero.*lies 0\.1 off.*Subtract the mean"):
         base.log_prob(mean_free(2) + 0.1)
     drifting = ContinuousFlow(lambda t, x: torch.ones_like(x), base.event_shape, base=base).double()
     with pytest.raises(BaseError, match="lies 1 off"):

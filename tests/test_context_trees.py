@@ -137,9 +137,9 @@ def test_a_density_casts_features_and_leaves_labels_and_masks():
     [
         (
             {"pose": Pose(torch.ones(4))},
-            r"the context\['pose'\]\.scale needs one row a sample, \(5, \.\.\.\), but has shape \(4,\)",
+            r"the context\['pose'\]\.scale needs one row per sample, \(5, \.\.\.\), but has shape \(4,\)",
         ),
-        ({"label": torch.tensor(1)}, r"the context\['label'\] needs one row a sample.*shape \(\)"),
+        ({"label": torch.tensor(1)}, r"the context\['label'\] needs one row per sample.*shape \(\)"),
         ({"label": [1, 2, 0, 0, 1]}, r"the context\['label'\]\[0\] is 1"),
     ],
 )

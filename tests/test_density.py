@@ -44,7 +44,10 @@ WRONG = {
     "complex numbers": (torch.ones(1, 3, dtype=torch.complex64), r"must be real.*view_as_real"),
     "a list": ([[0.1, 0.2, 0.3]], r"is a list; use torch\.as_tensor"),
     "an array": (np.full((1, 3), 0.5), r"is a ndarray; use torch\.as_tensor"),
-    "one sample": (torch.full((3,), 0.5), r"\(k, 3\), a row a sample, but has \(3,\); one sample is x\.unsqueeze\(0\)"),
+    "one sample": (
+        torch.full((3,), 0.5),
+        r"\(k, 3\), one row per sample, but has \(3,\); one sample is x\.unsqueeze\(0\)",
+    ),
     "one column": (torch.full((2, 1), 0.5), r"\(k, 3\).*\(2, 1\)"),
     "another shape": (torch.full((2, 3, 1), 0.5), r"\(k, 3\).*\(2, 3, 1\)"),
     "a scalar": (torch.tensor(0.5), "is a scalar"),
@@ -171,7 +174,7 @@ def test_values_that_cannot_be_read_are_passed():
     ("shift", "scale"), [(0.0, 0.0), (math.nan, 1.0), ([0.0, math.inf], 1.0), (0.0, [1.0, math.nan]), (0.0, math.inf)]
 )
 def test_no_scale(shift, scale):
-    with pytest.raises(ValueError, match="shift and scale must be finite, and scale not zero, but they are"):
+    with pytest.raises(ValueError, match="shift and scale must be finite, and scale must not be zero, but they are"):
         Affine(shift, scale)
 
 
@@ -220,7 +223,7 @@ def test_a_target_that_writes_to_its_samples_or_gives_no_value_for_each():
     assert weights.log_normalizer.item() == pytest.approx(math.log(2 * math.pi) / 2, abs=1e-5)
     assert (weights.samples > 0).all()
     for wrong in (lambda x: x, lambda x: 0.0, lambda x: x.sum()):
-        with pytest.raises(DivflowError, match="one real value a sample"):
+        with pytest.raises(DivflowError, match="one real value per sample"):
             density.importance_weights(wrong, 4)
 
 

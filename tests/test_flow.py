@@ -419,7 +419,7 @@ def test_rsample_reaches_the_parameters():
             lambda: ContinuousFlow(
                 Network((2,)), 2, base=Independent(Normal(torch.zeros(2, requires_grad=True), torch.ones(2)), 1)
             ),
-            "detach",
+            "Detach",
         ),
         (
             lambda: ContinuousFlow(lambda t, x: x, 2).replace(solver=Solver(gradient="adjoint")),
@@ -440,7 +440,7 @@ def test_call_errors():
         flow.log_prob(torch.randn(4, 3))
     with pytest.raises(FieldError, match="int64"):
         flow.log_prob(torch.ones(4, 2, dtype=torch.long))
-    with pytest.raises(FieldError, match=r"one row a sample.*\(3, 1\).*expand"):
+    with pytest.raises(FieldError, match=r"one row per sample.*\(3, 1\).*expand"):
         flow.log_prob(torch.randn(4, 2), torch.ones(3, 1))
     with pytest.raises(FieldError, match=r"\(4, 1\).*\(4, 2\)"):
         ContinuousFlow(lambda t, x: x[:, :1], 2).log_prob(torch.randn(4, 2))

@@ -214,11 +214,11 @@ def test_empty_batches():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: gradient(lambda x: x**2, x), r"one number a sample.*\(2, 3\)"),
+        (lambda x: gradient(lambda x: x**2, x), r"one number per sample.*\(2, 3\)"),
         (lambda x: gradient(lambda x: x.sum(dim=1), x.long()), "int64"),
         (lambda x: flat_gradient(lambda x: x, [x]), "one scalar"),
         (lambda x: flat_gradient(lambda: 0, []), "at least one tensor"),
-        (lambda x: jacobian(lambda t, x: x.sum(dim=0), 0.0, x), "one value a sample"),
+        (lambda x: jacobian(lambda t, x: x.sum(dim=0), 0.0, x), "one value per sample"),
         (lambda x: partial_derivative(lambda a, b: a @ b, [x, x.T], 0), "broadcast"),
         (lambda x: partial_derivative(lambda a, b: (a * b).sum(), [x, x], 0), "elementwise"),
         (lambda x: partial_derivative(lambda a: a, [x], 1), "wrt.*1"),
@@ -232,7 +232,7 @@ def test_empty_batches():
         (lambda x: flat_gradient(lambda x: x.sum(), x.long()), "is torch.int64"),
         (lambda x: parameter_jacobian(lambda p, x: x, x), "no parameters"),
         (lambda x: parameter_jacobian(lambda p, x, y: x, x, x[:1], parameters={"a": x}), "batch size"),
-        (lambda x: parameter_jacobian(lambda p, x: p["a"].sum(), x, parameters={"a": x}), "one value a sample"),
+        (lambda x: parameter_jacobian(lambda p, x: p["a"].sum(), x, parameters={"a": x}), "one value per sample"),
     ],
 )
 def test_errors_name_the_problem(call, message):

@@ -222,7 +222,7 @@ class AdaptedFlow(ContinuousFlow):
         diagnostics: bool = True,
         penalties: Collection[str] = (),
     ) -> FlowEvaluation:
-        """`ContinuousFlow.evaluate`, with a `UnitsWarning` for data outside of `data_range`, or farther from the base than its samples."""
+        """Evaluate as `ContinuousFlow`, with a `UnitsWarning` for data out of range, or farther from the base than samples."""
         result = super().evaluate(x, context, generator, diagnostics=diagnostics, penalties=penalties)
         if self.data_range is not None:
             warn_of_range(x, self.data_range)

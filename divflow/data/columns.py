@@ -130,7 +130,7 @@ def column_rows(
     seed: int,
     weight: str | int | None = None,
 ) -> Rows:
-    """All rows `(n, columns)`, with context and weights separated and noise on discrete columns, as in validation and test.
+    """All rows `(n, columns)`, with context and weights apart and the noise of discrete columns in validation and test.
 
     Raises:
         DataError: as `Columns`.

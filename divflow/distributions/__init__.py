@@ -1,4 +1,4 @@
-"""Distributions of closed density: the bases of flows, beside those of `torch.distributions`."""
+"""Distributions with a closed density that serve as the bases of flows, beside those of `torch.distributions`."""
 
 from divflow.distributions.base import BaseError, OnSubspace, standard_normal
 from divflow.distributions.base_density import BaseDensity

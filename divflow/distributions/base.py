@@ -1,4 +1,4 @@
-"""What may be the base of a flow: any distribution of torch, and what one says of itself that lives on a subspace."""
+"""What may be the base of a flow: any distribution of torch, and the protocol of one that lives on a subspace."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,15 +13,15 @@ __all__ = ["BaseError", "OnSubspace", "standard_normal"]
 
 
 class BaseError(DivflowError, ValueError):
-    """A base density was given what it is not for."""
+    """A base density is used for something that it does not serve."""
 
 
 @runtime_checkable
 class OnSubspace(Protocol):
-    """What a distribution says of itself whose density is one on a subspace of its events, such as `MeanFreeNormal`.
+    """The protocol of a distribution whose density is one on a subspace of its events, such as `MeanFreeNormal`.
 
-    It refuses states off the subspace by itself, so that it goes on validating as a base, where others have the density zero. A
-    distribution that says nothing of this has its density over all entries of an event.
+    It refuses states off the subspace itself, so it keeps validating as a base, unlike other distributions, whose density
+    is zero there. A distribution without these attributes has its density over all entries of an event.
 
     Attributes:
         mean_free: whether the subspace is that of particles `(n, d)` whose centre of mass is zero.
@@ -30,21 +30,34 @@ class OnSubspace(Protocol):
     mean_free: bool
 
     def check_states(self, value: Tensor) -> None:
-        """Refuse states `(*sample, *event)` off the subspace, of the base or of a flow's data.
+        """Refuse states off the subspace, of the base or of a flow's data.
+
+        Args:
+            value: states `(*sample, *event)`.
 
         Raises:
-            BaseError: naming how far off they are.
+            BaseError: with their distance from it.
         """
 
     def check_velocity(self, velocity: Field, t: float, x: Tensor) -> None:
-        """Refuse a velocity that leaves the subspace from states x `(k, *event)` on it; called once before training.
+        """Refuse a velocity that leaves the subspace; called once before training.
+
+        Args:
+            velocity: the field v(t, x).
+            t: the time at which it is tested.
+            x: states on the subspace, `(k, *event)`.
 
         Raises:
-            BaseError: naming how fast it leaves.
+            BaseError: with the speed at which it leaves.
         """
 
 
 def standard_normal(event_shape: Size, **settings: Any) -> Distribution:
-    """The standard normal over events of a shape, of tensors of a dtype and a device."""
+    """Make the standard normal over events of a shape.
+
+    Args:
+        event_shape: shape of one sample.
+        **settings: dtype and device of its tensors.
+    """
     loc, scale = torch.zeros(event_shape, **settings), torch.ones(event_shape, **settings)
     return Independent(Normal(loc, scale, validate_args=False), len(event_shape))

@@ -23,19 +23,19 @@ _Held = tuple[_Path, dict | list, Any, Tensor | nn.Module]
 
 
 class BaseDensity(nn.Module):
-    """A base distribution as a module: its tensors are buffers, so they move and are saved with the flow.
+    """Wrap a base distribution as a module, whose buffers move and are saved with the flow.
 
-    What a distribution keeps beside what it was given (torch computes `probs` from `logits` when first asked, and keeps
-    the last point that a transform was at) is dropped before each use: it would be that of other tensors once these are loaded,
-    moved, averaged or replaced. Outside of its support the density is zero.
+    Outside of its support the density is zero. Values that a distribution caches are dropped before each use, because they
+    would belong to other tensors after loading, moving, averaging or replacing them: torch computes `probs` from `logits`
+    on first use, and transforms keep their last point.
 
     Args:
         distribution: of `event_shape`, without batch shape; it is copied.
         event_shape: of the flow.
 
     Raises:
-        BaseError: no distribution, one of another shape, one whose tensors require grad, or one without a density over all entries
-            of an event: a discrete one, or one of a surface, such as a Dirichlet distribution.
+        BaseError: not a distribution; one of another shape; one whose tensors require grad; or one without a density over
+            all entries of an event: a discrete one, or one of a surface, such as a Dirichlet distribution.
     """
 
     def __init__(self, distribution: Distribution, event_shape: Size) -> None:
@@ -49,50 +49,53 @@ class BaseDensity(nn.Module):
                 self.add_module(name, value)
                 continue
             self._buffer_of[path] = name
-            # A clone, since broadcast parameters share memory that a checkpoint could not be loaded into.
+            # A clone, because a checkpoint can't be loaded into the shared memory of broadcast parameters.
             self.register_buffer(name, value.clone(memory_format=torch.contiguous_format))
             place[key] = getattr(self, name)
         self._names = {path: frozenset(vars(part)) for path, part in _parts(self._distribution)}
 
     @property
     def distribution(self) -> Distribution:
-        """The distribution, of the tensors that are now the buffers."""
+        """The distribution, with the present buffers as its tensors."""
         return self._current(None)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the distribution's tensors, the first floating one."""
+        """The dtype of the distribution's first floating-point tensor."""
         floating = (tensor.dtype for tensor in self.buffers() if tensor.is_floating_point())
         return next(floating, torch.get_default_dtype())
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """The log-density of z `(k, *event)` in nats, `(k,)`, in z's precision or the distribution's, whichever is the finer.
+        """Compute the log-density in nats, `(k,)`; -inf outside of the support.
 
-        Whatever autocast makes of the matrix products inside; -inf outside of the support.
+        Its precision is the finer one of z's and the distribution's, also under autocast.
+
+        Args:
+            z: states `(k, *event)`.
         """
-        if len(z) == 0:  # which torch's Independent can't reshape
+        if len(z) == 0:  # torch's Independent can't reshape it
             return z.new_zeros(0)
-        if any(buffer.device != z.device for buffer in self.buffers()):  # as that of a function without tensors may be
+        if any(buffer.device != z.device for buffer in self.buffers()):  # possible if the velocity has no tensors
             return copy.deepcopy(self).to(z.device).log_prob(z)
         dtype = torch.promote_types(z.dtype, self.dtype)
         with torch.autocast(z.device.type, enabled=False):
             return log_density(self._current(dtype), z.to(dtype))
 
     def check_states(self, x: Tensor) -> None:
-        """Refuse states that the base, or a flow of it, has no density of: off its subspace, where it has one."""
+        """Refuse states off the base's subspace, if it has one."""
         if isinstance(self._distribution, OnSubspace):
             self._distribution.check_states(x)
 
     def sample(self, num_samples: int, generator: Generator | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Draws `(num_samples, *event)`.
+        """Draw `(num_samples, *event)`.
 
-        Torch's distributions know no generators, so that a seed of this one is lent to the default one, which other
-        threads may draw from, too; normal draws, of the base that most flows have, need it not.
+        Torch's distributions take no generator. For one given here, a seed is drawn from it and lent to the default generator,
+        which other threads may draw from, too. Normal draws, the base of most flows, need no such loan.
 
         Args:
             num_samples: how many.
             generator: torch's default one if None.
-            dtype: drawn in; the distribution's own if None.
+            dtype: of the draws; the distribution's own if None.
         """
         refuse_transforms("samples of a flow", "draw all of them at once", only_vmap=True)
         check_count("num_samples", num_samples, least=0)
@@ -115,7 +118,7 @@ class BaseDensity(nn.Module):
             return distribution.sample((num_samples,))
 
     def _current(self, dtype: torch.dtype | None) -> Distribution:
-        """The distribution with the present buffers in it, floating ones in `dtype`, and nothing that was computed from others."""
+        """The distribution with the present buffers, floating-point ones in `dtype`, and nothing computed from others."""
         for path, part in _parts(self._distribution):
             if isinstance(part, Transform) and getattr(part, "_cache_size", False):
                 part._cached_x_y = None, None
@@ -135,43 +138,43 @@ class BaseDensity(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self._current(None)  # lest a device that was left keeps its tensors
+        self._current(None)  # so that no tensors stay on the old device
         return self
 
 
 def _check(distribution: object, event_shape: Size) -> None:
     if not isinstance(distribution, Distribution):
-        raise BaseError(f"base must be a torch.distributions.Distribution, but is a {type(distribution).__name__}")
+        raise BaseError(f"the base must be a torch.distributions.Distribution, but is a {type(distribution).__name__}")
     if distribution.batch_shape or distribution.event_shape != event_shape:
         raise BaseError(
             f"the base must have event shape {tuple(event_shape)} and no batch shape, but has event shape "
-            f"{tuple(distribution.event_shape)} and batch shape {tuple(distribution.batch_shape)}; wrap it in "
-            "torch.distributions.Independent(base, n) to make n batch dimensions part of the event"
+            f"{tuple(distribution.event_shape)} and batch shape {tuple(distribution.batch_shape)}. Wrap it in "
+            "torch.distributions.Independent(base, n) to make n batch dimensions part of the event."
         )
     if (reason := without_volume(distribution)) is not None:
         raise BaseError(
-            f"the base {type(distribution).__name__} {reason}, where a flow needs a density over all {event_shape.numel()} entries of "
-            "an event; take another base, and bring the data to the whole space by a transform with its log-determinant"
+            f"the base {type(distribution).__name__} {reason}, but a flow needs a density over all {event_shape.numel()} entries of "
+            "an event. Use another base, and map the data to the whole space by a transform with its log-determinant."
         )
     for *_, value in _held(distribution):
         tensors = value.parameters() if isinstance(value, nn.Module) else [value]
         if any(tensor.requires_grad for tensor in tensors):
             raise BaseError(
-                "the base's tensors require grad, but would not be among the flow's parameters; detach them"
+                "the base's tensors require grad, but would not be among the flow's parameters. Detach them."
             )
 
 
 class _Inverse(_InverseTransform):
-    """An inverse that knows whose it is after it was copied, which torch's own forgets."""
+    """An inverse that knows its transform after it was copied, unlike torch's own."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
 
 
 def _own_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of a distribution and all that it is made of, without what it computed by itself.
+    """Copy a distribution and its parts, without what it computed itself.
 
-    It does not validate, since what lies outside of a support has the density zero; those on a subspace alone do.
+    The copy does not validate, because the density is zero outside of a support; only those on a subspace validate.
     """
     if id(value) in memo:
         return memo[id(value)]
@@ -186,7 +189,7 @@ def _own_copy(value: Any, memo: dict[int, Any]) -> Any:
     computed = _computed(value)
     for key, part in vars(value).items():
         if key == "_inv" and not isinstance(value, _InverseTransform):
-            part = None  # made anew when it is asked for
+            part = None  # made again on demand
         elif key == "_cached_x_y":
             part = (None, None)
         if key not in computed:
@@ -197,10 +200,10 @@ def _own_copy(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _computed(part: Distribution | Transform) -> set[str]:
-    """Attributes that torch's `lazy_property` keeps, once it has computed them.
+    """Names of the attributes that torch's `lazy_property` has computed and keeps.
 
-    What a constructor was given may have such a name, too (`logits`, beside `probs`): it stands before the shapes, which the
-    constructors of distributions set when they have all that they were given.
+    A constructor's argument may have such a name, too (`logits` beside `probs`). It precedes the shapes, which constructors
+    set once they have all arguments.
     """
     names = list(vars(part))
     after = names[names.index("_batch_shape") :] if "_batch_shape" in names else []
@@ -208,7 +211,7 @@ def _computed(part: Distribution | Transform) -> set[str]:
 
 
 def _parts(distribution: Distribution) -> Iterator[tuple[_Path, Distribution | Transform]]:
-    """A distribution, and all distributions and transforms inside it, each once, with the way to it."""
+    """Yield a distribution and all distributions and transforms inside it, each once, with the path to it."""
     found: list[tuple[_Path, Distribution | Transform]] = [((), distribution)]
     seen = {id(distribution)}
     while found:
@@ -216,7 +219,7 @@ def _parts(distribution: Distribution) -> Iterator[tuple[_Path, Distribution | T
         yield path, current
         for key, value in list(vars(current).items()):
             if key == "_inv" and not isinstance(current, _InverseTransform):
-                continue  # an inverse that is kept, and leads back
+                continue  # a cached inverse, which leads back
             for i, part in _items(value):
                 if isinstance(part, Distribution | Transform) and id(part) not in seen:
                     seen.add(id(part))
@@ -224,7 +227,7 @@ def _parts(distribution: Distribution) -> Iterator[tuple[_Path, Distribution | T
 
 
 def _held(distribution: Distribution) -> Iterator[_Held]:
-    """Every tensor and module of a distribution and of what is inside it, functions among it: path, place, key, value."""
+    """Yield every tensor and module of a distribution, its parts and its functions: path, place, key, value."""
     for path, part in _parts(distribution):
         for key, value in list(vars(part).items()):
             if isinstance(value, Tensor | nn.Module):
@@ -247,7 +250,7 @@ def _modules_of(function: Any) -> list[nn.Module]:
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
-    """Of a list or mapping; anything else is the one item of itself."""
+    """The items of a list or mapping; anything else is its only item."""
     if isinstance(value, dict):
         return list(value.items())
     return list(enumerate(value)) if isinstance(value, list | tuple) else [(0, value)]

@@ -1,4 +1,4 @@
-"""The standard normal of particles without centre of mass: a base that torch has not."""
+"""The standard normal of particles without centre of mass: a base that torch lacks."""
 
 import math
 from collections.abc import Sequence
@@ -21,19 +21,20 @@ class MeanFreeNormal(Distribution):
 
         log p(z) = -|z|^2 / 2 - (n - 1) d / 2 log(2 pi),        sum_i z_i = 0
 
-    a density on the subspace of (n - 1) d dimensions, in its own Euclidean volume, and so are those of its flows. Their
-    velocity v must leave the centre where it is: `PairField`, `EGNN(mean_free=True)`, or the mean over particles taken from
-    any other. Then v has its divergence over all n d dimensions on the subspace, too: with P the projection to it, J the
-    Jacobian of v and P J = J, tr(P J P) = tr(P J) = tr J. States off it, of data or of a velocity that moves the centre,
-    are refused.
+    This is a density on the subspace of (n - 1) d dimensions, in its own Euclidean volume, and so are the densities of its
+    flows. Their velocity v must not move the centre: use `PairField`, `EGNN(mean_free=True)`, or subtract the mean over
+    particles from any other. Then the divergence of v over all n d dimensions is that on the subspace: with P the
+    projection to it, J the Jacobian of v and P J = J, tr(P J P) = tr(P J) = tr J. States off the subspace, of data or of a
+    velocity that moves the centre, are refused.
 
     Args:
         event_shape: `(particles, dimensions)`.
-        validate_args: whether states off the subspace are refused: here they are, whatever the default of torch's distributions,
-            which other libraries change.
+        validate_args: whether states off the subspace are refused. True here, whatever the default of torch's
+            distributions, which other libraries change.
 
     Raises:
-        BaseError: an event shape that is none of two particles or more; by `log_prob`, a centre that is not zero.
+        BaseError: an event shape that is not (particles, dimensions) with at least two particles; in `log_prob`, a centre
+            that is not zero.
 
     Example:
         >>> MeanFreeNormal((2, 1)).log_prob(torch.tensor([[0.5], [-0.5]]))
@@ -48,12 +49,16 @@ class MeanFreeNormal(Distribution):
     def __init__(self, event_shape: Sequence[int], validate_args: bool = True) -> None:
         shape = checked_event_shape(event_shape)
         if len(shape) != 2 or shape[0] < 2:
-            raise BaseError(f"event_shape must be (particles, dimensions), of at least two particles, but is {shape}")
-        self.center = torch.zeros(shape[1])  # by whose dtype and device a flow's samples have theirs
+            raise BaseError(f"event_shape must be (particles, dimensions) with at least two particles, but is {shape}")
+        self.center = torch.zeros(shape[1])  # a flow's samples take its dtype and device
         super().__init__(Size(), Size(shape), validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log-density of states `(*sample, particles, dimensions)` in nats, `(*sample,)`."""
+        """Compute the log-density in nats, `(*sample,)`.
+
+        Args:
+            value: states `(*sample, particles, dimensions)`.
+        """
         if self._validate_args:
             self._validate_sample(value)
         self.check_states(value)
@@ -61,16 +66,21 @@ class MeanFreeNormal(Distribution):
         return -value.square().sum(dim=(-2, -1)) / 2 - (particles - 1) * dimensions / 2 * math.log(2 * math.pi)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Normal samples `(*sample_shape, particles, dimensions)`, their mean over particles taken away."""
+        """Draw normal samples `(*sample_shape, particles, dimensions)` and subtract their mean over particles."""
         shape = Size(sample_shape) + self.event_shape
         noise = torch.randn(shape, dtype=self.center.dtype, device=self.center.device)
         return noise - noise.mean(dim=-2, keepdim=True)
 
     @torch.no_grad()
     def check_velocity(self, velocity: Field, t: float, x: Tensor) -> None:
-        """Refuse a velocity that moves the centre of mass of states x `(k, particles, dimensions)`; call it once before training.
+        """Refuse a velocity that moves the centre of mass; call it once before training.
 
         A module is examined on a copy whose all-zero parameters are perturbed, as by `check_field`.
+
+        Args:
+            velocity: the field v(t, x).
+            t: the time at which it is tested.
+            x: states `(k, particles, dimensions)`.
 
         Raises:
             BaseError: the centre moves.
@@ -79,18 +89,21 @@ class MeanFreeNormal(Distribution):
         v = evaluated(field, as_time(t, x), x.clone())
         moved, largest = v.mean(dim=-2).abs().amax(dim=-1), v.abs().amax(dim=(-2, -1))
         eps = torch.finfo(v.dtype).eps
-        # Each row beside its own size; where that nearly vanishes, what is left of larger numbers is rounding.
+        # Each row relative to its own size; if that nearly vanishes, the rest of larger numbers is rounding.
         excess = moved - (eps**0.5 * largest + 10 * eps * largest.amax())
         if (excess > 0).any():
             row = int(excess.argmax())
             raise BaseError(
-                f"MeanFreeNormal is a density of particles whose centre of mass stays at zero, but the velocity moves it by {moved[row].item():.3g} "
-                f"a unit of time, where its largest entry is {largest[row].item():.3g}; set mean_free=True of HollowEGNN or EGNN "
-                "(network.mean_free=true), use PairField, or take the mean over particles from the velocity"
+                f"MeanFreeNormal needs particles whose centre of mass stays at zero, but the velocity moves it by {moved[row].item():.3g} "
+                f"per unit of time (its largest entry is {largest[row].item():.3g}). Set mean_free=True of HollowEGNN or EGNN "
+                "(network.mean_free=true), use PairField, or subtract the mean over particles from the velocity."
             )
 
     def check_states(self, value: Tensor) -> None:
-        """Refuse states `(*sample, particles, dimensions)` off the subspace, of the base or of a flow's data, if `validate_args`.
+        """Refuse states off the subspace, of the base or of a flow's data, if `validate_args`.
+
+        Args:
+            value: states `(*sample, particles, dimensions)`.
 
         Raises:
             BaseError: a centre of mass that is not zero.
@@ -102,7 +115,7 @@ class MeanFreeNormal(Distribution):
         off = centers > torch.finfo(value.dtype).eps ** 0.5 * (1 + value.abs().amax(dim=(-2, -1)))
         if off.any():
             raise BaseError(
-                f"MeanFreeNormal is a density of particles whose centre of mass is zero, but one lies {centers[off].max().item():.3g} off "
-                f"({listed_rows(off.flatten())}); take the mean over particles from the data, scale all their entries alike, and from the "
-                "velocity, too"
+                f"MeanFreeNormal needs particles whose centre of mass is zero, but one lies {centers[off].max().item():.3g} off "
+                f"({listed_rows(off.flatten())}). Subtract the mean over particles from the data and from the velocity, and scale all "
+                "entries of the data alike."
             )

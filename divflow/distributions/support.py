@@ -1,6 +1,6 @@
 """Log-densities of torch's distributions, sample by sample: -inf outside of a support, whatever the other samples are.
 
-torch itself refuses a batch where one sample lies outside, or, where validation is off, gives it some number.
+Torch itself refuses a batch if one sample lies outside or, without validation, returns some number for it.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 __all__ = ["log_density", "without_volume"]
 
-# Sets of which events are no open part: a density on them is none of all of the event's entries.
+# Sets without inner points: a density on them is not one over all entries of an event.
 _THIN = (
     constraints.simplex,
     constraints.corr_cholesky,
@@ -33,11 +33,15 @@ _THIN = (
 
 
 def log_density(distribution: Distribution, value: Tensor) -> Tensor:
-    """The log-density of values `(*sample, *batch, *event)` in nats, `(*sample, *batch)`; -inf outside of the support.
+    """Compute the log-density of values in nats, `(*sample, *batch)`; -inf outside of the support.
 
-    It goes through what distributions are made of, since a support that depends on parameters is known to the parts alone
-    (that of a mixture of uniforms, or of what an affine map makes of one). Distributions inside must not validate. Gradients of
-    other samples stay finite, for what is outside is never evaluated.
+    It descends into the parts of a distribution, because only the parts know a support that depends on parameters (that of
+    a mixture of uniforms, or of an affine map of one). The parts must not validate. Gradients of other samples stay
+    finite, because a value outside is never evaluated.
+
+    Args:
+        distribution: any of torch's.
+        value: `(*sample, *batch, *event)`.
     """
     kind = type(distribution).log_prob
     if isinstance(distribution, Independent) and kind is Independent.log_prob:
@@ -45,7 +49,7 @@ def log_density(distribution: Distribution, value: Tensor) -> Tensor:
     if isinstance(distribution, MixtureSameFamily) and kind is MixtureSameFamily.log_prob:
         padded = value.unsqueeze(-1 - len(distribution.event_shape))
         parts = log_density(distribution.component_distribution, padded)
-        beyond = parts.isneginf().all(dim=-1)  # where the derivative of logsumexp is NaN
+        beyond = parts.isneginf().all(dim=-1)  # the derivative of logsumexp is NaN there
         parts = torch.where(beyond[..., None], 0.0, parts) + distribution.mixture_distribution.logits.log_softmax(
             dim=-1
         )
@@ -56,9 +60,13 @@ def log_density(distribution: Distribution, value: Tensor) -> Tensor:
 
 
 def without_volume(distribution: Distribution) -> str | None:
-    """Why a distribution has no density over all entries of its events, in words; None where it has one."""
+    """Explain why a distribution has no density over all entries of its events; None if it has one.
+
+    Args:
+        distribution: any of torch's.
+    """
     if isinstance(distribution, ExpRelaxedCategorical):
-        return "lies on a surface"  # torch says of its support that it is all of the space
+        return "lies on a surface"  # torch declares the whole space as its support
     if isinstance(distribution, Independent):
         return without_volume(distribution.base_dist)
     if isinstance(distribution, MixtureSameFamily):
@@ -72,14 +80,14 @@ def without_volume(distribution: Distribution) -> str | None:
         support = getattr(support, "base_constraint", None)
     if isinstance(distribution, TransformedDistribution):
         reason = without_volume(distribution.base_dist)
-        # Such as the inverse of stick-breaking, a transform may take a surface to all of a space of fewer dimensions.
+        # A transform, such as the inverse of stick-breaking, may map a surface to a whole space of fewer dimensions.
         opened = distribution.event_shape != distribution.base_dist.event_shape
         return None if opened and reason != "is discrete" else reason
     return None
 
 
 def _transformed(distribution: TransformedDistribution, value: Tensor) -> Tensor:
-    """As torch takes it, transform by transform, but that each is asked for what it can't have made."""
+    """As torch computes it, transform by transform, without asking one about values that it can't have produced."""
 
     def density(y: Tensor) -> Tensor:
         dims = len(distribution.event_shape)
@@ -109,13 +117,13 @@ def _inside(support: Constraint | None, value: Tensor, log_prob: Callable[[Tenso
 
 
 def _moved_inside(support: Constraint | None, value: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Which values lie outside, `(*sample, *batch)`, None where there is no outside; and these replaced by some inside."""
+    """Which values lie outside, `(*sample, *batch)`, or None if none can; and the values, moved inside where necessary."""
     if support is None or constraints.is_dependent(support) or _unbounded(support):
         return None, value
     outside = ~support.check(value)
     try:
         within = transform_to(support)(torch.zeros_like(value))
-    except NotImplementedError:  # no map to the support is known to torch
+    except NotImplementedError:  # torch knows no map to the support
         return outside, value
     return outside, torch.where(outside.reshape(*outside.shape, *[1] * support.event_dim), within, value)
 
@@ -123,7 +131,7 @@ def _moved_inside(support: Constraint | None, value: Tensor) -> tuple[Tensor | N
 def _support(distribution: Distribution) -> Constraint | None:
     try:
         support = distribution.support
-    except (NotImplementedError, AttributeError):  # a distribution of one's own, that states none
+    except (NotImplementedError, AttributeError):  # a user's distribution without a support
         return None
     return support if isinstance(support, Constraint) else None
 

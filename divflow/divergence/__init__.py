@@ -56,33 +56,44 @@ def value_and_divergence(
     detached: bool = False,
     context: Context | None = None,
 ) -> ValueAndDivergence:
-    """The value g(t, x) and its divergence, from one evaluation of the field.
+    """Evaluate a field and its divergence together, from one evaluation of the field.
+
+        value = g(t, x),    divergence_b = sum_i d g_i / d x_i    for each sample b
 
     Args:
-        g: the field; called as `g(t, x)`, or `g(t, x, context)` where there is a context, returns a tensor of x's shape, dtype
-            and device, and treats the samples of a batch independently (`check_field` tells).
-        t: time, a scalar or one a sample `(k,)`.
-        x: states `(k, *event)`, of a floating dtype; an event is a vector, an image, any tensor.
+        g: the field.
+
+            - It is called as `g(t, x)`, or as `g(t, x, context)` with a context.
+            - It returns a tensor of x's shape, dtype and device.
+            - It treats the samples of a batch independently; `check_field` tests this.
+        t: time, a scalar or one value per sample `(k,)`.
+        x: states `(k, *event)` of a floating dtype. An event is a vector, an image, any tensor.
         estimator: `Exact()`, `Autograd()`, `Hutchinson()` or one of your own.
-        detached: whether the field means what it hides from autograd (`detach`, `no_grad`, numpy), which gets a warning
-            otherwise, since the divergence leaves it out.
-        context: conditions that change from call to call, a tensor or any tree of tensors (dict, tuple, list) of any dtype; g
-            gets a copy. What was planned for g serves for other numbers in it, where a closure over them, `lambda t, x: net(t,
-            x, c)`, is planned anew with each c. It may require grad, and need not be of one row a sample.
+        detached: True declares that the field hides parts from autograd on purpose (`detach`, `no_grad`, numpy). The
+            divergence leaves these parts out, which otherwise raises a warning.
+        context: conditions that change from call to call.
+
+            - A tensor or any tree of tensors (dict, tuple, list) of any dtype; g gets a copy.
+            - It may require grad, and need not have one row per sample.
+            - The plan for g is kept when its numbers change. A closure over them, `lambda t, x: net(t, x, c)`, is planned
+              anew for each c.
 
     Returns:
-        `ValueAndDivergence(value, divergence)` of shapes `(k, *event)` and `(k,)`. The divergence has
-        x's dtype, or float32 where that is a half precision. With grad enabled both are differentiable
-        in x, t and all parameters, to any order that the field supports; under `torch.no_grad` and
-        `torch.inference_mode` no graph is built. Within the transforms of `torch.func` (`grad`, `jacrev`, `jvp`, `vmap` of
-        single samples) it is taken by dense products of their kind, and nothing is verified; within `torch.compile` it runs
-        eagerly, between two graphs.
+        `ValueAndDivergence(value, divergence)` of shapes `(k, *event)` and `(k,)`.
+
+        - The divergence has x's dtype, or float32 if that is a half precision.
+        - With grad enabled both are differentiable in x, t and all parameters, to any order that the field supports.
+        - Under `torch.no_grad` and `torch.inference_mode` no graph is built.
+        - Inside the transforms of `torch.func` (`grad`, `jacrev`, `jvp`, `vmap` of single samples) it takes dense products
+          by these transforms, and nothing is verified.
+        - Inside `torch.compile` it runs eagerly, between two graphs.
 
     Raises:
-        FieldError: the field, t or x is not what the definition needs, or samples are mixed; the message says what to do.
+        FieldError: the field, t or x is not what the definition needs, or the field mixes samples; the message says what
+            to do.
 
     Warns:
-        FieldWarning: once a field, that autograd does not see all of how it depends on x (`divflow.verification`).
+        FieldWarning: once per field, if autograd does not see all of how it depends on x (`divflow.verification`).
 
     Example:
         >>> import torch
@@ -106,7 +117,26 @@ def divergence(
     detached: bool = False,
     context: Context | None = None,
 ) -> Tensor:
-    """The divergence of g at (t, x), shape `(k,)`: the second half of `value_and_divergence`.
+    """Compute the divergence of a field at (t, x), one number per sample.
+
+        (div g)(t, x)_b = sum_i d g_i / d x_i    for each sample b, over all event dimensions
+
+    Args:
+        g: the field, `g(t, x)` or `g(t, x, context)`, which returns a tensor of x's shape.
+        t: time, a scalar or one value per sample `(k,)`.
+        x: states `(k, *event)` of a floating dtype.
+        estimator: `Exact()`, `Autograd()`, `Hutchinson()` or one of your own.
+        detached: True declares that the field hides parts from autograd on purpose.
+        context: conditions that change from call to call, a tensor or a tree of tensors.
+
+    Returns:
+        The divergences `(k,)`, as of `value_and_divergence`, which has the details of all arguments.
+
+    Raises:
+        FieldError: as `value_and_divergence`.
+
+    Warns:
+        FieldWarning: as `value_and_divergence`.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The exact divergence by one `autograd.grad` a dimension: slowest, most tolerant, the reference."""
+"""The exact divergence by one `autograd.grad` per dimension: the slowest way, the most tolerant, and the reference."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,21 @@ __all__ = ["Autograd"]
 
 @dataclass(frozen=True)
 class Autograd(Estimator):
-    """Exact: D reverse passes, one dimension at a time, each read at its diagonal entry.
+    """The exact divergence by D reverse passes, for any field that autograd can differentiate.
 
         (div g)_b = sum_i [e_i^T J_b]_i
 
-    It needs neither batching nor forward-mode rules, so it works for every field that autograd can
-    differentiate (custom `autograd.Function`s, in-place code). Cost: one evaluation and D products.
+    Each pass takes one dimension and reads one diagonal entry. It needs neither batching nor forward-mode rules, so it
+    also serves custom `autograd.Function`s and in-place code. Cost: one evaluation of the field and D products.
+
+    Example:
+        >>> from divflow.divergence import divergence
+        >>> divergence(lambda t, x: t * x**2, 0.5, torch.tensor([[1.0, 2.0]]), Autograd())
+        tensor([3.])
     """
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the exact divergence and a standard error of zero; `generator` is not used."""
+        """Return the value, the exact divergence and a standard error of zero; `generator` is not used."""
         field = linearize_field(g, t, x)
         divergence = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
         for i in range(event_size(x)):

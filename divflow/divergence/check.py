@@ -1,4 +1,4 @@
-"""Is a function a field? Samples are independent, a state is not carried on, and autograd sees all that it does to x."""
+"""Check that a function is a field: samples are independent, no state is carried on, and autograd sees all it does to x."""
 
 import warnings
 from collections.abc import Callable
@@ -37,33 +37,42 @@ def check_field(
     estimator: Estimator | None = None,
     context: Context | None = None,
 ) -> None:
-    """Refuse a field that mixes the samples of a batch, remembers others, or hides a derivative; or is no field at all.
+    """Check a field before training: refuse one that mixes samples, remembers earlier ones, or hides a derivative.
 
-    - **It mixes**: every second sample is changed; the values at the others must stay as they were. It is examined on a
-      copy whose all-zero parameters are perturbed, since a last layer that starts at zero would hide what comes before.
-    - **It remembers**: its value depends on what it was given before, as that of a recurrent network that keeps its
-      state. One that changes its own buffers whatever it is given, as a spectral normalization does in training mode, is
-      accepted, with a warning.
-    - **It hides a derivative**: something that depends on x has no graph that leads there (`detach`, `no_grad`, numpy,
-      a gradient without `create_graph`), and central differences find another derivative than autograd.
+    - **It mixes**: values at some samples depend on others. Every second sample is changed; the values at the others must
+      stay. The check uses a copy whose all-zero parameters are perturbed, because a last layer that starts at zero would
+      hide what comes before.
+    - **It remembers**: its value depends on earlier inputs, like a recurrent network that keeps its state. A field that
+      changes its own buffers whatever its input, like spectral normalization in training mode, is accepted with a warning.
+    - **It hides a derivative**: something that depends on x has no graph leading there (`detach`, `no_grad`, numpy, a
+      gradient without `create_graph`), and central differences find another derivative than autograd.
 
-    It costs some evaluations; call it once before training.
+    The check costs a few evaluations. Call it once before training.
 
     Args:
         g: the field.
         t: time, a scalar or `(k,)`.
-        x: states `(k, *event)` such as the field will see.
-        detached: whether the field means what it detaches, which is then not looked at; as within `severed_fields("allow")`.
-        gradient: whether derivatives of the field and of its divergence are compared with central differences, too, as
-            tasks do before the first training step: an operation's second derivative may be wrong where its first is
-            right (see `divflow.verification.gradients`).
-        estimator: of that divergence. Of a stochastic one the gradient need not be that of the estimate, so one
-            probe of `Hutchinson` is taken in its place, and where there is none.
-        context: what g is called with beside t and x, `g(t, x, context)`, as in `divergence`.
+        x: states `(k, *event)` such as the field will receive.
+        detached: True skips the third check, for a field that detaches on purpose, like `severed_fields("allow")`.
+        gradient: True also compares the derivatives of the field and of its divergence with central differences, as tasks
+            do before the first training step. An operation may have a right first and a wrong second derivative (see
+            `divflow.verification.gradients`).
+        estimator: of that divergence. For a stochastic one, whose gradient need not be that of its estimate, or if None,
+            one probe of `Hutchinson` is taken.
+        context: passed to the field as `g(t, x, context)`, as in `divergence`.
 
     Raises:
-        FieldError: one of these (the message names the module or the line where it can be known), or shape, dtype or
-            device are wrong.
+        FieldError: one of these faults, with the module or the line if it can be found; or a wrong shape, dtype or device.
+
+    Warns:
+        FieldWarning: the field changes its own state at each evaluation, or can't be copied and checked.
+
+    Example:
+        >>> check_field(lambda t, x: t * x, 0.5, torch.ones(4, 2))
+        >>> check_field(lambda t, x: x - x.mean(dim=0), 0.5, torch.ones(4, 2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        divflow.errors.FieldError: the field mixes the samples of a batch: ...
     """
     refuse_transforms("check_field", "call it once beforehand")
     x = checked_state(x)
@@ -88,7 +97,7 @@ def check_field(
 
 
 def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:
-    """That values do not depend on other samples, of the same batch or of one before."""
+    """Check that values do not depend on other samples of the same batch or of an earlier one."""
     noise = torch.Generator("cpu").manual_seed(0)
     changed = x.clone()
     steps = torch.randn(changed[1::2].shape, generator=noise, device="cpu").to(x)
@@ -96,7 +105,7 @@ def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:
     field, fresh = fresh_copy(g)
     before = _same_randomness(field, t, x)
     if differentiates(field) and not differentiates(g):
-        # Found by an evaluation that was refused, and drew random numbers: begin anew, with copies that know.
+        # An evaluation that was refused found this, and drew random numbers: start again with copies that know it.
         note_differentiates(g)
         _check_samples(g, t, x)
         return
@@ -110,8 +119,8 @@ def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:
         return
     if not (fresh and fresh_too):
         warnings.warn(
-            f"{_name(g)} has another value each time that it is evaluated, and can't be copied: whether it mixes the samples "
-            "of a batch is not known. Make its state one of an nn.Module, or reset it at each call",
+            f"{_name(g)} returns another value at each evaluation and can't be copied, so whether it mixes the samples of a "
+            "batch is not known. Keep its state in an nn.Module, or reset it at each call.",
             FieldWarning,
             stacklevel=3,
         )
@@ -119,13 +128,13 @@ def _check_samples(g: Field, t: Tensor, x: Tensor) -> None:
     # The same call, after one of x and after one of other states.
     if not _equal(_same_randomness(other, t, x), again):
         raise FieldError(
-            f"{_name(g)} remembers: its value at the same t, x and random numbers depends on the states that it was given "
-            "before, so it is no function of t and x, and has no divergence. Reset what it keeps at each call (a hidden "
-            "state, a cache, running statistics)"
+            f"{_name(g)} remembers earlier calls: at the same t, x and random numbers its value depends on the states that "
+            "it received before, so it is not a function of t and x and has no divergence. Reset what it keeps at each call "
+            "(a hidden state, a cache, running statistics)."
         )
     warnings.warn(
-        f"{_name(g)} changes its own state whenever it is evaluated, as a spectral normalization does in training mode, "
-        "whatever x is: each evaluation is of a slightly other field. In eval mode it is one field",
+        f"{_name(g)} changes its own state at each evaluation, whatever x is, like spectral normalization in training mode, "
+        "so each evaluation is of a slightly different field. Use eval mode to keep it fixed.",
         FieldWarning,
         stacklevel=3,
     )
@@ -136,19 +145,26 @@ def _require_own(g: Field, before: Tensor, after: Tensor) -> None:
     difference = (before - after).abs().amax()
     if difference > scale * torch.finfo(before.dtype).eps ** 0.5:
         raise FieldError(
-            f"the field mixes the samples of a batch: changing some samples moved the values at others by up to "
-            f"{difference.item():.3g}, so a trace over the batch would be wrong. {_remedy(g)}"
+            f"the field mixes the samples of a batch: changing some samples changed the values at others by up to "
+            f"{difference.item():.3g}, so its divergence would be wrong. {_remedy(g)}"
         )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Up to what another order of sums may make of it."""
+    """Whether two values agree up to another order of summation."""
     scale = a.abs().nan_to_num(0, 0, 0).amax() + b.abs().nan_to_num(0, 0, 0).amax()
     return not bool(((a - b).abs() > 64 * torch.finfo(a.dtype).eps * scale).any())
 
 
 def fresh_copy(g: Any) -> tuple[Any, bool]:
-    """A copy in the state that g is in, its all-zero parameters perturbed, and whether it is one: else it is g itself."""
+    """Copy a field in its present state, with its all-zero parameters perturbed.
+
+    Args:
+        g: the field.
+
+    Returns:
+        The copy and True, or g itself and False if it can't be copied.
+    """
     try:
         field = copied(g).field
     except CopyError:
@@ -160,13 +176,20 @@ def fresh_copy(g: Any) -> tuple[Any, bool]:
 
 @torch.no_grad()
 def accepts_sample_times(g: Field, start: float, stop: float, x: Tensor) -> bool:
-    """Whether `g(t, x)` with one time a sample, t `(k,)`, equals g at each of these times as a scalar.
+    """Test whether a field takes one time per sample.
 
-    Many a network is written for a scalar t only; given `(k,)` it raises, or broadcasts t against the
-    wrong dimension where k happens to fit. Costs three evaluations, on a copy.
+    True if `g(t, x)` with t `(k,)` equals g at each of these times as a scalar. Many networks are written for a scalar t
+    only; given `(k,)` they raise, or broadcast t against the wrong dimension where k happens to fit. Costs three
+    evaluations, on a copy.
+
+    Args:
+        g: the field.
+        start: the first time.
+        stop: the last time.
+        x: states `(k, *event)`.
     """
     field, _ = fresh_copy(g)
-    # States that are zero, or equal, would hide what t is broadcast against.
+    # Zero or equal states would hide what t is broadcast against.
     noise = torch.randn(x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(x)
     x = x + 0.01 * (1 + x.abs().max()) * noise
     times = torch.linspace(start, stop, len(x), dtype=x.dtype, device=x.device)
@@ -174,39 +197,39 @@ def accepts_sample_times(g: Field, start: float, stop: float, x: Tensor) -> bool
         together = _same_randomness(field, times, x)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception:  # whatever it asserts of its times, by any type
+    except Exception:  # whatever type its own checks of t raise
         return False
     for row in (0, -1):
         alone = _same_randomness(field, times[row], x)[row]
-        # False where a value is NaN, from which nothing can be told.
+        # False for NaN, which shows nothing.
         if not (together[row] - alone).abs().max() <= together.abs().max() * torch.finfo(x.dtype).eps ** 0.5:
             return False
     return True
 
 
 def check_sample_times(g: Field, start: float, stop: float, x: Tensor, who: str) -> None:
-    """Refuse a field that `accepts_sample_times` says takes none.
+    """Refuse a field that does not take one time per sample, as `accepts_sample_times` finds.
 
     Args:
         g: the field.
-        start: the first time that it will be given.
-        stop: the last one.
-        x: states such as it will be given, one at least; two, or it can't be told.
-        who: who draws the times of what, for the message, such as `flow matching draws ..., but the velocity`.
+        start: the first time that it will receive.
+        stop: the last time.
+        x: states such as it will receive, at least one; the test needs two.
+        who: the start of the message, such as `flow matching draws ..., but the velocity`.
 
     Raises:
-        FieldError: naming the shape of the times and the remedy.
+        FieldError: with the shape of the times and the remedy.
     """
     if not accepts_sample_times(g, start, stop, x):
         raise FieldError(
-            f"{who} takes scalar times only, or not every time in its row: with t of shape ({len(x)},) it fails, or differs from "
-            "its values at these times one by one. Bring t to the columns of x in it: t.reshape(-1, 1).expand(len(x), 1)"
+            f"{who} takes scalar times only, or mixes up the times of a batch: with t of shape ({len(x)},) it fails, or differs "
+            "from its values at these times one by one. Bring t to the columns of x inside it: t.reshape(-1, 1).expand(len(x), 1)."
         )
 
 
 def _same_randomness(field: Field, t: Tensor, x: Tensor) -> Tensor:
     devices = [x.device] if x.is_cuda else []
-    # Without autocast, whose rounding would hide small differences, or look like some.
+    # Without autocast, whose rounding would hide small differences or look like one.
     with seeded(0, devices), torch.autocast(x.device.type, enabled=False):
         return checked_value(evaluated(field, t.clone(), x.clone()), x).detach()
 

@@ -27,45 +27,48 @@ References = int | Tensor | MeanJacobianCurve
 
 @dataclass(frozen=True, eq=False)
 class ControlVariate(Estimator):
-    """Another estimator, of what a matrix C of known trace leaves of the Jacobian; unbiased for any C.
+    """Reduce the variance of an estimator by a matrix of known trace; unbiased for any matrix.
 
         tr J = tr C + E[v^T (J - C) v]
 
-    C(t) is the mean Jacobian of reference samples at time t, so that the variance counts only how a sample differs from
-    them: for Rademacher probes it is `2 * sum_{i != j} S_ij^2` with S the symmetric part of J - C. The probes are
-    independent of C, which may therefore depend on the very samples that are estimated: that is no bias. Standard errors
-    are those of the rest, all that is estimated, and as often right as the wrapped estimator's. Products that are not
-    finite are no part of C.
+    C(t) is the mean Jacobian of reference samples at time t, so the variance counts only how a sample differs from them.
+    For Rademacher probes v it is `2 * sum_{i != j} S_ij^2`, with S the symmetric part of J - C.
 
-    **References of the batch** (a number) cost `references * D / k` products a sample and no evaluation of the field:
-    each sample gives a few rows of its own Jacobian, the next sample the next rows, so that every row of C is the mean
-    over `references` samples at least. Where they are the whole batch the exact divergence costs no more, and is what
-    is returned.
+    - The probes are independent of C. C may therefore depend on the very samples that are estimated, without bias.
+    - Standard errors are those of the rest, which is all that is estimated. They are right as often as the wrapped
+      estimator's.
+    - Products that are not finite do not enter C.
 
-    **Given references** (a tensor) cost one matrix product a sample, once C is known. A flow carries them along its
-    trajectories, takes C at 15 times, again only after its parameters have changed, and interpolates linearly between
-    them.
+    **References of the batch** (a number) cost `references * D / k` products per sample and no evaluation of the field.
+    Each sample gives a few rows of its own Jacobian and the next sample the next rows, so every row of C is the mean over
+    at least `references` samples. If that is the whole batch, the exact divergence costs no more and is returned.
 
-    **Low rank.** Above 4,096 dimensions, or where `rank` says so, C is the part of the mean Jacobian in its leading
-    `rank` left singular directions, found by 2 * rank products forward and as many in reverse with the references
-    (Halko, Martinsson and Tropp 2011), so that a sample costs 2 * rank * D multiplications in place of D^2. Of a batch
-    of k the rank is k / references at most, for one product of each kind a sample. It leaves more of the variance than
-    all of C: on MNIST, D = 784, with 64 given references, a 23rd of plain probes' with all of C, and 0.24, 0.43 and 0.61
-    of it at ranks 128, 64 and 32.
+    **Given references** (a tensor) cost one matrix product per sample, once C is known. A flow carries them along its
+    trajectories, takes C at 15 times and interpolates linearly in between. It takes C again only after its parameters
+    have changed.
 
-    **Gradients** are unbiased, and as noisy as the wrapped estimator's, since C is a constant: it is for evaluation. (With
-    its graph, at equal numbers of products: on the digits, D = 64, it lowered their variance 3.9 times against two probes
-    on a fresh network, and raised it 1.5 times on a trained one; on MNIST, D = 784, it raised it 1.3 and 1.6 times against
-    five. Batches of 256.)
+    **Low rank.** Above 4,096 dimensions, or with `rank`, C is the part of the mean Jacobian in its leading `rank` left
+    singular directions (Halko, Martinsson and Tropp 2011).
+
+    - It takes 2 * rank products forward and as many in reverse with the references.
+    - A sample then costs 2 * rank * D multiplications instead of D^2.
+    - For references of a batch of k the rank is at most k / references, for one product of each kind per sample.
+    - It leaves more variance than all of C. On MNIST (D = 784, 64 given references) all of C leaves 1/23 of the variance
+      of plain probes; ranks 128, 64 and 32 leave 0.24, 0.43 and 0.61 of it.
+
+    **Gradients** are unbiased and as noisy as the wrapped estimator's, because C is a constant: use it for evaluation.
+    Keeping the graph of C was measured at equal numbers of products, in batches of 256. On the digits (D = 64, against
+    two probes) it lowered the variance of gradients 3.9 times on a fresh network and raised it 1.5 times on a trained
+    one. On MNIST (D = 784, against five probes) it raised it 1.3 and 1.6 times.
 
     Args:
         estimator: `Hutchinson`, `HutchPlusPlus`, `XTrace`, or another whose `freeze` returns a `FrozenProbes`.
-        references: how many samples of each batch to take; or samples `(r, *event)` of a flow's data (where there is no
-            flow, states at the time of the call).
-        rank: of C; None for all of it up to 4,096 dimensions, and 128 above. From D on it is all of C.
+        references: how many samples of each batch to take; or samples `(r, *event)` of a flow's data. Without a flow these
+            are states at the time of the call.
+        rank: of C; None takes all of C up to 4,096 dimensions, and 128 above. From D on it is all of C.
 
     Raises:
-        ValueError: an estimator that is not stochastic, or less than one reference or rank.
+        ValueError: an estimator that is not stochastic, or fewer than one reference or rank.
         FieldError: references of another event shape; for a low rank, a field whose operations have no second derivatives.
 
     Example:
@@ -84,36 +87,36 @@ class ControlVariate(Estimator):
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, Estimator) or not self.estimator.stochastic:
             raise ValueError(
-                f"a control variate is for a stochastic estimator, such as Hutchinson(), but got {self.estimator!r}"
+                f"ControlVariate needs a stochastic estimator, such as Hutchinson(), but got {self.estimator!r}"
             )
         if isinstance(self.references, Tensor):
             if len(checked_state(self.references)) == 0:
                 raise FieldError(
-                    f"references must hold one sample at least, but have shape {tuple(self.references.shape)}"
+                    f"references must hold at least one sample, but have shape {tuple(self.references.shape)}"
                 )
         elif not isinstance(self.references, MeanJacobianCurve):
-            check_count("references, unless they are samples,", self.references)
+            check_count("references, if not a tensor of samples,", self.references)
             object.__setattr__(self, "references", int(self.references))
         if self.rank is not None:
-            check_count("rank, unless it is None for a rank that suits the dimensions,", self.rank)
+            check_count("rank, if not None,", self.rank)
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the estimate, and its standard error (None where the wrapped estimator can't tell)."""
+        """Return the value, the estimate and its standard error (None if the wrapped estimator has none)."""
         return self.freeze(x, generator).estimate(g, t, x)
 
     def freeze(self, x: Tensor, generator: Generator | None = None) -> Estimator:
-        """Draw the probes for batches of x's shape once; C is that of the field, time and batch of each call."""
+        """Draw the probes for batches of x's shape once; C still depends on the field, time and batch of each call."""
         self._check(x)
         return _Controlled(self.estimator.freeze(x, generator), self.references, 1, self._rank_for(x))
 
     def along(self, x: Tensor, bundles: Sequence[int], generator: Generator | None = None) -> Sequence[Estimator]:
-        """The wrapped estimator's, with a matrix C for each time of a bundle."""
+        """Return the wrapped estimator's bundles, with a matrix C for each time of a bundle."""
         self._check(x)
         parts, rank = self.estimator.along(x, bundles, generator), self._rank_for(x)
         return [_Controlled(part, self.references, times, rank) for part, times in zip(parts, bundles, strict=True)]
 
     def prepare(self, g: Field, x: Tensor, trajectories: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Estimator:
-        """With the mean Jacobian of given references along a flow, which is kept until the field's parameters change."""
+        """Take the mean Jacobian of given references along a flow; it is kept until the field's parameters change."""
         if not isinstance(self.references, Tensor) or event_size(x) == 0:
             return self
         self._check(x)
@@ -128,7 +131,7 @@ class ControlVariate(Estimator):
         return replace(self, references=curve)
 
     def _rank_for(self, x: Tensor) -> int | None:
-        """Of C; None for all of it."""
+        """The rank of C; None for all of it."""
         size = event_size(x)
         rank = self.rank if self.rank is not None or size <= _MOST_DIMENSIONS else _RANK
         if rank is None or rank >= size:
@@ -139,14 +142,14 @@ class ControlVariate(Estimator):
         checked_state(x)
         if isinstance(self.references, Tensor) and self.references.shape[1:] != x.shape[1:]:
             raise FieldError(
-                f"references are samples of x's event shape {tuple(x.shape[1:])}, one a row, but have shape "
-                f"{tuple(self.references.shape)}; pass (r, *event), or the number of samples of each batch to take"
+                f"references must be samples of x's event shape {tuple(x.shape[1:])}, one per row, but have shape "
+                f"{tuple(self.references.shape)}. Pass (r, *event), or the number of samples to take of each batch."
             )
 
 
 @dataclass(frozen=True, eq=False)
 class _Controlled(Estimator):
-    """The estimator for one bundle of times: `estimator` was drawn for it, unless it draws for each call."""
+    """The estimator for one bundle of times; `estimator` was drawn for it, unless it draws at each call."""
 
     estimator: Estimator
     references: References
@@ -155,7 +158,7 @@ class _Controlled(Estimator):
     frozen = True
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the estimate and its standard error; `generator` is for what was not drawn before."""
+        """Return the value, the estimate and its standard error; `generator` draws what was not drawn before."""
         x = checked_state(x)
         t = as_time(t, x)
         drawn = self.estimator if self.estimator.frozen else self.estimator.freeze(x, generator)
@@ -181,16 +184,16 @@ class _Controlled(Estimator):
         if isinstance(self.references, Tensor):
             if isinstance(g, Conditioned) and g.context is not None:
                 raise FieldError(
-                    "reference samples of a field with a context would need contexts of their own; take references from the batch, such as "
-                    "ControlVariate(Hutchinson(), references=16)"
+                    "given reference samples need contexts of their own, which a field with a context can't take. Take the references "
+                    "from the batch instead: ControlVariate(Hutchinson(), references=16)."
                 )
             return of_states(g, t.detach().mean(), self.references.detach().to(x), self.rank)
-        # One time for each part of the batch: any other C than that of a sample's own time is as unbiased.
+        # One time for each part of the batch: a C of another time than the sample's own is unbiased, too.
         return self.references.at(t.reshape(-1)[:: max(1, t.numel() // self.times)])
 
 
 class _Rest:
-    """Products with what a matrix for each time leaves of the Jacobian."""
+    """Products with J - C, the Jacobian less the matrix of each time."""
 
     def __init__(self, field: Linearization, matrices: Matrices) -> None:
         self.value, self._field, self._matrices = field.value, field, matrices
@@ -201,8 +204,8 @@ class _Rest:
 
 
 def _version(g: Field) -> Hashable:
-    """Another after a field's parameters or buffers were changed; a C of others would only be a worse one."""
+    """Return a value that changes when a field's parameters or buffers do; an outdated C only raises the variance."""
     parameters = g.parameters() if isinstance(g, nn.Module) else ()
-    # A field that is made anew for each call tells what it is made of (see `Plans`).
+    # A field that is made anew at each call names what it is made of (see `Plans`).
     parts = getattr(g, "divflow_identity", (g,))
     return tuple(state_of(part) for part in parts), tuple(state_of(parameter) for parameter in parameters)

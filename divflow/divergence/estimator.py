@@ -1,4 +1,4 @@
-"""The protocol that every way to a divergence follows, exact or estimated."""
+"""The protocol of all ways to a divergence, exact or estimated."""
 
 import functools
 import types
@@ -20,22 +20,27 @@ __all__ = ["Estimate", "Estimator", "FrozenProbes", "Products", "ValueAndDiverge
 
 
 class ValueAndDivergence(NamedTuple):
-    """g(t, x) of shape `(k, *event)` and its divergence of shape `(k,)`."""
+    """A field's value and divergence.
+
+    Attributes:
+        value: g(t, x), `(k, *event)`.
+        divergence: (div g)(t, x), `(k,)`.
+    """
 
     value: Tensor
     divergence: Tensor
 
 
 class Estimate(NamedTuple):
-    """A value and divergence with what is known of the divergence's error.
+    """A value and divergence, with what is known of the divergence's error.
 
     Attributes:
         value: g(t, x), `(k, *event)`.
         divergence: `(k,)`.
-        standard_error: of the estimate over its probes, `(k,)`: zero where the divergence is exact, None where a single
-            probe can't tell.
+        standard_error: of the estimate over its probes, `(k,)`; zero if the divergence is exact, None if it is unknown, as
+            with a single probe.
         samples: `(m, k)`, the m independent estimates whose mean the divergence is; None if it is no such mean.
-        products: v^T J for the m probes v, `(m, k, *event)`, where these have E[v v^T] = I; None if there are none.
+        products: v^T J for the m probes v, `(m, k, *event)`, if these have E[v v^T] = I; None if there are none.
     """
 
     value: Tensor
@@ -46,30 +51,43 @@ class Estimate(NamedTuple):
 
 
 class Estimator(ABC):
-    """A way to the divergence: a callable of field, time and state.
+    """Base class of the ways to a divergence: a callable of field, time and state.
 
-    Write your own by implementing `estimate`; everything in divflow then accepts it. A stochastic one
-    draws from `generator` (torch's default one if None), keeps no state between calls, and implements
-    `freeze`. At its first call one that says it is not random is asked twice about a field of our own.
+    Write your own by implementing `estimate`; everything in divflow then accepts it. A stochastic estimator
+
+    - sets `stochastic = True`,
+    - draws from `generator` (torch's default one if None),
+    - keeps no state between calls,
+    - implements `freeze`.
+
+    One that declares itself deterministic is tested at its first call: it is evaluated twice on a field of divflow's.
 
     Raises:
-        FieldError: by a call, a result of another shape than `Estimate` says, or an estimator that is random and says it is not.
+        FieldError: at a call, if the result has another shape than `Estimate` documents, or if an estimator is random
+            without declaring it.
     """
 
     stochastic: bool = False
     """Whether two calls may differ."""
 
     frozen: bool = False
-    """Whether it is bound, by `freeze`, to batches of one shape."""
+    """Whether `freeze` bound it to batches of one shape."""
 
     @property
     def estimates(self) -> bool:
-        """Whether the divergence is known up to an error of random vectors: drawn at each call, or once by `freeze`."""
+        """Whether the divergence has an error from random vectors, drawn at each call or once by `freeze`."""
         return self.stochastic or self.frozen
 
     @abstractmethod
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the divergence and its standard error, from one evaluation of the field."""
+        """Return the value, the divergence and its standard error, from one evaluation of the field.
+
+        Args:
+            g: the field, `g(t, x)`.
+            t: time, a scalar or `(k,)`.
+            x: states `(k, *event)`.
+            generator: draws the probes of a stochastic estimator; torch's default one if None.
+        """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -80,12 +98,12 @@ class Estimator(ABC):
     def __call__(
         self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None
     ) -> ValueAndDivergence:
-        """The value `(k, *event)` and the divergence `(k,)`, from one evaluation of the field."""
+        """Return the value `(k, *event)` and the divergence `(k,)`, from one evaluation of the field."""
         estimate = self.estimate(g, t, x, generator)
         return ValueAndDivergence(estimate.value, estimate.divergence)
 
     def prefers_one_time(self, g: Field, t: Tensor, x: Tensor) -> bool:
-        """Whether many times are better evaluated one after another, t being a scalar, than as one batch.
+        """Whether many times are cheaper one after another, with scalar t, than as one batch.
 
         Args:
             g: a field that takes both.
@@ -95,13 +113,18 @@ class Estimator(ABC):
         return False
 
     def freeze(self, x: Tensor, generator: Generator | None = None) -> "Estimator":
-        """An estimator that is a deterministic function of (t, x) for batches of x's shape."""
+        """Draw the random vectors once: the result is a deterministic function of (t, x) for batches of x's shape.
+
+        Args:
+            x: states `(k, *event)` of that shape.
+            generator: draws the vectors; torch's default one if None.
+        """
         return self
 
     def along(self, x: Tensor, bundles: Sequence[int], generator: Generator | None = None) -> "Sequence[Estimator]":
-        """An estimator for each bundle of the times at which the divergences of one batch are to be summed.
+        """Return an estimator for each bundle of the times at which the divergences of one batch are to be summed.
 
-        The mean of estimates that are unbiased, but not independent of those of other times, may vary less.
+        The mean of estimates that are unbiased, but not independent of those at other times, may have a lower variance.
 
         Args:
             x: states `(k, *event)` at one time.
@@ -111,27 +134,27 @@ class Estimator(ABC):
         return [self] * len(bundles)
 
     def prepare(self, g: Field, x: Tensor, trajectories: Callable[[Tensor], tuple[Tensor, Tensor]]) -> "Estimator":
-        """The estimator with what it learns beforehand of a field along a flow's trajectories: itself, for most.
+        """Learn beforehand about a field along a flow's trajectories; most estimators return themselves.
 
         Args:
             g: the field.
-            x: states such as it will be asked for, `(k, *event)`.
-            trajectories: of samples of the flow's data `(r, *event)`: times `(n,)`, increasing, and the states there,
-                `(n, r, *event)`.
+            x: states like those of later calls, `(k, *event)`.
+            trajectories: takes samples of the flow's data `(r, *event)`; returns increasing times `(n,)` and the states
+                there, `(n, r, *event)`.
         """
         return self
 
 
 Method = Callable[..., Estimate]
 
-# Samples of that field: in two dimensions half of all probes have the same product with it.
+# Samples of the test field: in two dimensions half of all probes have the same product with it.
 _ROWS = 16
-# Classes that say that they are not random, and were found not to be.
+# Classes that declare themselves deterministic and passed the test.
 _DETERMINISTIC: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _checked(estimate: Method) -> Method:
-    """An estimator's `estimate`, whose results have the shapes that all else relies on, and which is as random as it says."""
+    """Wrap an estimator's `estimate`: the result has the documented shapes, and is random only if that is declared."""
 
     @functools.wraps(estimate)
     def call(self: Estimator, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
@@ -166,14 +189,14 @@ def _check_shapes(estimator: Estimator, found: Estimate, x: Tensor) -> None:
             what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             expected = f"(m, {', '.join(map(str, shape))})" if leading else str(shape)
             raise FieldError(
-                f"{name}.estimate returned a {part} of {what} for x of shape {tuple(x.shape)}; it must be of shape {expected}"
+                f"{name}.estimate returned a {part} of {what} for x of shape {tuple(x.shape)}; its shape must be {expected}"
             )
 
 
 def _check_deterministic(estimator: Estimator, estimate: Method, x: Tensor) -> None:
-    """Refuse an estimator that says it is not random, and of whose two estimates of one trace the second is another.
+    """Refuse an estimator that declares itself deterministic and gives two different estimates of one trace.
 
-    It is asked about a field whose Jacobian is no diagonal matrix, for which products with random vectors differ.
+    The test field's Jacobian is not diagonal, so that products with random vectors differ.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or x.numel() == 0 or transformed():
         return
@@ -181,17 +204,17 @@ def _check_deterministic(estimator: Estimator, estimate: Method, x: Tensor) -> N
     try:
         with torch.inference_mode(False):
             first, second = (estimate(estimator, _shear, 0.0, zeros.clone()).divergence for _ in range(2))
-        # Up to sums in another order, as some devices take them.
+        # Up to another order of summation, which some devices choose at each call.
         same = torch.allclose(first, second, rtol=torch.finfo(first.dtype).eps ** 0.5)
-    except Exception:  # it is for fields of another kind, or what it returns is no estimate
+    except Exception:  # it serves fields of another kind, or returns no estimate
         same = True
     if same:
         _DETERMINISTIC.add(type(estimator))
     else:
         name, row = type(estimator).__name__, int((first - second).abs().argmax())
         raise FieldError(
-            f"{name} estimated two divergences of one field, {first[row].item():.6g} and then {second[row].item():.6g}, but says that it is not "
-            f"random; set stochastic = True in {name}, and write its freeze(x, generator), which draws the random vectors once"
+            f"{name} estimated two divergences of one field, {first[row].item():.6g} and then {second[row].item():.6g}, but declares itself "
+            f"deterministic. Set stochastic = True in {name} and implement freeze(x, generator), which draws the random vectors once."
         )
 
 
@@ -201,28 +224,28 @@ def _shear(t: Tensor, x: Tensor) -> Tensor:
 
 
 class Products(Protocol):
-    """A field at a point: its value, and vector-Jacobian products there (`Linearization`)."""
+    """A field at a point: its value, and vector-Jacobian products there, as of a `Linearization`."""
 
     value: Tensor
 
     def pullback(self, vectors: Tensor, constant: bool = False) -> Tensor:
-        """v^T J for every vector v, `(products, k, *event)`; without a graph if it is to be `constant`."""
+        """Return v^T J for every vector v, `(products, k, *event)`; without a graph if `constant`."""
 
 
 class FrozenProbes(Estimator):
-    """An estimator whose random vectors are drawn: it needs a field's value and products alone."""
+    """An estimator whose random vectors are drawn: it needs only a field's value and products."""
 
     frozen = True
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the estimate, and its standard error; `generator` is not used."""
+        """Return the value, the estimate and its standard error; `generator` is not used."""
         self.check(x)
         return self.from_products(linearize_field(g, t, x), x)
 
     @abstractmethod
     def check(self, x: Tensor) -> None:
-        """Refuse an x of another shape than the vectors were drawn for."""
+        """Refuse an x of another shape than that for which the vectors were drawn."""
 
     @abstractmethod
     def from_products(self, field: Products, x: Tensor) -> Estimate:
-        """The estimate of the trace of that Jacobian at x."""
+        """Estimate the trace of the Jacobian behind `field` at x."""

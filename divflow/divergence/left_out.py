@@ -1,4 +1,4 @@
-"""What the terms of XTrace have in common, which their spread does not show."""
+"""The covariance of XTrace's terms, which their spread does not show."""
 
 from typing import NamedTuple
 
@@ -32,14 +32,17 @@ class Terms(NamedTuple):
 
 @torch.no_grad()
 def covariance(found: Terms) -> Tensor:
-    """The mean covariance of two terms, `(k,)`: an unbiased estimate, which may be negative.
+    """Estimate the mean covariance of two terms, `(k,)`: unbiased, and possibly negative.
 
-    With X_ij what X_i is for m - 1 test vectors, without the j-th, and D_ij = X_i - X_ij, it is the mean of D_ij D_ji over
-    all pairs. For X_ij does not depend on w_j, given all but which X_j has the mean tr A, and so has X_ji given all but w_j:
-    of E[D_ij D_ji] = E[(X_i - tr A)(X_j - tr A)] + ... the three other products of deviations vanish.
+    Let X_ij be X_i for m - 1 test vectors, without the j-th, and D_ij = X_i - X_ij. The estimate is the mean of D_ij D_ji
+    over all pairs. X_ij does not depend on w_j, given all but which X_j has the mean tr A; the same holds for X_ji given
+    all but w_j. So in E[D_ij D_ji] = E[(X_i - tr A)(X_j - tr A)] + ... the three other products of deviations vanish.
 
-    Q_ij lacks s_i and the direction v_ij that is orthogonal to it in the plane of s_i and s_j, so that all follows from
-    products that are known: (I - Q_ij Q_ij^T) w_i = (I - Q_i Q_i^T) w_i + v_ij v_ij^T w_i.
+    Q_ij lacks s_i and the direction v_ij that is orthogonal to it in the plane of s_i and s_j, so everything follows from
+    known products: (I - Q_ij Q_ij^T) w_i = (I - Q_i Q_i^T) w_i + v_ij v_ij^T w_i.
+
+    Args:
+        found: the terms and what they were computed from.
     """
     count, size = len(found.terms), found.basis.shape[-1]
     missing = found.left_out.transpose(0, 1)
@@ -49,7 +52,7 @@ def covariance(found: Terms) -> Tensor:
     cosines = missing @ missing.mT
     own = bilinear.diagonal(dim1=1, dim2=2)[..., None]
     sines = 1 - cosines.square()
-    # Where A is of so low a rank that both may be one, nothing more is left out.
+    # If A has so low a rank that both coincide, nothing more is left out.
     apart = torch.where(sines > torch.finfo(sines.dtype).eps ** 0.5, sines.clamp_min(0), torch.inf).rsqrt()
 
     def along(products: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ __all__ = ["Matrices", "MeanJacobianCurve", "of_batch", "of_states"]
 
 Rows = Float[Tensor, "times rank size"]
 
-# Of the directions that a range is looked for with. They are none that probes are drawn with: those are not of this seed.
+# Seed of the directions that find a range. Probes are never drawn from it, so the two are independent.
 _SEED = 0x6D65616E
 
 
@@ -43,21 +43,21 @@ class Matrices:
         return (coordinates @ self.rows).view_as(vectors).to(vectors.dtype)
 
     def traces(self) -> Float[Tensor, " times"]:
-        """Tr C."""
+        """The traces of C at all times."""
         if self.basis is None:
             return self.rows.diagonal(dim1=1, dim2=2).sum(dim=1)
         return (self.basis * self.rows).sum(dim=(1, 2))
 
 
 def of_batch(field: Linearization, x: Tensor, times: int, references: int, rank: int | None = None) -> Matrices:
-    """The mean Jacobian of a batch at each of several times, from a few products with all of it; a constant.
+    """Estimate the mean Jacobian of a batch at each of several times, from a few products with all of it; a constant.
 
-    Sample b gives m consecutive rows of its Jacobian, sample b + 1 the next m, and so on around the D rows, so that
-    every row is the mean over `references` samples at least: `m = references * D / k` products, rounded up. Of low rank
-    it is in the range of as many columns, m = references * rank / k products forward for these, and m for its rows.
+    Sample b gives m consecutive rows of its Jacobian, sample b + 1 the next m, and so on around the D rows. Every row is
+    then the mean over at least `references` samples, for `m = references * D / k` products, rounded up. A low rank takes
+    m = references * rank / k products forward for the range, and m for its rows.
 
     Args:
-        field: evaluated at x, of more than `references` samples a time; linearized twice for a low rank.
+        field: evaluated at x, of more than `references` samples per time; linearized twice for a low rank.
         x: states `(times * k, *event)`, those of one time after another.
         times: how many.
         references: samples that every row is the mean of.
@@ -89,10 +89,16 @@ def of_batch(field: Linearization, x: Tensor, times: int, references: int, rank:
 
 @torch.no_grad()
 def of_states(g: Field, t: Tensor, states: Tensor, rank: int | None = None) -> Matrices:
-    """The mean Jacobian of g at one time t `()` and states `(r, *event)`, a constant.
+    """Compute the mean Jacobian of g at one time and several states, a constant.
 
-    Of low rank by a randomized singular value decomposition with one step of subspace iteration (Halko, Martinsson and
+    A low rank takes a randomized singular value decomposition with one step of subspace iteration (Halko, Martinsson and
     Tropp 2011, algorithms 4.4 and 5.1): 2 * rank products forward and as many in reverse.
+
+    Args:
+        g: the field.
+        t: time, `()`.
+        states: `(r, *event)`.
+        rank: None for all of it.
     """
     field, size = linearize_field(g, t, states, twice=rank is not None), event_size(states)
 
@@ -113,7 +119,7 @@ def of_states(g: Field, t: Tensor, states: Tensor, rank: int | None = None) -> M
 
 @dataclass(frozen=True, eq=False)
 class MeanJacobianCurve:
-    """Matrices that are known at some times, linear between these and constant beyond.
+    """Matrices known at some times, linear in between and constant beyond.
 
     Attributes:
         times: increasing, `(n,)`, n >= 2.
@@ -125,7 +131,7 @@ class MeanJacobianCurve:
 
     @classmethod
     def through(cls, times: Float[Tensor, " n"], known: Sequence[Matrices]) -> "MeanJacobianCurve":
-        """The curve through what is known at each time, `of_states`, all of one rank."""
+        """The curve through the matrices at each time, as of `of_states`, all of one rank."""
         bases = [each.basis for each in known if each.basis is not None]
         return cls(times, Matrices(torch.cat([each.rows for each in known]), torch.cat(bases) if bases else None))
 
@@ -144,7 +150,7 @@ class MeanJacobianCurve:
 
 
 def _mean_of_finite(products: Float[Tensor, "n samples *some size"]) -> Float[Tensor, "n *some size"]:
-    """Over samples, of those products that are finite: one sample that is not spoils the others' C no more than their J."""
+    """The mean over samples of the finite products, so that one bad sample does not spoil the C of the others."""
     finite = products.isfinite().all(dim=-1, keepdim=True)
     return torch.where(finite, products, 0).sum(dim=1) / finite.sum(dim=1).clamp_min(1)
 

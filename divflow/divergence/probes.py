@@ -33,10 +33,15 @@ DISTRIBUTIONS: dict[str, Callable[[tuple[int, ...], Generator | None, torch.devi
 
 
 def draw_probes(distribution: str, count: int, x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Independent probes for every sample, `(count, k, *event)`, of x's dtype and device.
+    """Draw independent probes for every sample, `(count, k, *event)`, of x's dtype and device.
 
-    They are drawn on the generator's device, so that a generator on the CPU gives the same probes
-    whatever device x is on.
+    They are drawn on the generator's device, so that a generator on the CPU gives the same probes whatever device x is on.
+
+    Args:
+        distribution: "rademacher", "gaussian" or "sphere".
+        count: probes per sample.
+        x: states `(k, *event)`.
+        generator: torch's default one if None.
     """
     check_generator(generator)
     device = x.device if generator is None else generator.device
@@ -47,11 +52,18 @@ def draw_probes(distribution: str, count: int, x: Tensor, generator: Generator |
 def draw_orthogonal_probes(
     distribution: str, count: int, nodes: int, x: Tensor, generator: Generator | None = None
 ) -> Tensor:
-    """Probes `(count, nodes, k, *event)` that are mutually orthogonal for each sample along `nodes`.
+    """Draw probes `(count, nodes, k, *event)` that are mutually orthogonal for each sample along `nodes`.
 
-    Each one has the given distribution ("rademacher" only where D is a power of two; elsewhere these are of the
-    sphere's), so that any mean of v^T J v is unbiased. Only D probes can be orthogonal: more nodes are taken in groups
+    Each probe has the given distribution, so any mean of v^T J v is unbiased. "rademacher" is possible only if D is a
+    power of two; else the sphere's distribution is taken. Only D probes can be orthogonal: more nodes are taken in groups
     of D consecutive ones. The `count` sets are independent.
+
+    Args:
+        distribution: "rademacher", "gaussian" or "sphere".
+        count: independent sets.
+        nodes: probes per set.
+        x: states `(k, *event)`.
+        generator: torch's default one if None.
     """
     check_generator(generator)
     size, device = event_size(x), x.device if generator is None else generator.device

@@ -137,7 +137,7 @@ class DoubleWell(PairEnergy):
 
 @dataclass(frozen=True)
 class LennardJones(PairEnergy):
-    """LJ13, the Lennard-Jones cluster of 13 particles in space, with springs to its centre (Köhler, Klein & Noé 2020, section 8).
+    """LJ13, a cluster of 13 Lennard-Jones particles, held by springs to its centre (Köhler, Klein & Noé 2020, section 8).
 
         U(x) = epsilon sum_{i < j} ((r_m / r_ij)^12 - 2 (r_m / r_ij)^6) + c / 2 sum_i |x_i - mean x|^2
 

@@ -1,4 +1,4 @@
-"""Continuous normalizing flows, and what is made of them: distributions, importance weights, densities of data."""
+"""Continuous normalizing flows and what they give: distributions, importance weights, densities of data."""
 
 from divflow.flow.continuous import ContinuousFlow
 from divflow.flow.data_density import FlowDensity

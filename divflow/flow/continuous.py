@@ -28,43 +28,46 @@ from divflow.verification import severed_fields
 
 __all__ = ["ContinuousFlow"]
 
-# Times at which an estimator learns what it does of a flow: the nodes of fifteen.
+# Times at which an estimator is prepared along a flow: fifteen nodes.
 _REFERENCE_TIMES = 15
 
 
 class ContinuousFlow(nn.Module):
-    """The flow of dx/dt = v(t, x), which carries the base density at t_base to the data density at t_data.
+    """A density carried from a base to the data by the ODE dx/dt = v(t, x): log-densities, samples and latents.
 
         log p_data(x) = log p_base(z) - integral from t_base to t_data of (div v)(t, x_t) dt
 
-    with x_t the trajectory through x at t_data and z its state at t_base (Chen et al. 2018). Everything is
-    differentiable in x, the context, the parameters and the two times (where they are tensors), to any order
-    with `Solver(gradient="direct")`. Within `torch.func`'s `grad`, `jacrev` and `jvp` a solver of fixed steps is needed; `vmap`
-    is refused, since a batch of samples is taken anyway.
+    with x_t the trajectory through x at t_data and z its state at t_base (Chen et al. 2018). Log-densities are in nats.
+
+    Everything is differentiable in x, the context, the parameters and the two times (if they are tensors): to any order
+    with `Solver(gradient="direct")`. Inside `torch.func`'s `grad`, `jacrev` and `jvp` a solver of fixed steps is needed;
+    `vmap` is refused, because the flow takes a batch of samples anyway.
 
     Args:
-        velocity: a module or function `v(t, x)`, or `v(t, x, context)` for a conditional flow, the context being a tensor or a
-            tree of tensors (dict, tuple, list) of any dtype, one row a sample; returns a tensor of x's shape, t being a scalar or one time a sample. A velocity that takes scalar times only is
-            recognised, and evaluated at one time after another.
-        event_shape: shape of one sample, without the batch; an int for vectors.
+        velocity: a module or function `v(t, x)`, or `v(t, x, context)` for a conditional flow.
+
+            - It returns a tensor of x's shape.
+            - t is a scalar or one time per sample. A velocity that takes only scalar times is recognised and evaluated at
+              one time after another.
+            - The context is a tensor or a tree of tensors (dict, tuple, list) of any dtype, with one row per sample.
+        event_shape: shape of one sample; an int for vectors.
         estimator: of the divergence.
         likelihood: `Quadrature()` or `Augmented()`.
         solver: of the trajectory.
-        base: a `torch.distributions.Distribution` of this event shape and no batch shape (see
-            `torch.distributions.Independent`); the standard normal if None. Its tensors move and are saved
-            with the module, and start where the velocity's are.
+        base: a `torch.distributions.Distribution` of this event shape and no batch shape; the standard normal if None.
+            Its tensors move and are saved with the module, and start on the velocity's device.
         t_base: time of the base density, a number or a (trainable) tensor.
         t_data: time of the data density; may be earlier than t_base.
-        detached: whether the velocity means what it hides from autograd (`detach`, `no_grad`), which is an error otherwise,
-            since the divergence would leave it out.
+        detached: True declares that the velocity hides parts from autograd on purpose (`detach`, `no_grad`). Otherwise they
+            are an error, because the divergence would leave them out.
 
     Raises:
         ValueError: a base of another event shape, or t_base equal to t_data.
 
     Example:
-        >>> flow = ContinuousFlow(lambda t, x: -x, 2, t_data=2.0)
-        >>> flow.encode(torch.zeros(1, 2))
-        tensor([[0., 0.]])
+        >>> flow = ContinuousFlow(lambda t, x: -x, 2)  # x = z exp(-1)
+        >>> flow.log_prob(torch.zeros(1, 2))
+        tensor([0.1621])
     """
 
     def __init__(
@@ -92,11 +95,16 @@ class ContinuousFlow(nn.Module):
         settings = solved_settings(velocity)
         normal = standard_normal(self.event_shape, **settings) if base is None else base
         self.base = BaseDensity(normal, self.event_shape)
-        self.base.to(settings.get("device"))  # which torch's default device, where a base is made, need not be
+        self.base.to(settings.get("device"))  # a base is made on torch's default device, which may be another
         self._sample_times: bool | None = None
 
     def log_prob(self, x: Tensor, context: Context | None = None, generator: Generator | None = None) -> Tensor:
-        """The log-density of x `(k, *event)` in nats, `(k,)`; `generator` draws a stochastic estimator's probes.
+        """Compute the log-density of data in nats, `(k,)`.
+
+        Args:
+            x: data `(k, *event)`.
+            context: as the velocity takes it, one row per sample.
+            generator: draws a stochastic estimator's probes.
 
         Raises:
             FieldError: x, the context or the velocity's value has a wrong shape, dtype or device; rows that are not finite.
@@ -113,24 +121,25 @@ class ContinuousFlow(nn.Module):
         diagnostics: bool = True,
         penalties: Collection[str] = (),
     ) -> FlowEvaluation:
-        """The log-density of x `(k, *event)` with its latent, errors and evaluations.
+        """Compute the log-density of data with its latent, error estimates and counted evaluations, a `FlowEvaluation`.
 
         Args:
-            x: data.
-            context: a tensor or a tree of tensors (dict, tuple, list) of any dtype, one row a sample, as the velocity takes it.
-            generator: of a stochastic estimator's probes.
-            diagnostics: estimate the errors even where that takes further evaluations; else they are None.
-            penalties: integrals to take along the trajectory (Finlay et al. 2020): "kinetic_energy", of |v|^2, and
-                "jacobian_norm", of |dv/dx|_F^2, which is estimated, unbiased, from the products with the
-                estimator's own probes, or from one more where the divergence is exact. They need `Quadrature`.
+            x: data `(k, *event)`.
+            context: a tensor or a tree of tensors (dict, tuple, list) of any dtype, one row per sample.
+            generator: draws a stochastic estimator's probes.
+            diagnostics: estimate the errors even if that takes further evaluations; otherwise those are None.
+            penalties: integrals to take along the trajectory (Finlay et al. 2020), which need `Quadrature`: "kinetic_energy",
+                of |v|^2, and "jacobian_norm", of |dv/dx|_F^2. The latter is estimated without bias from the products with
+                the estimator's own probes, or from one more product if the divergence is exact.
 
         Raises:
-            FieldError, SolverError: as `log_prob`.
+            FieldError: as `log_prob`.
+            SolverError: as `log_prob`.
             ValueError: an unknown penalty.
         """
         unknown = set(penalties) - set(PENALTIES)
         if unknown:
-            raise ValueError(f"penalties must be of {sorted(PENALTIES)}, but got {sorted(unknown)}")
+            raise ValueError(f"penalties must be among {sorted(PENALTIES)}, but got {sorted(unknown)}")
         evaluations = Evaluations()
         carried = self._transport(
             x,
@@ -154,11 +163,11 @@ class ContinuousFlow(nn.Module):
     def rsample_and_log_prob(
         self, num_samples: int, context: Context | None = None, generator: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Samples `(num_samples, *event)` and their log-densities `(num_samples,)`, differentiable in the parameters.
+        """Draw samples `(num_samples, *event)` with their log-densities `(num_samples,)`, differentiable in the parameters.
 
         Args:
             num_samples: how many.
-            context: one row a sample, `(num_samples, ...)`.
+            context: one row per sample, `(num_samples, ...)`.
             generator: draws the base samples and the probes.
         """
         samples, evaluation = self.rsample_and_evaluate(num_samples, context, generator)
@@ -167,7 +176,7 @@ class ContinuousFlow(nn.Module):
     def rsample_and_evaluate(
         self, num_samples: int, context: Context | None = None, generator: Generator | None = None
     ) -> tuple[Tensor, FlowEvaluation]:
-        """Samples `(num_samples, *event)` and what is known of their log-densities, from one solve; see `rsample_and_log_prob`."""
+        """Draw samples `(num_samples, *event)` with a `FlowEvaluation` of each; arguments as `rsample_and_log_prob`."""
         z, evaluations = self.sample_base(num_samples, generator), Evaluations()
         carried = self._transport(
             z, context, self.t_base, self.t_data, generator, evaluations=evaluations, diagnostics=False
@@ -178,7 +187,7 @@ class ContinuousFlow(nn.Module):
         return carried.state, FlowEvaluation(log_prob, z, -carried.log_det, *known, evaluations)
 
     def distribution(self, context: Context | None = None, context_dim: ContextDim = 1) -> FlowDistribution:
-        """The flow as a `torch.distributions.Distribution`, given one context or a batch of them."""
+        """Return the flow as a `torch.distributions.Distribution`; arguments as of `FlowDistribution`."""
         return flow_distribution(self, context, context_dim)
 
     def importance_weights(
@@ -191,21 +200,18 @@ class ContinuousFlow(nn.Module):
         correct: bool = False,
         batch_size: int | None = None,
     ) -> ImportanceWeights:
-        """Samples weighted towards a target that is known up to a constant: `divflow.flow.importance.importance_weights`."""
+        """Draw samples weighted towards a target that is known up to a constant, by `divflow.flow.importance.importance_weights`."""
         return importance_weights(
             self, log_target, num_samples, generator, context=context, correct=correct, batch_size=batch_size
         )
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Context | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples `(num_samples, *event)`, without gradient; `context` has one row a sample."""
+        """Draw samples `(num_samples, *event)`, without gradient; `context` has one row per sample."""
         return self.decode(self.sample_base(num_samples, generator), context)
 
     def sample_base(self, num_samples: int, generator: Generator | None = None) -> Tensor:
-        """Draws of the base `(num_samples, *event)`, in the dtype of the velocity's parameters, if they are of one.
-
-        In float32 where that is a coarser one, in which no trajectory can be solved.
-        """
+        """Draw from the base, `(num_samples, *event)`, in the dtype of the velocity's parameters, at least float32."""
         module = self.velocity if isinstance(self.velocity, nn.Module) else nn.Module()
         dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
         dtype = dtypes.pop() if len(dtypes) == 1 else self.base.dtype
@@ -214,20 +220,20 @@ class ContinuousFlow(nn.Module):
         return self.base.sample(num_samples, generator, dtype)
 
     def encode(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """The latent z `(k, *event)` at t_base of data x at t_data."""
+        """Map data x at t_data to their latents z `(k, *event)` at t_base."""
         return self.trajectory(x, [self.t_data, self.t_base], context)[-1]
 
     def decode(self, z: Tensor, context: Context | None = None) -> Tensor:
-        """The data x `(k, *event)` at t_data of latents z at t_base."""
+        """Map latents z at t_base to data x `(k, *event)` at t_data."""
         x = self.trajectory(z, [self.t_base, self.t_data], context)[-1]
         self.base.check_states(x)
         return x
 
     @eagerly
     def trajectory(self, x: Tensor, times: Sequence[float | Tensor], context: Context | None = None) -> Tensor:
-        """The states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
+        """Compute the states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
         if not isinstance(times, Sequence | Tensor) or len(times) == 0:
-            raise ValueError(f"times must hold at least that of x, but is {times!r}")
+            raise ValueError(f"times must contain at least the time of x, but is {times!r}")
         with outside_inference_mode(), explained(x, context, self.times):
             x, field = self._prepare(x, context)
             (states,) = self.solver.solve(
@@ -240,11 +246,11 @@ class ContinuousFlow(nn.Module):
         return states
 
     def times(self) -> tuple[float, float]:
-        """t_base and t_data as numbers."""
+        """Return t_base and t_data as numbers."""
         return as_number(self.t_base), as_number(self.t_data)
 
     def field(self, context: Context | None = None) -> ConditionedField:
-        """The velocity as a field g(t, x), with the context bound to it."""
+        """Return the velocity as a field g(t, x), with the context bound to it."""
         return ConditionedField(self.velocity, context, bool(self._sample_times))
 
     def replace(
@@ -254,7 +260,7 @@ class ContinuousFlow(nn.Module):
         likelihood: Likelihood | None = None,
         solver: Solver | None = None,
     ) -> "ContinuousFlow":
-        """The same flow, sharing velocity and base, evaluated in another way; what is None stays."""
+        """Return the same flow with another estimator, likelihood or solver; velocity and base are shared, None stays."""
         flow = copy.copy(self)
         flow.estimator = self.estimator if estimator is None else estimator
         flow.likelihood = self.likelihood if likelihood is None else likelihood
@@ -263,7 +269,7 @@ class ContinuousFlow(nn.Module):
         return flow
 
     def extra_repr(self) -> str:
-        """Everything but the submodules."""
+        """Describe everything but the submodules."""
         return (
             f"event_shape={tuple(self.event_shape)}, estimator={self.estimator}, likelihood={self.likelihood}, "
             f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}"
@@ -276,7 +282,7 @@ class ContinuousFlow(nn.Module):
         if self.solver.gradient == "adjoint" and not isinstance(self.velocity, nn.Module):
             raise ValueError(
                 "gradient='adjoint' needs a velocity that is an nn.Module, to know its parameters, but got "
-                f"{type(self.velocity).__name__}; wrap it in a module, or use Solver(gradient='direct')"
+                f"{type(self.velocity).__name__}. Wrap it in a module, or use Solver(gradient='direct')."
             )
 
     @eagerly
@@ -296,7 +302,7 @@ class ContinuousFlow(nn.Module):
             x, field = self._prepare(x, context)
             if self._sample_times is None and x.numel():
                 alone = self.field(mapped(Tensor.detach, context))
-                # One sample has one time, which a velocity of scalar times takes, too.
+                # A velocity of scalar times also takes the one time of one sample.
                 copies = 2 if len(x) == 1 else 1
                 states = x.detach().repeat(copies, *[1] * (x.ndim - 1))
                 self._sample_times = accepts_sample_times(alone.repeat(copies), *self.times(), states)
@@ -316,11 +322,11 @@ class ContinuousFlow(nn.Module):
                 )
 
     def _trajectories(self, context: Context | None, references: Tensor) -> tuple[Tensor, Tensor]:
-        """For `Estimator.prepare`."""
+        """The trajectories for `Estimator.prepare`."""
         if context is not None:
             raise FieldError(
-                "reference samples of a conditional flow would need contexts of their own, which an estimator can't "
-                "carry; take references from the batch, such as ControlVariate(Hutchinson(), references=16)"
+                "given reference samples need contexts of their own, which the estimator of a conditional flow can't carry. "
+                "Take the references from the batch instead: ControlVariate(Hutchinson(), references=16)."
             )
         start, end = sorted(self.times())
         times = [start + (end - start) * node for node in gauss_kronrod(_REFERENCE_TIMES).nodes.tolist()]

@@ -1,4 +1,4 @@
-"""What an evaluation of a flow's log-density takes, before it is taken."""
+"""The expected cost of evaluating a flow's log-density."""
 
 import time
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from divflow.operators.field import Field, event_size
 
 __all__ = ["Cost", "evaluation_cost"]
 
-# Forward passes up to which a divergence is timed itself, and not reckoned from the plan.
+# Forward passes up to which a divergence is timed directly, and not estimated from the plan.
 _TIMED = 32
-# Evaluations of the divergence that few batches need.
+# Evaluations of the divergence that few batches exceed.
 _MANY = 500
 
 
 class Cost(NamedTuple):
-    """Of one batch.
+    """The expected cost of one batch.
 
     Attributes:
         seconds: that it is expected to take.
         divergences: evaluations of the divergence.
-        passes: that each of these is worth, in forward passes; None where one was timed.
+        passes: cost of each in forward passes; None if one was timed.
         why: the plan's reason.
     """
 
@@ -38,20 +38,21 @@ class Cost(NamedTuple):
 
 @torch.no_grad()
 def evaluation_cost(flow: ContinuousFlow, x: Tensor, context: Context = None, least: float = 0.0) -> Cost | None:
-    """The expected cost of `flow.evaluate(x, context)`, errors included; None where it is less than some seconds, and hardly looked at.
+    """Estimate the cost of `flow.evaluate(x, context)` with its error estimates; None if it takes less than `least` seconds.
 
-    How often the field is evaluated is counted on two samples, with one probe in place of the estimator; how long that takes is measured,
-    of the whole batch, or where that would take long reckoned from the plan and the time of the velocity alone. A network that is
-    trained further may need more.
+    The number of field evaluations is counted on two samples, with one probe in place of the estimator. Their time is
+    measured on the whole batch or, if that would take long, computed from the plan and the time of the velocity alone. A
+    network that is trained further may need more.
 
     Args:
-        flow: that evaluates.
+        flow: to be evaluated.
         x: a batch `(k, *event)`, k > 0.
-        context: one row a sample.
-        least: seconds of interest.
+        context: one row per sample.
+        least: seconds below which no estimate is needed.
 
     Raises:
-        FieldError, SolverError: as `evaluate`.
+        FieldError: as `evaluate`.
+        SolverError: as `evaluate`.
     """
     field, t = flow.field(context), x.new_tensor(flow.times()[0])
     velocity = _seconds(lambda: field(t, x), x)
@@ -61,7 +62,7 @@ def evaluation_cost(flow: ContinuousFlow, x: Tensor, context: Context = None, le
     generator = Generator(x.device).manual_seed(0)
     one_probe = Hutchinson() if flow.estimator.stochastic else Hutchinson().freeze(x[:2], generator)
     counts = flow.replace(estimator=one_probe).evaluate(x[:2], few, generator).evaluations
-    # Errors of the trajectory take another one, by half the steps, with as many nodes on it.
+    # Errors of the trajectory take another trajectory, by steps of half the length, with as many nodes on it.
     again = counts.divergence if counts.diagnostics else 0
     velocities, divergences = counts.forward + max(0, counts.diagnostics - again), counts.divergence + again
     passes, why = _passes(flow, flow.field(few), x[:2])
@@ -73,7 +74,7 @@ def evaluation_cost(flow: ContinuousFlow, x: Tensor, context: Context = None, le
 
 
 def _passes(flow: ContinuousFlow, field: Field, x: Tensor) -> tuple[float | None, str]:
-    """Forward passes that a divergence is worth, and why; None where that is not known beforehand."""
+    """The cost of a divergence in forward passes, and why; None if it is not known beforehand."""
     if isinstance(flow.estimator, Exact):
         plan = flow.estimator.explain(field, flow.times()[0], x)
         return plan.cost_in_forward_passes, plan.why
@@ -83,7 +84,7 @@ def _passes(flow: ContinuousFlow, field: Field, x: Tensor) -> tuple[float | None
 
 
 def _seconds(evaluate: Callable[[], object], x: Tensor) -> float:
-    """The shorter of two times, of which the first may hold preparations."""
+    """The shorter of two times; the first may include preparations."""
     taken = []
     for _ in range(2):
         _wait_for(x)

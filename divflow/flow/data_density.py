@@ -1,4 +1,4 @@
-"""The density of data through their preprocessing, which a flow models; what tasks train and `divflow.load` returns."""
+"""The density of data through their preprocessing: what tasks train and `divflow.load` returns."""
 
 from collections.abc import Callable, Collection
 from typing import TypeVar
@@ -22,21 +22,28 @@ _Density = TypeVar("_Density", bound="FlowDensity")
 
 
 class FlowDensity(nn.Module):
-    """The density of data x whose transform y = T(x) a flow models; what `divflow.load` returns.
+    """The density of data in their own units, through a transform T of which a flow models the output.
 
         log p(x | c) = log p_flow(T(x) | S(c)) + log |det dT/dx|      x = T^-1(y), y from the flow
 
     Args:
         flow: of the transformed data.
         transform: T, from the data, with its log-determinant.
-        context_transform: S, the standardization of contexts that are tensors, entry by entry; None if the flow takes them as they
-            are, tensors or trees of tensors, or none.
+        context_transform: S, the standardization of contexts that are tensors, entry by entry. None if the flow takes
+            contexts as they are, tensors or trees of tensors, or takes none.
 
     Attributes:
-        columns: the names of the data's columns, where it was loaded back and these have names; else None.
+        columns: the names of the data's columns, if the density was loaded and they have names; else None.
         context_columns: those of the context's.
-        watch_units: whether `evaluate` with diagnostics warns of data that are farther from the base than the model's own samples, as
-            it does where the density was loaded back: what is being trained is far from its data at first.
+        watch_units: whether `evaluate` with diagnostics warns about data that are farther from the base than the model's
+            own samples. It is set when a density is loaded; a model in training is far from its data at first.
+
+    Example:
+        >>> from divflow import ContinuousFlow
+        >>> from divflow.flow import Affine
+        >>> density = FlowDensity(ContinuousFlow(lambda t, x: torch.zeros_like(x), 1), Affine(shift=10.0, scale=2.0))
+        >>> density.log_prob(torch.tensor([[10.0]]))  # normal of mean 10 and standard deviation 2
+        tensor([-1.6121])
     """
 
     columns: list[str] | None = None
@@ -49,14 +56,14 @@ class FlowDensity(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the flow computes in."""
+        """The dtype in which the flow computes."""
         return computed_dtype(self.flow)
 
     @property
     def data_range(self) -> tuple[Tensor, Tensor] | None:
-        """The least and the largest data that it takes, which broadcast to the event; None where no bounds are known.
+        """The least and the largest data allowed, which broadcast to the event; None if no bounds are known.
 
-        Those of its transform, or those that an adapted model was trained on, in the units of the data.
+        They are those of its transform, or those that an adapted model was trained on, in the units of the data.
         """
         ends, model = self.transform.data_range, getattr(self.flow, "data_range", None)
         if ends is not None or model is None or not isinstance(self.transform, Affine):
@@ -65,12 +72,12 @@ class FlowDensity(nn.Module):
         return torch.minimum(low, high), torch.maximum(low, high)
 
     def extra_repr(self) -> str:
-        """The range of the data, if it is known."""
+        """Describe the range of the data, if it is known."""
         ends = self.data_range
         return "" if ends is None else f"data_range=({ends[0].min().item():g}, {ends[1].max().item():g})"
 
     def log_prob(self, x: Tensor, context: Context | None = None, generator: Generator | None = None) -> Tensor:
-        """The log-density of data x `(k, *event)` in nats, `(k,)`."""
+        """Compute the log-density of data x `(k, *event)` in nats, `(k,)`."""
         return self.evaluate(x, context, generator, diagnostics=False).log_prob
 
     def evaluate(
@@ -82,25 +89,30 @@ class FlowDensity(nn.Module):
         diagnostics: bool = True,
         penalties: Collection[str] = (),
     ) -> FlowEvaluation:
-        """`ContinuousFlow.evaluate` of the transformed data, with the transform's log-determinant added.
+        """Evaluate the flow at the transformed data, with the transform's log-determinant added.
 
         Args:
             x: data `(k, *event)`.
-            context: a tensor or a tree of tensors, one row a sample, in its own units.
-            generator: of a stochastic estimator's probes.
-            diagnostics: estimate the errors even where that takes further evaluations.
+            context: a tensor or a tree of tensors, one row per sample, in its own units.
+            generator: draws a stochastic estimator's probes.
+            diagnostics: estimate the errors even if that takes further evaluations.
             penalties: integrals to take along the trajectory, as `ContinuousFlow.evaluate`.
 
+        Returns:
+            A `FlowEvaluation` whose log_prob is in the units of the data.
+
         Raises:
-            FieldError: x is no floating-point tensor `(k, *event)`, or has rows that are not finite or out of the range that the
-                density takes.
+            FieldError: x is not a floating-point tensor `(k, *event)`, or has rows that are not finite or out of the range of
+                the density.
         """
         x, flow_context = checked_rows(x, self.flow.event_shape), self.flow_context(context)
         try:
             y, log_det = self.transform(x, values=False)
             y, log_det = y.to(self.dtype), log_det.to(self.dtype)
             result = self.flow.evaluate(y, flow_context, generator, diagnostics=diagnostics, penalties=penalties)
-        except DivflowError:  # values are read where they failed alone, lest a training step waits for its device
+        except (
+            DivflowError
+        ):  # values are read only after a failure, so that a training step need not wait for its device
             self.transform.check_values(x)
             for place, leaf in named_tensors(context):
                 check_finite_rows(leaf, place)
@@ -111,7 +123,12 @@ class FlowDensity(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Context | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples of the data `(num_samples, *event)` in float64, without gradient; `context` has one row a sample, in its own units.
+        """Draw samples of the data `(num_samples, *event)` in float64, without gradient.
+
+        Args:
+            num_samples: how many.
+            context: one row per sample, in its own units.
+            generator: draws the base samples.
 
         Raises:
             FieldError: samples that are not finite in the units of the data.
@@ -119,10 +136,10 @@ class FlowDensity(nn.Module):
         return in_units(self.transform, self.flow.sample(num_samples, self.flow_context(context), generator))
 
     def flow_context(self, context: Context | None) -> Context | None:
-        """A context as the flow takes it: S(c), or c itself, its floating-point tensors in the flow's dtype.
+        """Convert a context to what the flow takes: S(c), or c itself, floating-point tensors in the flow's dtype.
 
         Raises:
-            FieldError: where there is an S, a context that is no tensor of its features; a leaf that is no tensor.
+            FieldError: a leaf that is not a tensor; with an S, a context that is not a tensor of its features.
         """
         if context is None or self.context_transform is None:
             named_tensors(context)
@@ -131,8 +148,8 @@ class FlowDensity(nn.Module):
         if found is None or tuple(found[1:]) != features:
             what = f"a {type(context).__name__}" if found is None else f"of shape {tuple(found)}"
             raise FieldError(
-                f"the context must be a tensor (k, {', '.join(map(str, features))}), a row a sample, which this density standardizes, but "
-                f"is {what}; a velocity of trees of tensors standardizes them itself: leave context_transform out"
+                f"the context must be a tensor (k, {', '.join(map(str, features))}), one row per sample, which this density standardizes, "
+                f"but is {what}. For trees of tensors, leave context_transform out and let the velocity standardize them."
             )
         return self.context_transform(checked_rows(context, name="the context"), values=False)[0].to(self.dtype)
 
@@ -146,21 +163,21 @@ class FlowDensity(nn.Module):
         correct: bool = False,
         batch_size: int | None = None,
     ) -> ImportanceWeights:
-        """Samples of the data weighted towards a target of the data, as `divflow.flow.importance.importance_weights` of the flow.
+        """Draw samples of the data weighted towards a target, as `divflow.flow.importance.importance_weights` of the flow.
 
         Args:
-            log_target: of data `(n, *event)` in float64, `(n,)`, in nats; log Z is of its units.
+            log_target: of data `(n, *event)` in float64, `(n,)`, in nats; log Z is in its units.
             num_samples: n, at least 2.
             generator: of the samples.
-            context: one row a sample, in its own units.
-            correct: for half the variance of an estimated log p.
-            batch_size: samples a solve, which bounds the memory.
+            context: one row per sample, in its own units.
+            correct: subtracts half the variance of an estimated log p.
+            batch_size: samples per solve, which bounds the memory.
         """
 
         def of_transformed(y: Tensor) -> Tensor:
             x = in_units(self.transform, y)
             target = log_target(x.clone())
-            # What is no value a sample is refused as it is; broadcast, it might look like one.
+            # A wrong shape must be refused as it is; broadcast, it might look like one value per sample.
             fits = isinstance(target, Tensor) and target.shape == (len(x),)
             return target - self.transform(self.transform.unrounded(y))[1] if fits else target
 
@@ -175,25 +192,34 @@ class FlowDensity(nn.Module):
         return found._replace(samples=in_units(self.transform, found.samples))
 
     def with_flow(self, flow: ContinuousFlow) -> "FlowDensity":
-        """The same density, evaluated by another flow, such as one of another estimator."""
+        """Return the same density, evaluated by another flow, such as one with another estimator."""
         return self.like_this(FlowDensity(flow, self.transform, self.context_transform))
 
     def like_this(self, other: _Density) -> _Density:
-        """Another density of the same data, which says the same of them."""
+        """Give another density of the same data the attributes of this one."""
         other.columns, other.context_columns, other.watch_units = self.columns, self.context_columns, self.watch_units
         return other
 
 
 def computed_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype that a network computes in, float32 at least: one in half precision is solved in that, under autocast."""
+    """Return the dtype in which a network computes, at least float32; one in half precision is solved under autocast.
+
+    Args:
+        module: the network.
+    """
     default = torch.promote_types(torch.get_default_dtype(), torch.float32)
     return solved_settings(module).get("dtype", default)
 
 
 def in_units(transform: Transform, y: Tensor) -> Tensor:
-    """Samples in the units of the data, refused where these are beyond float64."""
+    """Map samples to the units of the data, or refuse them if these exceed float64.
+
+    Args:
+        transform: of the data.
+        y: samples of the flow.
+    """
     x = transform.inverse(y)
     check_finite_rows(
-        x, "the samples", "the scale of the data's transform is beyond what float64 holds; rescale the data"
+        x, "the samples", "the scale of the data's transform is beyond what float64 holds, so rescale the data"
     )
     return x

@@ -1,4 +1,4 @@
-"""What a flow answers: the log-density of samples, with everything that is known of it."""
+"""The result of evaluating a flow: the log-density of samples, with its errors and costs."""
 
 from typing import NamedTuple, Protocol
 
@@ -14,27 +14,27 @@ from divflow.solver.step_control import METHOD_ORDERS
 
 __all__ = ["Flow", "FlowEvaluation", "trajectory_error"]
 
-# What a change by halved steps is multiplied by, over the geometric series of further halvings.
+# Factor on the change by halved steps, for the geometric series of further halvings.
 _SAFETY = 2.0
-# Of a solve's and a sum's roundings, what may add up.
+# The rounding of a solve and a sum that may accumulate.
 _ROUNDINGS = 8.0
 
 
 class FlowEvaluation(NamedTuple):
-    """A log-density with everything that is known of it.
+    """A log-density with its latent, errors and counted evaluations.
 
     Attributes:
         log_prob: log p_data(x) = log p_base(latent) + log_det, in nats, `(k,)`.
         latent: the state at t_base, `(k, *event)`.
         log_det: log |det d latent / d x| = -integral from t_base to t_data of div v dt, in nats, `(k,)`.
-        quadrature_error: estimated absolute error of log_prob, in nats, `(k,)`; None if not known. It is that of the
-            integral at its nodes and, where further evaluations were allowed (`diagnostics`), that of the trajectory.
-        standard_error: of log_prob under a stochastic estimator, in nats, `(k,)`: zero if exact, None if not known. From m
-            probes it has m - 1 degrees of freedom: two of it hold 71 % of errors with 2 probes, and 93 % with 8.
+        quadrature_error: estimated absolute error of log_prob, in nats, `(k,)`; None if unknown. It is the error of the
+            integral at its nodes plus, if further evaluations were allowed (`diagnostics`), that of the trajectory.
+        standard_error: of log_prob with a stochastic estimator, in nats, `(k,)`: zero if exact, None if unknown. With m
+            probes it has m - 1 degrees of freedom: two of it cover 71 % of errors with 2 probes, and 93 % with 8.
         evaluations: of the field; `backward` grows when an adjoint gradient is taken.
-        penalties: the integrals over time that were asked for, by name, `(k,)`.
-        trajectory_error: the part of quadrature_error that the solver's steps have made, `(k,)`: twice what log_prob
-            changes by if all of them are halved, and some rounding; infinite where that fails, None if not known.
+        penalties: the requested integrals over time by name, `(k,)`.
+        trajectory_error: the part of quadrature_error from the solver's steps, `(k,)`: twice the change of log_prob if all
+            steps are halved, plus some rounding; infinite if that fails, None if unknown.
     """
 
     log_prob: Tensor
@@ -48,37 +48,44 @@ class FlowEvaluation(NamedTuple):
 
 
 class Flow(Protocol):
-    """What its distribution and its importance weights ask of a flow: `ContinuousFlow`, whose methods these are."""
+    """What a distribution and importance weights need of a flow: methods of `ContinuousFlow`."""
 
     event_shape: Size
     estimator: Estimator
 
     def log_prob(self, x: Tensor, context: Context | None = None) -> Tensor:
-        """The log-density of x `(k, *event)` in nats, `(k,)`."""
+        """Compute the log-density of x `(k, *event)` in nats, `(k,)`."""
 
     def sample_base(self, num_samples: int) -> Tensor:
-        """Draws of the base `(num_samples, *event)`."""
+        """Draw from the base, `(num_samples, *event)`."""
 
     def decode(self, z: Tensor, context: Context | None = None) -> Tensor:
-        """The data of latents z `(k, *event)`."""
+        """Map latents z `(k, *event)` to data."""
 
     def rsample_and_log_prob(self, num_samples: int, context: Context | None = None) -> tuple[Tensor, Tensor]:
-        """Samples and their log-densities, from one solve."""
+        """Draw samples with their log-densities, from one solve."""
 
     def rsample_and_evaluate(
         self, num_samples: int, context: Context | None = None, generator: Generator | None = None
     ) -> tuple[Tensor, FlowEvaluation]:
-        """Samples and what is known of their log-densities, from one solve."""
+        """Draw samples with a `FlowEvaluation`, from one solve."""
 
 
 @torch.no_grad()
 def trajectory_error(base: BaseDensity, solver: Solver, log_base: Tensor, carried: Transport) -> Tensor | None:
-    """Of log p, `(k,)`, from that by halved steps; None where these were not taken."""
+    """Estimate the error of log p from that by halved steps, `(k,)`; None if these were not taken.
+
+    Args:
+        base: of the flow.
+        solver: of the trajectory.
+        log_base: the base's log-density at the latent.
+        carried: the transport.
+    """
     if carried.finer is None:
         return None
     order, log_det = METHOD_ORDERS.get(solver.method, 5), carried.log_det.detach()
     after, before = base.log_prob(carried.finer.state), log_base.detach()
-    # Of two infinities nothing is left.
+    # The difference of two infinities is no error.
     moved = torch.where(after == before, 0.0, after - before) + carried.finer.log_det
     rounding = torch.finfo(before.dtype).eps * (1 + before.abs().nan_to_num(posinf=0.0) + log_det.abs())
     return _SAFETY / (1 - 0.5**order) * moved.abs() + _ROUNDINGS * rounding

@@ -1,4 +1,4 @@
-"""How long an evaluation of a density will take: said before it begins, and held to a limit."""
+"""The time that an evaluation of a density takes: reported before it begins, and limited."""
 
 import contextlib
 import time
@@ -15,12 +15,12 @@ from divflow.operators.progress import watched
 
 __all__ = ["EvaluationTimeError", "expect", "limited"]
 
-# An evaluation that takes less is no news.
+# A shorter evaluation is not reported.
 _SAID = 60.0
 
 
 class EvaluationTimeError(DivflowError, RuntimeError):
-    """An evaluation takes more time than it is allowed."""
+    """An evaluation takes more time than its limit."""
 
 
 def expect(
@@ -33,20 +33,23 @@ def expect(
     remedy: str,
     setting: str = "max_minutes",
 ) -> str | None:
-    """What is to be said of the time that an evaluation will take, where that is more than a minute.
+    """Report the time that an evaluation will take, if it is more than a minute.
 
     Args:
-        density: that is evaluated.
+        density: to be evaluated.
         x: one batch of its data.
         context: of the batch.
         rows: of all batches that this process evaluates.
         what: is evaluated, for the message.
-        max_minutes: that it may take; None for no limit.
+        max_minutes: the limit; None for none.
         remedy: what makes it cheaper.
         setting: the name of the limit.
 
+    Returns:
+        The message, or None.
+
     Raises:
-        EvaluationTimeError: it would take more.
+        EvaluationTimeError: it would take more than the limit.
     """
     if not len(x) or not rows:
         return None
@@ -55,7 +58,7 @@ def expect(
             y, _ = density.transform(x, values=False)
             least = _SAID * len(x) / rows
             cost = evaluation_cost(density.flow, y.to(density.dtype), density.flow_context(context), least)
-        except Exception:  # of whatever field, which the evaluation itself will tell
+        except Exception:  # an error of the field, which the evaluation itself will raise
             return None
     if cost is None or (seconds := cost.seconds * rows / len(x)) < _SAID:
         return None
@@ -69,10 +72,16 @@ def expect(
 
 @contextlib.contextmanager
 def limited(max_minutes: float | None, what: str, remedy: str, setting: str = "max_minutes") -> Iterator[None]:
-    """Within it an evaluation ends when its time is over.
+    """End an evaluation inside when its time is over.
+
+    Args:
+        max_minutes: the limit; None for none.
+        what: is evaluated, for the message.
+        remedy: what makes it cheaper.
+        setting: the name of the limit.
 
     Raises:
-        EvaluationTimeError: it is.
+        EvaluationTimeError: its time is over.
     """
     if max_minutes is None:
         yield

@@ -14,9 +14,10 @@ __all__ = ["Rounded"]
 
 
 class Rounded(Transform):
-    """y = x of data some of whose entries are whole numbers with noise in [-1/2, 1/2); its inverse rounds them.
+    """Keep data as they are, and round the entries of whole numbers in samples.
 
-    A density of the noisy numbers is one of whole numbers n by P(n) = E p(n + u); p(n), at the middle of the step, is near it.
+    The data have noise in [-1/2, 1/2) on these entries. A density p of the noisy numbers is one of whole numbers n by
+    P(n) = E p(n + u); p(n), at the middle of the step, is close to it.
 
     Args:
         entries: which of the event's entries are whole numbers, of its shape.
@@ -30,24 +31,24 @@ class Rounded(Transform):
         self.register_buffer("entries", torch.as_tensor(entries, dtype=torch.bool, device=device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Float[Tensor, " batch"]]:
-        """The data as they are, and zero."""
+        """Return the data as they are, and zero."""
         return x.to(at_least_float32(x)), x.new_zeros(len(x), dtype=at_least_float32(x))
 
     def checked(self, x: Tensor) -> Tensor:
-        """X, refused unless it is of events that the entries broadcast to."""
+        """Return x, or refuse it unless the entries broadcast to its events."""
         x = super().checked(x)
         check_broadcast(x, entries=self.entries)
         return x
 
     def inverse(self, y: Tensor) -> Tensor:
-        """X, rounded where it is of whole numbers."""
+        """Return x, rounded in the entries of whole numbers."""
         x = self.unrounded(y)
         return torch.where(self.entries, x.round(), x)
 
     def unrounded(self, y: Tensor) -> Tensor:
-        """Y as it is."""
+        """Return y as it is."""
         return self.checked(y).double()
 
     def config(self) -> dict[str, Any]:
-        """The class and the entries."""
+        """Describe the class and the entries."""
         return {"_target_": "divflow.flow.transforms.Rounded", "entries": self.entries.tolist()}

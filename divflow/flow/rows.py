@@ -1,4 +1,4 @@
-"""Rows of data, as densities and transforms take them: what is refused at their doors, with the rows that fail."""
+"""Rows of data, as densities and transforms take them: what is refused, and in which rows."""
 
 import torch
 from torch import Size, Tensor
@@ -9,9 +9,9 @@ __all__ = ["check_broadcast", "check_finite_rows", "check_range", "checked_rows"
 
 
 def checked_rows(x: Tensor, event_shape: Size | tuple[int, ...] | None = None, name: str = "x") -> Tensor:
-    """X, refused unless it is a floating-point tensor `(k, *event)`; its values are not read.
+    """Return x, or refuse it unless it is a floating-point tensor `(k, *event)`; its values are not read.
 
-    Integers are refused, too: what is computed of them would be cut off, or go round.
+    Integers are refused, too, because results computed in their dtype would be truncated or overflow.
 
     Args:
         x: the data.
@@ -19,33 +19,37 @@ def checked_rows(x: Tensor, event_shape: Size | tuple[int, ...] | None = None, n
         name: in messages.
 
     Raises:
-        FieldError: naming what was received and the remedy.
+        FieldError: with what was received and the remedy.
     """
     if not isinstance(x, Tensor):
         raise FieldError(
-            f"{name} must be a tensor, a row a sample, but is a {type(x).__name__}; use torch.as_tensor({name}, dtype=torch.float64)"
+            f"{name} must be a tensor, one row per sample, but is a {type(x).__name__}; use torch.as_tensor({name}, dtype=torch.float64)"
         )
     if x.is_complex():
         raise FieldError(
-            f"{name} must be real, but has {x.dtype}; give real and imaginary parts as entries, torch.view_as_real({name})"
+            f"{name} must be real, but has {x.dtype}; pass real and imaginary parts as entries, torch.view_as_real({name})"
         )
     if not x.is_floating_point():
         raise FieldError(f"{name} must have a floating dtype, but has {x.dtype}; convert it by {name}.double()")
     if x.ndim == 0:
-        raise FieldError(f"{name} must have a row a sample, but is a scalar; one sample is {name}.reshape(1, ...)")
+        raise FieldError(f"{name} must have one row per sample, but is a scalar; one sample is {name}.reshape(1, ...)")
     if event_shape is not None and x.shape[1:] != Size(event_shape):
         one = f"; one sample is {name}.unsqueeze(0)" if x.shape == Size(event_shape) else ""
         raise FieldError(
-            f"{name} must have shape (k, {', '.join(map(str, event_shape))}), a row a sample, but has {tuple(x.shape)}{one}"
+            f"{name} must have shape (k, {', '.join(map(str, event_shape))}), one row per sample, but has {tuple(x.shape)}{one}"
         )
     return x
 
 
 def check_broadcast(x: Tensor, **tensors: Tensor) -> None:
-    """Refuse data to whose events these tensors, by name, do not broadcast: one column must not become three.
+    """Refuse data to whose events these tensors do not broadcast: one column must not become three.
+
+    Args:
+        x: the data.
+        **tensors: of a transform, by name.
 
     Raises:
-        FieldError: naming both shapes.
+        FieldError: with both shapes.
     """
     for name, tensor in tensors.items():
         try:
@@ -55,13 +59,18 @@ def check_broadcast(x: Tensor, **tensors: Tensor) -> None:
         if not fits:
             shape = tuple(tensor.shape)
             raise FieldError(
-                f"the {name} of the data's transform has shape {shape}, so x must have shape (k, {', '.join(map(str, shape))}), a row a "
-                f"sample, but has {tuple(x.shape)}"
+                f"the {name} of the data's transform has shape {shape}, so x must have shape (k, {', '.join(map(str, shape))}), one row "
+                f"per sample, but has {tuple(x.shape)}"
             )
 
 
 def check_finite_rows(x: Tensor, name: str = "x", remedy: str = "drop them or fill them in") -> None:
-    """Refuse rows with NaN or infinite entries; what has no values to be read, as within `torch.vmap`, is passed.
+    """Refuse rows with NaN or infinite entries; tensors without readable values, as inside `torch.vmap`, pass.
+
+    Args:
+        x: the data.
+        name: in the message.
+        remedy: in the message.
 
     Raises:
         FieldError: with the numbers of the first such rows.
@@ -76,8 +85,14 @@ def check_finite_rows(x: Tensor, name: str = "x", remedy: str = "drop them or fi
 def check_range(x: Tensor, low: Tensor | float, high: Tensor | float, slack: float = 0.0) -> None:
     """Refuse rows with an entry that is not strictly between `low - slack` and `high + slack`.
 
+    Args:
+        x: the data.
+        low: the least value.
+        high: the largest value.
+        slack: by how much they may be exceeded.
+
     Raises:
-        FieldError: with the range, what the data reach, and the numbers of the first such rows.
+        FieldError: with the range, that of the data, and the numbers of the first such rows.
     """
     if len(x) == 0:
         return
@@ -86,7 +101,7 @@ def check_range(x: Tensor, low: Tensor | float, high: Tensor | float, slack: flo
     if _read(bad):
         raise FieldError(
             f"this density takes data from {_described(low, high)}, but these reach from {x.min().item():g} to {x.max().item():g}, beyond that "
-            f"in {listed_rows(bad)}; bring them to its units"
+            f"in {listed_rows(bad)}. Convert them to its units."
         )
 
 
@@ -105,5 +120,5 @@ def _read(bad: Tensor) -> bool:
         return False
     try:
         return bool(bad.any())
-    except RuntimeError:  # within torch.vmap nothing can be read
+    except RuntimeError:  # nothing can be read inside torch.vmap
         return False

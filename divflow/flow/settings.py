@@ -1,4 +1,4 @@
-"""In which dtype and on which device a network computes."""
+"""The dtype and the device in which a network computes."""
 
 import itertools
 from typing import Any
@@ -10,14 +10,22 @@ __all__ = ["solved_settings", "tensor_settings"]
 
 
 def tensor_settings(module: object) -> dict[str, Any]:
-    """The dtype and device of a module's first floating parameter or buffer; nothing for what has none, or is no module."""
+    """The dtype and device of a module's first floating-point parameter or buffer; empty if it has none.
+
+    Args:
+        module: the module, or any function.
+    """
     tensors = itertools.chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     return {} if first is None else {"dtype": first.dtype, "device": first.device}
 
 
 def solved_settings(module: object) -> dict[str, Any]:
-    """`tensor_settings`, but of float32 at least: in a coarser dtype no trajectory can be solved."""
+    """The same with float32 at least, because no trajectory can be solved in a coarser dtype.
+
+    Args:
+        module: the module, or any function.
+    """
     settings = tensor_settings(module)
     if "dtype" in settings:
         settings["dtype"] = torch.promote_types(settings["dtype"], torch.float32)

@@ -1,4 +1,4 @@
-"""What surrounds a flow's solve: its two times, a mode in which estimators can differentiate, and the rows where it fails."""
+"""What surrounds a flow's solve: its two times, a mode in which estimators can differentiate, and the rows that fail."""
 
 import contextlib
 import math
@@ -16,13 +16,13 @@ from divflow.solver import Solver, SolverError
 
 __all__ = ["as_number", "as_scalar", "check_reached", "check_times", "explained", "outside_inference_mode"]
 
-# The share of the way by which an end that the velocity has no value at is moved, and by how much a state grows that is lost.
+# The fraction of the way by which a singular end is moved, and the growth at which a state counts as lost.
 _INWARDS, _LOST = 1e-3, 1e6
 
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Leave inference mode, in which estimators could not differentiate; no graph is kept all the same."""
+    """Leave inference mode, in which estimators can't differentiate; no graph is kept."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             yield
@@ -32,14 +32,14 @@ def outside_inference_mode() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(x: Tensor, context: Context | None, times: Callable[[], tuple[float, float]]) -> Iterator[None]:
-    """Where a solve fails, say which rows are not finite, or which of the flow's times is none of the velocity's.
+    """Explain a failed solve: which rows are not finite, or at which of the flow's times the velocity is singular.
 
-    Values are not read before, for which the host would wait.
+    Values are not read before a failure, because the host would wait for them.
 
     Args:
         x: rows.
         context: theirs.
-        times: t_base and t_data, when they are asked for.
+        times: returns t_base and t_data.
     """
     try:
         yield
@@ -54,13 +54,13 @@ def explained(x: Tensor, context: Context | None, times: Callable[[], tuple[floa
             ("t_base", base, data) if abs(base - singular) < abs(data - singular) else ("t_data", data, base)
         )
         raise SolverError(
-            f"the velocity is not finite at t = {end:g}, the flow's {name}, where it may be divided by zero as in 1 / (1 - t); let the "
-            f"flow end a little before, by {name}={end + _INWARDS * (other - end):g}"
+            f"the velocity is not finite at t = {end:g}, the flow's {name}, where it may divide by zero as in 1 / (1 - t). End the flow "
+            f"a little before, by {name}={end + _INWARDS * (other - end):g}."
         ) from error
 
 
 def check_reached(solver: Solver, x: Tensor, state: Tensor, log_base: Tensor) -> None:
-    """Refuse log-densities of -inf that steps of a fixed length have made, by leaving every bound: too long for a stiff velocity.
+    """Refuse log-densities of -inf from fixed steps that are too long for a stiff velocity and diverged.
 
     Args:
         solver: of the trajectory.
@@ -69,7 +69,7 @@ def check_reached(solver: Solver, x: Tensor, state: Tensor, log_base: Tensor) ->
         log_base: the base's log-density there, `(k,)`.
 
     Raises:
-        SolverError: naming the row and the remedy.
+        SolverError: with the row and the remedy.
     """
     if solver.adaptive or x.numel() == 0:
         return
@@ -78,25 +78,33 @@ def check_reached(solver: Solver, x: Tensor, state: Tensor, log_base: Tensor) ->
     if lost.any():
         raise SolverError(
             f"the trajectory grows from at most {sizes[0][lost].max():.3g} to {sizes[1][lost].max():.3g} ({listed_rows(lost)}), where "
-            f"the base has no density: the velocity is stiff, and steps of this length too long for {solver.method}. Take more of "
-            "them, by a smaller step_size, or an adaptive method, such as dopri5"
+            f"the base has no density: the velocity is stiff, and the steps of {solver.method} are too long for it. Take more steps, by "
+            "a smaller step_size, or an adaptive method, such as dopri5."
         )
 
 
 def check_times(t_base: float | Tensor, t_data: float | Tensor) -> None:
-    """Refuse two times that are no numbers, or one and the same.
+    """Refuse two times that are not numbers, or equal.
+
+    Args:
+        t_base: time of the base.
+        t_data: time of the data.
 
     Raises:
-        ValueError: naming them.
+        ValueError: with the times.
     """
     if as_number(t_base) == as_number(t_data):
         raise ValueError(f"t_base and t_data must differ, but both are {t_base}")
 
 
 def as_number(t: float | Tensor) -> float:
-    """One of a flow's two times as a finite number."""
+    """Return one of a flow's two times as a finite number.
+
+    Args:
+        t: a number, or a tensor of one.
+    """
     if not isinstance(t, Real) and not (isinstance(t, Tensor) and t.numel() == 1):
-        raise ValueError(f"t_base and t_data must be numbers, or tensors of one, but one of them is {t!r}")
+        raise ValueError(f"t_base and t_data must be numbers, or tensors with one number, but one of them is {t!r}")
     number = t.item() if isinstance(t, Tensor) else float(t)
     if not math.isfinite(number):
         raise ValueError(f"t_base and t_data must be finite, but one of them is {t!r}")
@@ -104,7 +112,12 @@ def as_number(t: float | Tensor) -> float:
 
 
 def as_scalar(t: float | Tensor, x: Tensor) -> Tensor:
-    """A time as a scalar of x's dtype, on its device."""
+    """Return a time as a scalar of x's dtype, on its device.
+
+    Args:
+        t: a number, or a tensor of one.
+        x: states.
+    """
     if isinstance(t, Tensor):
         return t.to(x).reshape(())
-    return x.new_full((), t)  # filled there; a tensor made here would have to be copied, for which the host waits
+    return x.new_full((), t)  # filled on the device, because the host would wait for a copy

@@ -1,4 +1,4 @@
-"""What all transforms of data share: a check of what they take, and buffers that keep their digits."""
+"""The base class of all transforms of data: checks of the data, and buffers that keep their digits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,16 +15,17 @@ __all__ = ["Transform", "at_least_float32"]
 class Transform(nn.Module, ABC):
     """An invertible map from data to what a flow models; its tensors are buffers, saved with the flow.
 
-    Buffers of float64 stay so, whatever dtype the module is brought to: data's units have more digits than a network needs.
-    A subclass implements `forward`, `inverse` and `config`, for data that were checked.
+    Buffers of float64 stay float64, whatever dtype the module is converted to: the units of data need more digits than a
+    network. A subclass implements `forward`, `inverse` and `config`, for data that were checked.
     """
 
     def __call__(self, x: Tensor, *, values: bool = True) -> tuple[Tensor, Tensor]:
-        """Y = T(x) and log |det dT/dx| of data x `(k, *event)`, which are checked.
+        """Compute y = T(x) and log |det dT/dx| of data, which are checked.
 
         Args:
-            x: the data.
-            values: whether their values are read, for which the host waits for another device; type and shape are known without.
+            x: the data `(k, *event)`.
+            values: whether to check their values, for which the host waits for another device; type and shape are always
+                checked.
 
         Raises:
             FieldError: data of another type or shape; with `values`, not finite or out of range.
@@ -36,30 +37,30 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Y = T(x), `(k, *event)`, and log |det dT/dx| in nats, `(k,)`; of x's dtype, float32 at least."""
+        """Compute y = T(x), `(k, *event)`, and log |det dT/dx| in nats, `(k,)`; of x's dtype, at least float32."""
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """X = T^-1(y), `(k, *event)`, in float64, whose digits the data's units may need."""
+        """Compute x = T^-1(y), `(k, *event)`, in float64, whose digits the data's units may need."""
 
     def unrounded(self, y: Tensor) -> Tensor:
-        """T^-1(y) where its log-determinant is taken: before the entries of whole numbers are rounded."""
+        """Compute T^-1(y) before whole numbers are rounded, where its log-determinant is taken."""
         return self.inverse(y)
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Plain values to rebuild it from: `_target_`, the class, and its arguments."""
+        """Return plain values to rebuild it from: `_target_`, the class, and its arguments."""
 
     @property
     def data_range(self) -> tuple[Tensor, Tensor] | None:
-        """The least and the largest data that it takes, which broadcast to the event; None where all are."""
+        """Return the least and the largest data allowed, which broadcast to the event; None if all are."""
         return None
 
     def checked(self, x: Tensor) -> Tensor:
-        """X, or an error where its type or shape is not what this transform takes.
+        """Return x, or refuse it if its type or shape is not what this transform takes.
 
         Raises:
-            FieldError: naming what was received.
+            FieldError: with what was received.
         """
         return checked_rows(x)
 
@@ -82,5 +83,9 @@ class Transform(nn.Module, ABC):
 
 
 def at_least_float32(x: Tensor) -> torch.dtype:
-    """The dtype in which data of x's are computed with."""
+    """The dtype to compute in with data of x's.
+
+    Args:
+        x: the data.
+    """
     return torch.promote_types(x.dtype, torch.float32)

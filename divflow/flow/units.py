@@ -1,4 +1,4 @@
-"""Data that are probably in other units than a density's: what is warned of, since no mathematics forbids it."""
+"""Data that are probably in other units than a density's: a warning, because no mathematics forbids them."""
 
 import warnings
 
@@ -9,9 +9,9 @@ from divflow.distributions.base_density import BaseDensity
 
 __all__ = ["UnitsWarning", "warn_of_far_data", "warn_of_range"]
 
-# Samples of the model's own, beside which data are seen.
+# The model's own samples, with which data are compared.
 _OWN = 1_000
-# Rows that say something of the data's units: a few may have been asked for since they are far away, or be dark pictures.
+# Rows from which units are inferred: fewer may have been chosen because they are far away, or be dark pictures.
 _FEWEST = 8
 
 
@@ -21,7 +21,7 @@ class UnitsWarning(UserWarning):
 
 @torch.no_grad()
 def warn_of_range(x: Tensor, data_range: tuple[float, float]) -> None:
-    """Warn of data that reach far beyond the range that a model was trained on, or that fill no more than half of it.
+    """Warn about data far beyond the range that a model was trained on, or that fill at most half of it.
 
     Args:
         x: data `(k, *event)`, in the model's units.
@@ -39,8 +39,8 @@ def warn_of_range(x: Tensor, data_range: tuple[float, float]) -> None:
         return
     warnings.warn(
         f"the model was trained on data from {low:g} to {high:g}, but these are from {least:g} to {most:g}, which {what}: are they in "
-        f"its units? Pixels from 0 to 1 are brought there by FlowDensity(flow, Affine.between((0, 1), ({low:g}, {high:g}))), with the "
-        "log-determinant; divflow evaluate does so for images, given data_range",
+        f"its units? FlowDensity(flow, Affine.between((0, 1), ({low:g}, {high:g}))) converts pixels from 0 to 1, with the "
+        "log-determinant; so does divflow evaluate for images, given data_range.",
         UnitsWarning,
         stacklevel=4,
     )
@@ -48,7 +48,7 @@ def warn_of_range(x: Tensor, data_range: tuple[float, float]) -> None:
 
 @torch.no_grad()
 def warn_of_far_data(base: BaseDensity, latent: Tensor, stacklevel: int = 4) -> None:
-    """Warn where most rows are farther from the base, at its end of the flow, than all of the model's own samples.
+    """Warn if most rows are farther from the base, at its end of the flow, than all of the model's own samples.
 
     Args:
         base: of the flow.
@@ -63,16 +63,16 @@ def warn_of_far_data(base: BaseDensity, latent: Tensor, stacklevel: int = 4) -> 
     if not middle < least - 1e-3 * (1 + abs(least)):  # half of the rows at least are among them
         return
     warnings.warn(
-        f"most of the {len(latent):,} rows are farther from the base than any of {_OWN:,} samples of the model's own: at its end of the "
-        f"flow their log-density is {middle:.5g} in the middle, and that of the samples {least:.5g} at least. Are the data in the "
-        "units, the order and the range of those that the model was trained on?",
+        f"most of the {len(latent):,} rows are farther from the base than any of {_OWN:,} samples of the model's own: at the base's end "
+        f"of the flow their median log-density is {middle:.5g}, and the lowest of the samples {least:.5g}. Check that the data have "
+        "the units, the order and the range of those that the model was trained on.",
         UnitsWarning,
         stacklevel=stacklevel,
     )
 
 
 def _read(*values: Tensor) -> tuple[float, float]:
-    """Two numbers; NaN, by which nothing is warned of, where nothing can be read, as within `torch.vmap`."""
+    """Two numbers; NaN, which raises no warning, if nothing can be read, as inside `torch.vmap`."""
     if torch.compiler.is_compiling():
         return torch.nan, torch.nan
     try:

@@ -19,17 +19,17 @@ from divflow.solver.step_control import COARSELY_INTERPOLATED, StepTimes, as_tim
 
 __all__ = ["Along", "AtNodes"]
 
-# Elements of the states of all nodes that are evaluated as one batch. Larger batches make larger matrix
-# products, but an image network's activations at all nodes would not fit in memory.
+# Elements of the states of all nodes in one batch. Larger batches make larger matrix products, but an image network's
+# activations at all nodes would not fit in memory.
 _CPU_BATCH, _ACCELERATOR_BATCH = 2**18, 2**22
-# Elements of the stages that a solve without a graph may hold, for nodes that are chosen later.
+# Elements of the stages that a solve without a graph may keep, for nodes that are chosen later.
 _MOST_ELEMENTS = 2**26
 
 
 class Along:
     """The path of a batch from one time to another, and the divergences along it.
 
-    It is solved once where the solver can tell states between its steps afterwards (`dense`), else for each set of nodes.
+    It is solved once if the solver can interpolate between its steps afterwards (`dense`), else for each set of nodes.
 
     Args:
         field: the velocity.
@@ -38,7 +38,7 @@ class Along:
         end: the last one.
         solver: of the trajectory.
         evaluations: a counter to add to.
-        chosen_later: whether nodes will be chosen one set after another.
+        chosen_later: whether several sets of nodes will be chosen, one after another.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Along:
         self.solver, self.evaluations = solver, evaluations
         self.knots, self._knot_times = self._between_jumps()
         self._outputs = x.new_zeros(0)
-        # Times that are differentiated are torchdiffeq's own outputs.
+        # Times that are differentiated must be torchdiffeq's own outputs.
         differentiated = torch.is_grad_enabled() and (start.requires_grad or end.requires_grad)
         self.dense = chosen_later and solver.dense and not differentiated and x.numel() > 0
         if self.dense:
@@ -64,7 +64,7 @@ class Along:
             self.dense = not self._steps.overflowed
 
     def states(self, nodes: Tensor) -> Tensor:
-        """The states at increasing nodes, `(nodes, k, *event)`; `final` is the one at the end."""
+        """Return the states at increasing nodes, `(nodes, k, *event)`; `final` is the state at the end."""
         if self.dense:
             return self._steps.states(self._times(nodes))
         states = self._solve(self._with_ends(nodes))
@@ -74,7 +74,7 @@ class Along:
 
     @torch.no_grad()
     def finer(self, nodes: Tensor) -> "tuple[Along, Tensor]":
-        """This path by steps that are half as long, and the states at the nodes on it."""
+        """Return this path by steps of half the length, and the states at the nodes on it."""
         other = copy.copy(self)
         other.x, other.start, other.end = self.x.detach(), self.start.detach(), self.end.detach()
         other.evaluations = Evaluations()
@@ -82,10 +82,10 @@ class Along:
         return other, other.states(nodes)
 
     def steps(self, low: float, high: float) -> float:
-        """How many steps, in the latest solve, the solver took in a part of the way: in those of dopri5.
+        """How many steps the solver took in a part of the way in the latest solve, in units of dopri5's steps.
 
-        As many as the velocity asked for: those that merely end where outputs are wanted are left out. Zero for a solver
-        that does not choose its steps.
+        It counts the steps that the velocity required, without those that only end at wanted outputs. Zero for a solver that
+        does not choose its steps.
         """
         if not self.solver.adaptive:
             return 0.0
@@ -96,20 +96,20 @@ class Along:
         return taken / steps_for_one(self.solver.method, self.solver.rtol)
 
     def allowance(self) -> Tensor:
-        """What the errors of all steps may add up to in the state, by the tolerances, `(k,)`."""
+        """The largest error of the state that the tolerances of all steps allow together, `(k,)`."""
         size = flatten_event(torch.maximum(self.x.abs(), self.final.abs())).detach()
         of_a_step = (self.solver.atol + self.solver.rtol * size).norm(dim=1)
         return (2 + len(self._accepted)) * of_a_step
 
     def speed(self, nodes: Tensor) -> Tensor:
-        """Dt / dnode at the nodes: the span, with a derivative in start and end that leaves jumps where they are."""
+        """Compute dt / dnode at the nodes: the span, differentiable in start and end with jumps held in place."""
         if len(self.knots) == 2:
             return self.end - self.start
         _, _, slopes = self._parts(nodes)
         return slopes
 
     def _between_jumps(self) -> tuple[list[float], Tensor]:
-        """Shares of the way, from 0 to 1, between which the velocity does not jump, and the times there."""
+        """Fractions of the way, from 0 to 1, between which the velocity does not jump, and the times there."""
         ends = torch.stack([self.start, self.end])
         jumps = (self.solver.options or {}).get("jump_t")
         if jumps is None or not self.solver.adaptive:
@@ -143,7 +143,7 @@ class Along:
         generator: Generator | None,
         penalties: Collection[str] = (),
     ) -> "AtNodes":
-        """The divergences, the velocities, and the penalties' integrands, at all nodes."""
+        """Evaluate the divergences, the velocities and the penalties' integrands at all nodes."""
         times, size, count = self._times(nodes), self._nodes_per_batch(estimator), len(nodes)
         bundles, parts, done = [min(size, count - i) for i in range(0, count, size)], [], 0
         for bundle, part in zip(bundles, estimator.along(self.x, bundles, generator), strict=True):
@@ -160,7 +160,7 @@ class Along:
         return begin + slopes * share
 
     def _parts(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the part between two jumps that each node is in: its time, how far into it the node is, and dt / dnode."""
+        """For the part between two jumps that each node is in: its time, how far into it the node is, and dt / dnode."""
         knots = nodes.new_tensor(self.knots)
         part = (torch.searchsorted(knots, nodes.contiguous(), right=True) - 1).clamp(0, len(knots) - 2)
         slopes = (self._knot_times[1:] - self._knot_times[:-1]) / (knots[1:] - knots[:-1])
@@ -210,10 +210,10 @@ class Along:
 
     @torch.no_grad()
     def _explain(self, error: Exception, t: Tensor, states: Tensor) -> None:
-        """Say why a velocity fails for all nodes as one batch, if it does not for those of one.
+        """Explain why a velocity fails for all nodes as one batch, if it works for those of one.
 
         Raises:
-            FieldError: naming both batches and the remedy.
+            FieldError: with both batches and the remedy.
         """
         count, batch = states.shape[:2]
         try:
@@ -222,16 +222,16 @@ class Along:
             return
         raise FieldError(
             f"the velocity fails for the states of {count} nodes as one batch, {(count * batch, *states.shape[2:])}, but not for those of "
-            f"one, {tuple(states.shape[1:])}: it holds something of a row for each of {batch} samples, as a closure over a batch of "
-            "conditions does. Give that as the context, whose rows go with the states: flow.log_prob(x, context), velocity(t, x, context)"
+            f"one, {tuple(states.shape[1:])}: it holds a tensor with a row for each of {batch} samples, like a closure over a batch of "
+            "conditions. Pass that as the context, whose rows follow the states: flow.log_prob(x, context), velocity(t, x, context)."
         ) from error
 
 
 class AtNodes(NamedTuple):
-    """What is known at the nodes; all `(..., nodes, k)`, None what is not.
+    """What is known at the nodes; all `(..., nodes, k)`, None if unknown.
 
-    `samples` are the independent estimates that the divergence is the mean of; penalties come first-to-last as asked for;
-    the velocity is `(D, nodes, k)`.
+    `samples` are the independent estimates whose mean the divergence is; penalties are in the order of the request; the
+    velocity is `(D, nodes, k)`.
     """
 
     divergence: Tensor
@@ -242,15 +242,15 @@ class AtNodes(NamedTuple):
 
     @classmethod
     def cat(cls, parts: "Sequence[AtNodes]") -> "AtNodes":
-        """The nodes of all parts, one part after another."""
+        """Concatenate the nodes of all parts."""
         return cls._make(None if None in column else torch.cat(column, dim=-2) for column in zip(*parts, strict=True))
 
     def part(self, nodes: slice) -> "AtNodes":
-        """Some of the nodes."""
+        """Select some of the nodes."""
         return AtNodes._make(None if column is None else column[..., nodes, :] for column in self)
 
     def between(self, others: "AtNodes") -> "AtNodes":
-        """These nodes, each between two of the others."""
+        """Insert these nodes between the others, one each."""
         return AtNodes._make(
             None
             if old is None or new is None

@@ -16,12 +16,25 @@ __all__ = ["Augmented"]
 
 @dataclass(frozen=True)
 class Augmented(Likelihood):
-    """Solve d/dt (x, l) = (v, div v)(t, x) from (x, 0) (Chen et al. 2018, equation 8; Grathwohl et al. 2019).
+    """Compute the log-determinant by the classical augmented ODE, state and log-density solved together.
 
-    The log-determinant falls under the solver's tolerance, at the price of a divergence at each of its
-    evaluations, rejected steps included. A stochastic estimator is frozen for the solve, so that its errors
-    at all times are correlated and add up; `Quadrature` has a far lower variance. Its place: comparison, and
-    `Solver(gradient="adjoint")` on fields too large to keep a graph of.
+        d/dt (x, l) = (v, div v)(t, x)    from (x, 0)
+
+    (Chen et al. 2018, equation 8; Grathwohl et al. 2019). `Quadrature` is usually the better choice:
+
+    - The solver's tolerance covers the log-determinant, at the cost of a divergence at each of its evaluations, including
+      rejected steps.
+    - A stochastic estimator is frozen for the solve, so its errors at all times are correlated and add up. `Quadrature`
+      has a far lower variance.
+
+    Use it for comparison, and for `Solver(gradient="adjoint")` on fields whose graph does not fit in memory.
+
+    Example:
+        >>> import torch
+        >>> from divflow import ContinuousFlow
+        >>> flow = ContinuousFlow(lambda t, x: -x, 2, likelihood=Augmented())
+        >>> flow.evaluate(torch.zeros(1, 2)).log_det  # of the map from data to base, x = z exp(-1)
+        tensor([2.])
     """
 
     def transport(
@@ -38,11 +51,11 @@ class Augmented(Likelihood):
         diagnostics: bool = True,
         penalties: Collection[str] = (),
     ) -> Transport:
-        """See `Likelihood.transport`; the error of the integration is not known, and penalties are not taken."""
+        """Carry states as `Likelihood.transport`; the error of the integration is unknown, and penalties are refused."""
         if penalties:
             raise ValueError(
-                f"Augmented does not integrate penalties, but {list(penalties)} were asked for; use Quadrature, which "
-                "takes them at its nodes"
+                f"Augmented does not integrate penalties, but {list(penalties)} were requested; use Quadrature, which "
+                "evaluates them at its nodes"
             )
         frozen = estimator.freeze(x, generator)
 

@@ -15,11 +15,16 @@ __all__ = ["ConditionedField"]
 
 
 class ConditionedField(Conditioned):
-    """The field `g(t, x) = velocity(t, x)`, or `velocity(t, x, context)` where there is a context, of which it gets a copy.
+    """The field `g(t, x) = velocity(t, x)`, or `velocity(t, x, context)`, which gets a copy of the context.
+
+    Args:
+        velocity: a module or function.
+        context: a tensor `(k, ...)`, or a tree of tensors, with one row per sample, or None.
+        sample_times: whether the velocity takes one time per sample, so that several times fit one batch.
 
     Attributes:
-        context: a tensor `(k, ...)`, or a tree of tensors, one row a sample, or None.
-        sample_times: whether the velocity takes one time a sample, so that several times fit one batch.
+        context: the context.
+        sample_times: as above.
     """
 
     def __init__(self, velocity: Callable[..., Tensor], context: Context | None, sample_times: bool = False) -> None:
@@ -29,7 +34,7 @@ class ConditionedField(Conditioned):
 
     @property
     def velocity(self) -> Callable[..., Tensor]:
-        """A module or function."""
+        """The module or function."""
         return self.g
 
     @property
@@ -41,14 +46,14 @@ class ConditionedField(Conditioned):
         )
 
     def call(self, function: Callable[..., Any], t: Tensor, x: Tensor) -> Any:
-        """A function of the velocity's, with the tensors of the solve."""
+        """Call a function of the velocity's with the tensors of the solve."""
         context = mapped(lambda leaf: substituted(leaf).clone(), self.context)
         with self._as_solved():
             return function(t, x) if self.context is None else function(t, x, context)
 
     @property
     def finest_scale(self) -> Callable[[Tensor], Tensor] | None:
-        """The size of the finest details of the state at a time t `()`, if the velocity knows it by this name."""
+        """The size of the finest details of the state at a time t `()`, if the velocity has a method of this name."""
         scale = getattr(self.velocity, "finest_scale", None)
         return scale if callable(scale) else None
 
@@ -56,15 +61,15 @@ class ConditionedField(Conditioned):
         return ConditionedField(self.velocity, context_rows(self.context, rows), self.sample_times)
 
     def repeat(self, times: int) -> "ConditionedField":
-        """The field for `times` copies of the batch, one after another."""
+        """Return the field for `times` copies of the batch, one after another."""
         if self.context is None or times == 1:
             return self
         return ConditionedField(self.velocity, repeated(self.context, times), self.sample_times)
 
     def differentiable_tensors(self) -> list[Tensor]:
-        """What an adjoint differentiates in: the parameters, and the tensors of the context that require grad.
+        """List what an adjoint differentiates in: the parameters, and the tensors of the context that require grad.
 
-        It evaluates the velocity with the tensors that are a module's now, which `torch.func.functional_call` takes away
+        The adjoint evaluates the velocity with the tensors that the module has now, which `torch.func.functional_call` removes
         before the adjoint is solved.
         """
         tensors = [*self.parameters(), *(leaf for _, leaf in named_tensors(self.context))]
@@ -74,7 +79,7 @@ class ConditionedField(Conditioned):
 
     @contextlib.contextmanager
     def _as_solved(self) -> Iterator[None]:
-        """Within it the velocity's tensors are those of the solve."""
+        """Give the velocity the tensors of the solve."""
         velocity = self.velocity
         if not (self._solved and isinstance(velocity, nn.Module) and is_differentiated()):
             yield
@@ -93,7 +98,7 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Without a registration, which would refuse what is no `Parameter`."""
+    """Set tensors without a registration, which would refuse anything but a `Parameter`."""
     for name, tensor in tensors.items():
         place, _, key = name.rpartition(".")
         owner = module.get_submodule(place)

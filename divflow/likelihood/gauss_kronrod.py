@@ -9,10 +9,10 @@ __all__ = ["GaussKronrod", "gauss_kronrod"]
 
 
 class GaussKronrod(NamedTuple):
-    """2n + 1 nodes in increasing order; every second one is a node of the n-point Gauss rule.
+    """A rule of 2n + 1 nodes in increasing order; every second one is a node of the n-point Gauss rule.
 
-    The Kronrod rule is exact for polynomials up to degree 3n + 1, the Gauss rule up to 2n - 1, and the
-    difference of the two estimates the error of the latter.
+    The Kronrod rule is exact for polynomials up to degree 3n + 1, the Gauss rule up to 2n - 1. The difference of the two
+    estimates the error of the latter.
     """
 
     nodes: np.ndarray
@@ -22,17 +22,20 @@ class GaussKronrod(NamedTuple):
 
 @functools.lru_cache
 def gauss_kronrod(count: int) -> GaussKronrod:
-    """The rule with `count` = 2n + 1 nodes, n >= 1.
+    """Compute the Gauss-Kronrod rule on [0, 1].
 
-    The Jacobi matrix of the Kronrod rule by Laurie's algorithm (Mathematics of Computation 66, 1997,
-    "Calculation of Gauss-Kronrod quadrature rules"), the nodes and weights as its eigenvalues and the
-    squared first components of its eigenvectors (Golub & Welsch 1969).
+    The Jacobi matrix of the Kronrod rule comes from Laurie's algorithm (Mathematics of Computation 66, 1997, "Calculation
+    of Gauss-Kronrod quadrature rules"). Nodes and weights are its eigenvalues and the squared first components of its
+    eigenvectors (Golub & Welsch 1969).
+
+    Args:
+        count: 2n + 1 nodes, n >= 1.
 
     Raises:
         ValueError: `count` is even or below 3.
     """
     if count < 3 or count % 2 == 0:
-        raise ValueError(f"a Gauss-Kronrod rule has an odd number of nodes, at least 3, but {count} were asked for")
+        raise ValueError(f"a Gauss-Kronrod rule needs an odd number of nodes, at least 3, but got {count}")
     n = (count - 1) // 2
     nodes, kronrod = _rule(_kronrod_recurrence(n))
     gauss = np.zeros(count)

@@ -1,4 +1,4 @@
-"""Patterson's nested quadrature rules on [0, 1]: 3, 7, 15, 31 and 63 nodes, each with all nodes of the one before."""
+"""Patterson's nested quadrature rules on [0, 1]: 3, 7, 15, 31 and 63 nodes, each with all nodes of the previous one."""
 
 import functools
 from typing import NamedTuple
@@ -8,13 +8,13 @@ import numpy as np
 __all__ = ["COUNTS", "Patterson", "patterson"]
 
 COUNTS = (7, 15, 31, 63)
-"""Numbers of nodes of the rules that have a lesser one."""
+"""Numbers of nodes of the rules that contain a smaller one."""
 
 
 class Patterson(NamedTuple):
-    """A number of nodes in increasing order; every second one, from the second on, is a node of the lesser rule.
+    """A rule with its nodes in increasing order; every second one, from the second on, is a node of the smaller rule.
 
-    What the two rules differ by estimates the error of the lesser one.
+    The difference of the two rules estimates the error of the smaller one.
     """
 
     nodes: np.ndarray
@@ -24,18 +24,21 @@ class Patterson(NamedTuple):
 
 @functools.lru_cache
 def patterson(count: int) -> Patterson:
-    """The rule with 7, 15, 31 or 63 nodes, exact for polynomials up to degree 11, 23, 47 or 95.
+    """Return Patterson's rule with 7, 15, 31 or 63 nodes, exact for polynomials up to degree 11, 23, 47 or 95.
 
-    To the n nodes of the lesser rule n + 1 are added so that this degree, 3 n + 2, is the highest (Patterson 1968,
-    Mathematics of Computation 22, "The optimum addition of points to quadrature formulae"; the first three are
-    Gauss's). Nodes and weights were computed with 100 digits, the new nodes as zeros of the polynomial that, times that
-    of the old ones, is orthogonal to all of degree n.
+    To the n nodes of the smaller rule n + 1 are added so that this degree, 3 n + 2, is the highest (Patterson 1968,
+    Mathematics of Computation 22, "The optimum addition of points to quadrature formulae"; the first three are Gauss's).
+    Nodes and weights were computed with 100 digits. The new nodes are the zeros of the polynomial that, times that of the
+    old ones, is orthogonal to all of degree n.
+
+    Args:
+        count: the number of nodes.
 
     Raises:
         ValueError: another count.
     """
     if count not in COUNTS:
-        raise ValueError(f"Patterson's rules have one of {COUNTS} nodes, but {count} were asked for")
+        raise ValueError(f"Patterson's rules have one of {COUNTS} nodes, but got {count}")
     lesser_weights = np.zeros(count)
     lesser_weights[1::2] = _both_halves(_WEIGHTS[count // 2], 1) / 2
     nodes = (_both_halves(_NODES, -1)[64 // (count + 1) - 1 :: 64 // (count + 1)] + 1) / 2
@@ -46,7 +49,7 @@ def _both_halves(values: tuple[float, ...], sign: int) -> np.ndarray:
     return np.concatenate([sign * np.array(values[:0:-1]), values])
 
 
-# On [-1, 1], from the middle on: the nodes of all rules, and the weights of each.
+# On [-1, 1], from the middle: the nodes of all rules, and the weights of each.
 # fmt: off
 _NODES = (
     0.0, 0.05634431304659278997, 0.1124889431331866257, 0.168235251552207465, 0.2233866864289668816,

@@ -1,4 +1,4 @@
-"""What a regularized flow pays for along its trajectories, besides the divergence (Finlay et al. 2020, RNODE)."""
+"""Penalties of a regularized flow along its trajectories, besides the divergence (Finlay et al. 2020, RNODE)."""
 
 from collections.abc import Callable
 
@@ -18,8 +18,8 @@ def _kinetic_energy(estimate: Estimate, field: Field, t: Tensor, x: Tensor, gene
 def _jacobian_norm(estimate: Estimate, field: Field, t: Tensor, x: Tensor, generator: Generator | None) -> Tensor:
     """|dv/dx|_F^2, `(k,)`: the mean of |e^T J|^2 over probes e with E[e e^T] = I, which is unbiased.
 
-    The products are those that the estimate of the divergence has taken; an exact one, which has none to offer, is
-    joined by one probe of its own, at the price of an evaluation.
+    The products are those of the divergence's estimate. An exact divergence has none, so one probe is added, at the cost of
+    an evaluation.
     """
     products = estimate.products
     if products is None:

@@ -23,7 +23,7 @@ class Piece(NamedTuple):
     nodes: int
 
     def finer(self, counts: tuple[int, ...]) -> "list[Piece]":
-        """With the next number of nodes, or after the last one its halves."""
+        """Return it with the next number of nodes, or its halves if there is no larger number."""
         following = counts[counts.index(self.nodes) + 1 :]
         if following:
             return [Piece(self.low, self.high, following[0])]
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
         return [Piece(self.low, middle, counts[0]), Piece(middle, self.high, counts[0])]
 
     def resolving(self, steps: Callable[[float, float], float], counts: tuple[int, ...], most: int) -> "list[Piece]":
-        """Finer ones of at least as many nodes as a solver took steps in each; `most` pieces, or one more."""
+        """Return finer pieces with at least as many nodes as the solver took steps in each; `most` pieces, or one more."""
         pieces, done = [self], 0
         while done < len(pieces) <= most:
             piece = pieces[done]
@@ -43,17 +43,24 @@ class Piece(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Nodes in (0, 1), increasing, with the weights of a rule and those of a lesser one."""
+    """Nodes in (0, 1), increasing, with the weights of a rule and those of a smaller one."""
 
     nodes: Float[Tensor, " nodes"]
     weights: Float[Tensor, " nodes"]
     lesser: Float[Tensor, " nodes"]
 
 
-# Copied to a device once, since the host waits for the copy.
+# Copied to a device once, because the host waits for the copy.
 @functools.lru_cache(maxsize=256)
 def rule_on(nested: bool, pieces: tuple[Piece, ...], dtype: torch.dtype, device: torch.device) -> Rule:
-    """Patterson's rules, or those of Gauss and Kronrod, on some intervals."""
+    """Build Patterson's rules, or those of Gauss and Kronrod, on some intervals.
+
+    Args:
+        nested: whether they are Patterson's.
+        pieces: the intervals.
+        dtype: of nodes and weights.
+        device: likewise.
+    """
     columns = []
     for low, high, count in pieces:
         nodes, weights, lesser = patterson(count) if nested else gauss_kronrod(count)

@@ -26,47 +26,60 @@ from divflow.solver import Evaluations, Solver, SolverError
 __all__ = ["Quadrature"]
 
 _NODES = 15
-# The share of a way that nodes may miss, as long as their rules agree.
+# The fraction of a trajectory's length that nodes may miss, as long as their rules agree.
 _MISSED = 0.01
 
 
 @dataclass(frozen=True)
 class Quadrature(Likelihood):
-    """Solve the trajectory with the plain velocity, then integrate the divergence at a few nodes along it.
+    """Compute the log-determinant of a flow from the divergence at a few nodes along its trajectory.
 
         log_det = (t_end - t_start) * sum_i w_i (div v)(t_i, x_{t_i})
 
-    The log-density does not feed back into the trajectory, so the solver never evaluates a divergence.
-    A stochastic estimator draws fresh probes at each node, those of one sample mutually orthogonal where the
-    estimator can (`Hutchinson`): the estimate stays unbiased, since the trajectory does not depend on the
-    probes, and the errors of the nodes cancel where those of one probe for a whole solve add up.
+    The trajectory is solved first, with the plain velocity. The log-density does not feed back into it, so the solver never
+    evaluates a divergence. A stochastic estimator draws fresh probes at each node, mutually orthogonal for one sample if
+    the estimator can (`Hutchinson`). The estimate stays unbiased, because the trajectory does not depend on the probes, and
+    the errors of the nodes cancel; those of one probe for a whole solve would add up.
 
-    **A number of nodes** is that of a Gauss-Kronrod rule. It converges like a polynomial of degree (3 nodes - 1) / 2 as
-    long as the divergence is smooth in time; a field with kinks (ReLU) has one that jumps.
+    **A number of nodes** selects a Gauss-Kronrod rule. It converges like a polynomial of degree (3 nodes - 1) / 2 as long
+    as the divergence is smooth in time. The divergence of a field with kinks (ReLU) jumps.
 
-    **A tolerance** takes as many nodes as it needs: 7, and if some sample's error is too large, the 15, 31 and 63 of
-    Patterson's rules, each with all nodes of the one before, whose divergences are kept; beyond these the interval is
-    divided, where its errors are, as the stiff end of a score model near t = 0 needs it. The trajectory is solved once
-    where `Solver.dense`, else once for each set of nodes. A stochastic estimator is frozen while nodes are chosen, since
-    its noise would look like an error, and then draws fresh probes at the nodes that were.
+    **A tolerance** takes as many nodes as it needs:
 
-    **Two rules that agree may both be wrong**: they can miss a layer or an oscillation that the solver has seen. So no
-    interval holds more of the solver's steps than it has nodes, and of the velocity the integral, which is known, is
-    compared with that by the nodes. A fixed number of nodes can't be refined; what it misses is then part of its claim,
-    infinite where the nodes see nothing of what happens. Times at which the velocity jumps (`jump_t` of the solver's
-    options) end intervals.
+    - It starts with 7 nodes. If some sample's error is too large, it takes the 15, 31 and 63 of Patterson's rules, each
+      with all nodes of the previous one, whose divergences are kept.
+    - Beyond these it divides the interval where its errors are, as the stiff end of a score model near t = 0 needs.
+    - The trajectory is solved once if `Solver.dense`, else once for each set of nodes.
+    - A stochastic estimator is frozen while nodes are chosen, because its noise would look like an error. It then draws
+      fresh probes at the chosen nodes.
+
+    **Two rules that agree may both be wrong**: they can miss a layer or an oscillation that the solver has seen.
+
+    - So no interval has fewer nodes than steps of the solver.
+    - The nodes' integral of the velocity is compared with the known one.
+    - A fixed number of nodes can't be refined. What it misses is added to the error estimate, which is infinite if the
+      nodes see nothing of what happens.
+    - Times at which the velocity jumps (`jump_t` of the solver's options) end intervals.
 
     Args:
-        nodes: an odd number, at least 3: those of the Kronrod rule, of which every second one is a node of the Gauss rule
-            that estimates its error. With a tolerance, too, intervals keep that number and are only divided. None takes 15,
-            or with a tolerance as many as it takes.
+        nodes: an odd number, at least 3, the nodes of the Kronrod rule. Every second one is a node of the Gauss rule that
+            estimates its error. With a tolerance, intervals keep that number and are only divided. None takes 15, or with a
+            tolerance as many as necessary.
         tolerance: absolute, in nats, for every sample: of the estimated errors of all intervals together. The estimate is
-            what a rule and the lesser one within it differ by, so that of the lesser; what remains is often a hundred
-            times less.
+            the difference of a rule and the smaller one within it, and so the error of the smaller; the remaining error is
+            often a hundred times smaller.
         max_intervals: a refinement that needs more raises `SolverError`.
 
     Raises:
         ValueError: an even or too small number of nodes, or a tolerance or max_intervals out of range.
+
+    Example:
+        >>> import torch
+        >>> from divflow import ContinuousFlow
+        >>> flow = ContinuousFlow(lambda t, x: -x, 2, likelihood=Quadrature(nodes=7))
+        >>> result = flow.evaluate(torch.zeros(1, 2))
+        >>> result.log_det, result.evaluations.divergence
+        (tensor([2.]), 7)
     """
 
     nodes: int | None = None
@@ -95,17 +108,16 @@ class Quadrature(Likelihood):
         diagnostics: bool = True,
         penalties: Collection[str] = (),
     ) -> Transport:
-        """See `Likelihood.transport`.
+        """Carry states as `Likelihood.transport`.
 
-        The error estimate compares the two rules on one set of divergences. Where those are
-        stochastic it would be noise; it is then taken from an extra pass with one probe for all nodes, if
-        `diagnostics` asks for it.
+        The error estimate compares the two rules on one set of divergences. Stochastic divergences would make it noise; it then
+        comes from an extra pass with one probe for all nodes, if `diagnostics` requests it.
         """
         along = Along(field, x, t_start, t_end, solver, evaluations, self.tolerance is not None)
         pieces = [Piece(low, high, self._counts[0]) for low, high in itertools.pairwise(along.knots)]
         at_nodes = None
         if self.tolerance is not None:
-            # What was evaluated to choose the nodes is the result, unless it was noise, or could not keep its graph.
+            # The evaluations that chose the nodes are the result, unless they were noise or could not keep their graph.
             useful = not estimator.stochastic and (along.dense or not torch.is_grad_enabled())
             with contextlib.nullcontext() if useful else torch.no_grad():
                 evaluate = functools.partial(
@@ -124,7 +136,7 @@ class Quadrature(Likelihood):
         error, finer = None, None
         smooth, same = at_nodes, estimator
         if estimator.stochastic and diagnostics:
-            # With probes that are the same at all nodes, which makes the integrand smooth in time.
+            # With the same probes at all nodes, which makes the integrand smooth in time.
             same = estimator.freeze(x, generator)
             with torch.no_grad():
                 smooth = along.at_nodes(rule.nodes, states, same, None)
@@ -175,8 +187,8 @@ class Quadrature(Likelihood):
     ) -> tuple[list[Piece], AtNodes]:
         """Add nodes to intervals, or divide them.
 
-        Until every sample's estimated errors add up to no more than allowed, and no interval holds more of the solver's
-        steps than it has nodes: two rules that agree may both have overlooked what the solver has seen.
+        Repeats until every sample's estimated errors sum to no more than allowed, and no interval has fewer nodes than steps of
+        the solver: two rules that agree may both have overlooked what the solver has seen.
         """
         known: dict[Piece, AtNodes] = {}
         if along.dense:
@@ -188,14 +200,14 @@ class Quadrature(Likelihood):
         while coarse:
             if len(known) + len(coarse) > self.max_intervals:
                 raise SolverError(
-                    f"the divergence could not be integrated to {tolerance:g} nats with {self.max_intervals} intervals; "
-                    "raise max_intervals or the tolerance, tighten the solver, or use smooth activations"
+                    f"the divergence could not be integrated to {tolerance:g} nats with {self.max_intervals} intervals. "
+                    "Raise max_intervals or the tolerance, tighten the solver, or use smooth activations."
                 )
             known |= self._evaluated(along, coarse, evaluate)
             pieces = sorted(known)
             errors = torch.stack([self._error(piece, known[piece], along) for piece in pieces])
             total = errors.sum(dim=0)
-            # Where the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
+            # If the sum exceeds the tolerance, at least one interval exceeds an equal share of it.
             too_coarse = ((errors > tolerance / len(pieces)) & (total > tolerance)).any(dim=1)
             at_nodes = AtNodes.cat([known[piece] for piece in pieces])
             missed = (
@@ -204,9 +216,12 @@ class Quadrature(Likelihood):
             facts = torch.stack([total.isfinite().all().to(missed), missed])
             finite, missed, *chosen = torch.cat([facts, too_coarse.to(missed)]).tolist()  # the host waits once
             if not finite:
-                raise SolverError("the divergence along the trajectory is not finite, so it can't be integrated")
+                raise SolverError(
+                    "the divergence along the trajectory is not finite, so it can't be integrated. Look for derivatives that "
+                    "are infinite, such as that of a square root at zero."
+                )
             steps = [along.steps(piece.low, piece.high) / piece.nodes for piece in pieces]
-            # What no further node helps against is the solver's own error.
+            # The solver's own error remains, whatever nodes are added.
             if missed > tolerance and not any(chosen) and (missed < before / 2 or math.isinf(missed)):
                 chosen[steps.index(max(steps))], before = True, missed
             coarse = {}
@@ -223,7 +238,7 @@ class Quadrature(Likelihood):
     def _evaluated(
         self, along: Along, coarse: dict[Piece, AtNodes | None], evaluate: Callable[[Tensor, Tensor], AtNodes]
     ) -> dict[Piece, AtNodes]:
-        """What is known at the nodes of some intervals, in time's order, of which every second one may be known before."""
+        """What is known at the nodes of some intervals, in order of time; every second node may be known before."""
         new = []
         for piece, before in coarse.items():
             nodes = self._rule([piece], along.x).nodes
@@ -246,11 +261,11 @@ def _disagreement(rule: Rule, divergences: Tensor, along: Along) -> Float[Tensor
 
 
 def _standard_error(rule: Rule, at_nodes: AtNodes, speed: Tensor, frozen: bool) -> Float[Tensor, " batch"] | None:
-    """Of the log-determinant.
+    """The standard error of the log-determinant.
 
-    Independent samples are integrated first, since the errors of one of them at different nodes need not be
-    independent; where each node only knows its own error, they are taken for independent, but those of one draw of
-    random vectors for all nodes for equal, of which the error is not above.
+    Independent samples are integrated first, because the errors of one of them at different nodes need not be independent.
+    If each node only knows its own error, the errors count as independent; those of one draw of random vectors for all
+    nodes count as equal, which bounds the error.
     """
     weights = speed.detach() * rule.weights
     if at_nodes.samples is not None:

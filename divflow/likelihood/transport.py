@@ -14,11 +14,11 @@ __all__ = ["Finer", "Likelihood", "Transport"]
 
 
 class Finer(NamedTuple):
-    """What steps that are half as long make of a transport: how far the solver's errors have moved it.
+    """The change of a transport by steps of half the length: how far the solver's errors have moved it.
 
     Attributes:
         state: x(t_end), `(k, *event)`.
-        log_det: less that of the transport, in nats, `(k,)`; infinite where there is no finer solution.
+        log_det: minus that of the transport, in nats, `(k,)`; infinite if there is no finer solution.
     """
 
     state: Tensor
@@ -26,17 +26,15 @@ class Finer(NamedTuple):
 
 
 class Transport(NamedTuple):
-    """States carried from t_start to t_end, and what is known of the log-determinant.
+    """States carried from t_start to t_end, with the log-determinant and its errors.
 
     Attributes:
         state: x(t_end), `(k, *event)`.
         log_det: log |det dx(t_end) / dx(t_start)| in nats, `(k,)`.
-        quadrature_error: estimated absolute error of the integration of the divergence, in nats, `(k,)`; None
-            where it is not known.
-        standard_error: of a stochastic estimate, in nats, `(k,)`: zero where the divergence is exact, None where
-            it is not known.
-        penalties: by name, the integrals over time that were asked for, `(k,)`.
-        finer: by steps half as long, with the same divergences; None if not asked for, or not known.
+        quadrature_error: estimated absolute error of the integration of the divergence, in nats, `(k,)`; None if unknown.
+        standard_error: of a stochastic estimate, in nats, `(k,)`: zero if the divergence is exact, None if unknown.
+        penalties: the requested integrals over time by name, `(k,)`.
+        finer: by steps half as long, with the same divergences; None if not requested or unknown.
     """
 
     state: Tensor
@@ -48,7 +46,7 @@ class Transport(NamedTuple):
 
 
 class Likelihood(ABC):
-    """A way to carry states together with their log-determinant."""
+    """Base class of the ways to carry states together with their log-determinant."""
 
     @abstractmethod
     def transport(
@@ -65,17 +63,17 @@ class Likelihood(ABC):
         diagnostics: bool = True,
         penalties: Collection[str] = (),
     ) -> Transport:
-        """Carry x `(k, *event)` from t_start to t_end, either of which may be the later one.
+        """Carry states from t_start to t_end, either of which may be the later one.
 
         Args:
             field: the velocity.
-            x: states at t_start.
+            x: states at t_start, `(k, *event)`.
             t_start: a scalar tensor; the result is differentiable in it.
             t_end: likewise.
             estimator: of the divergence.
             solver: of the trajectory.
             evaluations: a counter to add to.
             generator: of the probes, for a stochastic estimator.
-            diagnostics: estimate the errors even where that takes further evaluations.
+            diagnostics: estimate the errors even if that takes further evaluations.
             penalties: names of integrals to take along the trajectory, of `PENALTIES`.
         """

@@ -1,7 +1,8 @@
 """Flow matching: a flow's velocity is learnt by regression, and its ODE is solved only when it is used.
 
-Noise x_0 at t = 0 and data x_1 at t = 1 are paired by a `Coupling` and joined by a `Path`; the velocity is fitted to that
-of the paths at times drawn from a `Times`, and learns their mean, which carries the density of the noise to that of the data.
+Noise x_0 at t = 0 and data x_1 at t = 1 are paired by a `Coupling` and joined by a `Path`. The velocity is fitted to
+that of the paths at times drawn from a `Times`. It learns their mean, which carries the density of the noise to that of
+the data.
 """
 
 from divflow.matching.alignment import EquivariantCoupling

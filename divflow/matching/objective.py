@@ -1,4 +1,4 @@
-"""Conditional flow matching: a velocity fitted to those of paths from noise to data."""
+"""Conditional flow matching: a velocity is fitted to those of paths from noise to data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,24 +22,25 @@ _LINEAR, _INDEPENDENT, _UNIFORM = LinearPath(), IndependentCoupling(), UniformTi
 
 @dataclass(frozen=True)
 class ConditionalFlowMatching:
-    """The mean squared distance of a velocity v from that of paths (Lipman et al. 2023, arXiv:2210.02747, equation 9; Tong et al. 2024).
+    """Train a velocity by regression on those of paths from noise to data, without solving an ODE.
 
         loss of a sample = 1 / D * sum over entries i of (v(t, x_t)_i - (dx_t/dt)_i)^2
 
-    a mean, not a sum, over the D entries of the event, so that the mean over a batch is that over all entries: the loss
-    of the packages flow_matching and torchcfm. No ODE is solved and nothing is differentiated in x.
+    (Lipman et al. 2023, arXiv:2210.02747, equation 9; Tong et al. 2024). It is a mean, not a sum, over the D entries of the
+    event, so its mean over a batch is that over all entries: the loss of the packages flow_matching and torchcfm. Nothing
+    is differentiated in x.
 
-    The minimiser is the mean of the paths' velocities at each t and x, whose flow has the density of x_t at each t: that of the data at
-    t = 1. The loss at the minimum is the variance of those velocities, not zero, so that its size says little about
-    the density: compare by likelihood.
+    The minimiser is the mean of the paths' velocities at each t and x. Its flow has the density of x_t at each t: that of
+    the data at t = 1. The loss at the minimum is the variance of those velocities, not zero, so it says little about the
+    density. Evaluate by likelihood.
 
     Args:
         path: from noise to data.
         coupling: of noise and data.
-        times: density that t is drawn from; it is not divided out, and weighs the times.
+        times: the density from which t is drawn; it is not divided out, so it weights the times.
 
     Raises:
-        ValueError: one of them is none.
+        ValueError: an argument of another class.
 
     Example:
         >>> import torch
@@ -68,22 +69,22 @@ class ConditionalFlowMatching:
         noise: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The losses of a batch, `(k,)`, differentiable in the velocity's parameters.
+        """Compute the losses of a batch, `(k,)`, differentiable in the velocity's parameters.
 
         Args:
-            velocity: `v(t, x)`, or `v(t, x, context)` where there is a context, of x's shape, t one time a sample, `(k,)`.
+            velocity: `v(t, x)`, or `v(t, x, context)` with a context, of x's shape; t is one time per sample, `(k,)`.
             x: data `(k, *event)`, of a floating dtype.
             generator: of noise and times; torch's default one if None.
-            context: a tensor or a tree of tensors, one row a sample, `(k, ...)`.
-            t: times in [0, 1], a scalar or one a sample; drawn if None.
+            context: a tensor or a tree of tensors, one row per sample, `(k, ...)`.
+            t: times in [0, 1], a scalar or one per sample; drawn if None.
             noise: of the flow's base density, `(k, *event)`, before the coupling; standard normal if None.
-            weight: by which the caller averages the losses, `(k,)`, or None. It does not multiply them, but rows are coupled with
-                noise of rows of the same weight alone, as of the same context: other noise would be weighted by its datum's
-                weight, and would no longer be that of the base.
+            weight: with which the caller averages the losses, `(k,)`, or None. It does not multiply them. Rows are coupled only
+                with noise of rows of the same weight, as of the same context: other noise would get its datum's weight, and
+                would no longer follow the base.
 
         Raises:
             FieldError: x, t, the noise, the context or the velocity's value has a wrong type, shape, dtype or device.
-            MatchingError: t outside [0, 1], or what optimal transport can't pair.
+            MatchingError: t outside [0, 1], or rows that optimal transport can't pair.
         """
         x = checked_state(x)
         noise = normal_like(x, generator) if noise is None else _checked_noise(noise, x)
@@ -100,21 +101,21 @@ class ConditionalFlowMatching:
         return entries.square().sum(dim=1) / max(1, entries.shape[1])
 
     def check(self, velocity: Callable[..., Tensor], x: Tensor, context: Context | None = None) -> None:
-        """Refuse a velocity that mixes the samples of a batch, or takes none but scalar times; call it once before training.
+        """Refuse a velocity that mixes the samples of a batch, or takes only scalar times; call it once before training.
 
         Args:
             velocity: as in a call.
             x: data `(k, *event)`.
-            context: a tensor or a tree of tensors, one row a sample.
+            context: a tensor or a tree of tensors, one row per sample.
 
         Raises:
-            FieldError: naming what is wrong and the remedy.
+            FieldError: with the fault and the remedy.
         """
         x = checked_state(x)
         check_context(context, x)
         field = ConditionedField(velocity, context)
         check_field(field, 0.5, x, gradient=True)
-        if len(x) == 1:  # one sample has one time, which a velocity of scalar times takes, too
+        if len(x) == 1:  # a velocity of scalar times also takes the one time of one sample
             field, x = field.repeat(2), x.repeat(2, *[1] * (x.ndim - 1))
         if len(x):
             check_sample_times(field, 0.0, 1.0, x, "flow matching draws a time for each sample, but the velocity")
@@ -123,7 +124,7 @@ class ConditionalFlowMatching:
 def _checked_noise(noise: Tensor, x: Tensor) -> Tensor:
     if noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
         raise FieldError(
-            f"the noise must be of x's shape, dtype and device, {tuple(x.shape)}, {x.dtype} and {x.device}, but is of "
+            f"the noise must have x's shape, dtype and device, {tuple(x.shape)}, {x.dtype} and {x.device}, but has "
             f"{tuple(noise.shape)}, {noise.dtype} and {noise.device}"
         )
     return noise

@@ -27,7 +27,7 @@ class PathPoint(NamedTuple):
 
 
 class PathCoefficients(NamedTuple):
-    """alpha and sigma of a path, and their derivatives in time, all of t's shape."""
+    """The coefficients alpha and sigma of a path, and their derivatives in time, all of t's shape."""
 
     alpha: Tensor
     sigma: Tensor
@@ -36,29 +36,30 @@ class PathCoefficients(NamedTuple):
 
 
 class Path(ABC):
-    """A path from noise x_0 at t = 0 to a datum x_1 at t = 1 (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571).
+    """Base class of the paths from noise x_0 at t = 0 to a datum x_1 at t = 1.
 
         x_t = alpha(t) x_1 + sigma(t) x_0,   dx_t/dt = alpha'(t) x_1 + sigma'(t) x_0
 
-    The mean of dx_t/dt over the paths through a point is the velocity of a flow whose density at each t is that of x_t.
+    (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571). The mean of dx_t/dt over the paths through a point is the velocity of
+    a flow whose density at each t is that of x_t.
 
-    One of your own is a frozen dataclass that implements `coefficients`.
+    Your own path is a frozen dataclass that implements `coefficients`.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Times are the caller's, whatever a path of one's own writes to."""
+        """Protect the caller's times from a path that writes to them."""
         super().__init_subclass__(**options)
         on_copies(cls, "coefficients")
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> PathCoefficients:
-        """alpha, sigma and their derivatives at times in [0, 1], `()` or `(k,)`; all finite."""
+        """Return alpha, sigma and their derivatives at times in [0, 1], `()` or `(k,)`; all finite."""
 
     def __call__(self, t: Tensor, noise: Tensor, data: Tensor) -> PathPoint:
-        """The point at time t, and the velocity there.
+        """Compute the point at time t, and the velocity there.
 
         Args:
-            t: in [0, 1], a scalar or one a sample, `(k,)`.
+            t: in [0, 1], a scalar or one per sample, `(k,)`.
             noise: x_0, `(k, *event)`.
             data: x_1, `(k, *event)`.
         """
@@ -68,17 +69,25 @@ class Path(ABC):
 
 @dataclass(frozen=True)
 class LinearPath(Path):
-    """Straight lines: x_t = t x_1 + (1 - (1 - sigma_min) t) x_0, at constant velocity x_1 - (1 - sigma_min) x_0.
+    """Straight lines from noise to data, at constant velocity.
+
+        x_t = t x_1 + (1 - (1 - sigma_min) t) x_0,    dx_t/dt = x_1 - (1 - sigma_min) x_0
 
     Lipman et al. (2023, arXiv:2210.02747, equations 20 to 23); without sigma_min the rectified flow of Liu et al. (2023,
     arXiv:2209.03003) and, with a coupling of choice, the conditional flow matching of Tong et al. (2024, arXiv:2302.00482).
 
     Args:
-        sigma_min: what is left of the noise at t = 1: the flow then models x_1 + sigma_min x_0. Zero for the data
-            themselves; a little keeps the velocity smooth where data lie on a surface or are few.
+        sigma_min: the remaining noise at t = 1: the flow then models x_1 + sigma_min x_0. Zero models the data themselves; a
+            little keeps the velocity smooth if data lie on a surface or are few.
 
     Raises:
         ValueError: sigma_min outside [0, 1).
+
+    Example:
+        >>> import torch
+        >>> point = LinearPath()(torch.tensor(0.25), torch.zeros(1, 2), torch.ones(1, 2))
+        >>> point.x, point.velocity
+        (tensor([[0.2500, 0.2500]]), tensor([[1., 1.]]))
     """
 
     sigma_min: float = 0.0
@@ -89,20 +98,22 @@ class LinearPath(Path):
             raise ValueError(f"sigma_min must lie in [0, 1), but is {self.sigma_min!r}; 0 leaves no noise in the data")
 
     def coefficients(self, t: Tensor) -> PathCoefficients:
-        """t, 1 - (1 - sigma_min) t, 1 and sigma_min - 1."""
+        """Return t, 1 - (1 - sigma_min) t, 1 and sigma_min - 1."""
         slope = self.sigma_min - 1
         return PathCoefficients(t, 1 + slope * t, torch.ones_like(t), torch.full_like(t, slope))
 
 
 @dataclass(frozen=True)
 class TrigonometricPath(Path):
-    """Arcs: x_t = sin(pi t / 2) x_1 + cos(pi t / 2) x_0 (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571).
+    """Arcs from noise to data that keep the size of x_t (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571).
 
-    alpha^2 + sigma^2 = 1, so that x_t is as large as independent ends of one size are.
+        x_t = sin(pi t / 2) x_1 + cos(pi t / 2) x_0
+
+    alpha^2 + sigma^2 = 1, so x_t is as large as its independent ends if these have one size.
     """
 
     def coefficients(self, t: Tensor) -> PathCoefficients:
-        """Sine and cosine of pi t / 2, and their derivatives."""
+        """Return sine and cosine of pi t / 2, and their derivatives."""
         sine, cosine = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
         return PathCoefficients(sine, cosine, math.pi / 2 * cosine, -math.pi / 2 * sine)
 
@@ -113,11 +124,13 @@ class VariancePreservingPath(Path):
 
         alpha = exp(-B(s) / 2),   sigma = sqrt(1 - exp(-B(s))),   B(s) = beta_min s + (beta_max - beta_min) s^2 / 2
 
-    where diffusion time s = 1 - (1 - epsilon) t falls from 1 to epsilon: at s = 0 itself sigma has no slope, and the mean of
-    the squared velocity over t would be infinite. So a little noise is left at t = 1, sigma(epsilon), 0.010 at the
-    defaults, and a little of the data is there at t = 0, alpha(1) = 0.0066, which flows from a standard normal leave out.
-    Data should have a standard deviation of about 1. Velocities change fast near t = 1: a flow on this path takes more
-    evaluations than on a straight one.
+    with diffusion time s = 1 - (1 - epsilon) t, which falls from 1 to epsilon.
+
+    - At s = 0 itself sigma has no slope, and the mean of the squared velocity over t would be infinite. So a little noise
+      remains at t = 1, sigma(epsilon), 0.010 at the defaults.
+    - A little of the data is present at t = 0, alpha(1) = 0.0066, which flows from a standard normal leave out.
+    - Data should have a standard deviation of about 1.
+    - Velocities change fast near t = 1: a flow on this path takes more evaluations than on a straight one.
 
     Args:
         beta_min: rate of noise at s = 0.
@@ -140,7 +153,7 @@ class VariancePreservingPath(Path):
             raise ValueError(f"epsilon must lie in (0, 1), but is {self.epsilon!r}: at 0 the velocity is infinite")
 
     def coefficients(self, t: Tensor) -> PathCoefficients:
-        """See the class; dB/dt = -(1 - epsilon) beta, alpha' = -alpha B' / 2 and sigma' = alpha^2 B' / (2 sigma)."""
+        """Return the formulas of the class; dB/dt = -(1 - epsilon) beta, alpha' = -alpha B' / 2, sigma' = alpha^2 B' / (2 sigma)."""
         speed = 1 - self.epsilon
         s = 1 - speed * t
         slope = self.beta_max - self.beta_min

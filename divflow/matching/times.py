@@ -14,55 +14,56 @@ __all__ = ["LogitNormalTimes", "MatchingError", "PowerTimes", "Times", "UniformT
 
 
 class MatchingError(DivflowError, ValueError):
-    """A time, noise or datum that flow matching is not defined for."""
+    """A time, noise or datum for which flow matching is not defined."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Times(ABC):
-    """A density of times on [0, 1], by its quantile function.
+    """Base class of the densities of times on [0, 1], given by their quantile functions.
 
-    Every density that is positive on (0, 1) has the same best velocity; where it is large, errors weigh more.
+    Every density that is positive on (0, 1) has the same best velocity; errors weigh more where it is large.
 
     Args:
-        stratified: draw the k times of a batch from k equal parts of the density, one each, in random order: every one is
-            distributed as the density says, but the mean of a batch varies far less.
+        stratified: draw the k times of a batch from k equal parts of the density, one each, in random order. Each time
+            still follows the density, but the mean of a batch varies far less.
     """
 
     stratified: bool = True
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
-        """The times below which a share of u in [0, 1] lies, of u's shape."""
+        """Return the times below which a fraction u in [0, 1] lies, of u's shape."""
 
     def draw(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """A time for each row of x, `(k,)`, in x's dtype and on its device; torch's default generator if None."""
+        """Draw a time for each row of x, `(k,)`, in x's dtype and on its device; torch's default generator if None."""
         return self.quantile(uniform_times_like(x, generator, stratified=self.stratified)).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class UniformTimes(Times):
-    """All times alike: the objective of Lipman et al. (2023, arXiv:2210.02747, equation 9)."""
+    """Draw all times alike: the objective of Lipman et al. (2023, arXiv:2210.02747, equation 9)."""
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The share itself."""
+        """Return u itself."""
         return u
 
 
 @dataclass(frozen=True)
 class LogitNormalTimes(Times):
-    """Times whose logit is normal, mostly in the middle, where velocities are hardest (Esser et al. 2024, arXiv:2403.03206, section 3.1).
+    """Draw times whose logit is normal, mostly in the middle, where velocities are hardest to learn.
 
         log(t / (1 - t)) ~ N(mean, std^2)
 
-    Their density vanishes at both ends: what a likelihood needs there, of fine detail near the data most of all, is
-    learnt late.
+    (Esser et al. 2024, arXiv:2403.03206, section 3.1). The density vanishes at both ends: what a likelihood needs there,
+    above all fine detail near the data, is learnt late.
 
     Args:
-        mean: of the logit; positive for times nearer to the data. (In that paper data are at t = 0: the sign is the other one.)
+        stratified: as of `Times`.
+        mean: of the logit; positive for times closer to the data. (That paper has the data at t = 0, so the opposite sign.)
         std: of the logit.
 
     Raises:
-        ValueError: a mean that is no number, or a standard deviation that is not positive.
+        ValueError: a mean that is not a number, or a standard deviation that is not positive.
     """
 
     mean: float = 0.0
@@ -73,23 +74,24 @@ class LogitNormalTimes(Times):
         check_positive("std", self.std)
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The logistic function of the normal quantile."""
+        """Return the logistic function of the normal quantile."""
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
 @dataclass(frozen=True)
 class PowerTimes(Times):
-    """Times mostly near the data, where fine detail is made (Dax et al. 2023, arXiv:2305.17161, section 3.3).
+    """Draw times mostly near the data, where fine detail is made (Dax et al. 2023, arXiv:2305.17161, section 3.3).
 
         p(t) = (power + 1) t^power
 
-    For likelihoods and posteriors that are sharp: the error of a velocity there is the larger one of a score.
+    It suits sharp likelihoods and posteriors: there an error of the velocity is a larger error of the score.
 
     Args:
+        stratified: as of `Times`.
         power: 0 is uniform; below, down to -1, times are mostly near the noise.
 
     Raises:
-        ValueError: a power that is no number above -1.
+        ValueError: a power that is not a number above -1.
     """
 
     power: float = 1.0
@@ -100,17 +102,20 @@ class PowerTimes(Times):
             raise ValueError(f"power must be above -1 and finite, so that times have a density, but is {self.power!r}")
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The root of u."""
+        """Return the root of u."""
         return u ** (1 / (self.power + 1))
 
 
 def check_times(t: Tensor) -> None:
     """Refuse times outside [0, 1].
 
+    Args:
+        t: the times.
+
     Raises:
         MatchingError: with the least and the greatest.
     """
     if t.numel() and not bool(((t >= 0) & (t <= 1)).all()):
         raise MatchingError(
-            f"t must lie in [0, 1], noise at 0 and data at 1, but reaches from {t.min().item():g} to {t.max().item():g}"
+            f"t must lie in [0, 1], with noise at 0 and data at 1, but reaches from {t.min().item():g} to {t.max().item():g}"
         )

@@ -1,7 +1,7 @@
-"""Several products with a Jacobian in one pass: compared with single ones before they are believed.
+"""Several products with a Jacobian in one pass, compared with single ones before they are used.
 
-torch's batching rules have faults (`group_norm` with a graph, torch 2.13, returns other numbers). So a batched product
-is tried on random vectors where a structure of the graph is first seen, and again at uses 2, 4, 8, ...
+Some of torch's batching rules are wrong (`group_norm` with a graph, torch 2.13, returns other numbers). So a batched
+product is tested on random vectors when a structure of the graph is first seen, and again at uses 2, 4, 8, ...
 """
 
 import functools
@@ -19,7 +19,7 @@ Product = Callable[[Tensor, bool], Tensor]
 
 
 class _Verdict:
-    """Whether batched products were right for a structure, and how often that was asked."""
+    """Whether batched products were right for a structure, and how often they were used."""
 
     def __init__(self, right: bool) -> None:
         self.right, self.uses = right, 1
@@ -31,14 +31,14 @@ _VERDICTS: Cache[_Verdict] = Cache(4096)
 def batches(product: Product, output: Tensor, point: Tensor, count: int, create_graph: bool) -> bool:
     """Whether `count` products may be taken in one pass.
 
-    They may where they are what single ones are, and where they keep a graph, their derivatives too, which see what
-    a last layer of zeros hides from the products themselves.
+    They may if they equal single products and, with a graph, if their derivatives do, too. The derivatives see what a last
+    layer of zeros hides from the products themselves.
 
     Args:
         product: `product(vectors, batched)`, of one vector or several.
         output: whose graph they go through.
         point: where it starts.
-        count: vectors in one pass.
+        count: vectors per pass.
         create_graph: whether the products keep a graph.
     """
     nodes = list(_between(output, point))
@@ -60,7 +60,7 @@ def batches(product: Product, output: Tensor, point: Tensor, count: int, create_
 def _compare(
     product: Product, output: Tensor, inputs: list[Tensor], count: int, create_graph: bool
 ) -> tuple[bool, bool]:
-    """Whether the first and the last of `count` products are what they are singly, and whether that says anything."""
+    """Whether the first and the last of `count` products equal single ones, and whether that proves anything."""
     noise = torch.Generator().manual_seed(0)
     vectors = torch.randn((count, *output.shape), generator=noise, dtype=torch.float64, device="cpu").to(output)
     weights = torch.randn((2, *inputs[0].shape), generator=noise, dtype=torch.float64, device="cpu").to(output)
@@ -70,11 +70,11 @@ def _compare(
         derivatives = _derivatives(batched, weights, inputs) if create_graph else []
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # an operation without a batching rule, or a field's own hook that takes no such gradient
+    except Exception:  # an operation without a batching rule, or a hook of the field that refuses such a gradient
         return False, True
     try:
         expected = _derivatives(single, weights, inputs) if create_graph else []
-    except Exception:  # none that could be compared: the field has no second derivatives
+    except Exception:  # nothing to compare: the field has no second derivatives
         expected = derivatives
     pairs = list(zip([batched, *derivatives], [single, *expected], strict=True))
     telling = all(true.isfinite().all() for _, true in pairs) and any(true.any() for _, true in pairs)

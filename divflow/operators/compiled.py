@@ -1,4 +1,4 @@
-"""Within torch.compile: derivatives of fields run eagerly, between the parts that are compiled."""
+"""Inside torch.compile: derivatives of fields run eagerly, between the compiled parts."""
 
 import functools
 from collections.abc import Callable
@@ -12,16 +12,19 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _WHY = (
-    "divflow follows a field as it is evaluated, which can't be traced: compile the step without fullgraph=True, or the network "
-    "alone"
+    "divflow follows a field as it is evaluated, which can't be traced. Compile the step without fullgraph=True, or compile the "
+    "network alone."
 )
 
 
 def eagerly(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function, which torch's compiler leaves as it is and calls between two graphs.
+    """Wrap a function so that torch's compiler leaves it as it is and calls it between two graphs.
 
-    What follows a field as it is evaluated, verifies it and remembers it, is not to be traced itself. The compiler is not
-    loaded for it, as it would be by decorating with `torch.compiler.disable`.
+    Code that follows a field as it is evaluated, verifies it and remembers it can't be traced. The compiler is not loaded
+    for this, as it would be by decorating with `torch.compiler.disable`.
+
+    Args:
+        function: the one to wrap.
     """
 
     @functools.wraps(function)
@@ -30,7 +33,7 @@ def eagerly(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
-    # As torch.compiler.disable marks what it returns: where no graph may be broken, this is what its error says.
+    # The mark of torch.compiler.disable: if no graph may be broken, torch's error quotes this text.
     for name, value in {"_torchdynamo_disable": True, "_torchdynamo_disable_msg": _WHY}.items():
         setattr(call, name, value)
     return call

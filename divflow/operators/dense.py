@@ -1,4 +1,4 @@
-"""The exact divergence of any field by products with basis vectors, several in one pass.
+"""The exact divergence of any field by products with basis vectors, several per pass.
 
 Only diagonal entries are kept: no `(k, D, D)` tensor exists, and `chunk_size` bounds the memory.
 """
@@ -31,11 +31,11 @@ _CPU_ROWS, _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**12, 2**20, 2**24
 
 
 def products_per_pass(x: Tensor, activations: int = 1) -> int:
-    """How many products with a Jacobian at x to take in one pass, where the user does not say.
+    """Choose how many products with a Jacobian at x one pass takes, if the user does not.
 
     Args:
         x: the point.
-        activations: elements that the field makes of each of x's.
+        activations: elements that the field computes for each element of x.
     """
     elements = max(1, x.numel() * activations)
     if x.device.type != "cpu":
@@ -44,10 +44,16 @@ def products_per_pass(x: Tensor, activations: int = 1) -> int:
 
 
 def reverse(field: Linearization, x: Tensor, chunk_size: int, recompute: bool) -> Tensor:
-    """Reverse mode: rows e_i^T J, `chunk_size` of them a pass, from one evaluation of the field.
+    """Compute the divergence by reverse mode: rows e_i^T J, `chunk_size` per pass, from one evaluation of the field.
 
-    With `recompute` each chunk's graph is dropped and rebuilt in the backward pass (the field itself is
-    not evaluated again), so that training, too, holds one chunk at a time.
+    With `recompute` each chunk's graph is dropped and rebuilt in the backward pass, so that training also holds one chunk
+    at a time. The field itself is not evaluated again.
+
+    Args:
+        field: at x, ready for products.
+        x: states `(k, *event)`.
+        chunk_size: rows per pass.
+        recompute: whether the backward pass computes chunks again.
     """
     return sum_of_chunks(
         field, lambda start, stop: basis(x, start, stop), trace_of_chunk, x, event_size(x), chunk_size, recompute
@@ -63,7 +69,17 @@ def sum_of_chunks(
     chunk_size: int,
     recompute: bool,
 ) -> Tensor:
-    """The sum of `trace(products with vectors(start, stop), start, stop)` over chunks of `count` products, `(k,)`."""
+    """Sum `trace(products with vectors(start, stop), start, stop)` over chunks of `count` products, `(k,)`.
+
+    Args:
+        field: ready for products.
+        vectors: those from `start` to `stop`.
+        trace: of their products, `(k,)`.
+        x: states `(k, *event)`.
+        count: of all products.
+        chunk_size: products per pass.
+        recompute: whether the backward pass computes chunks again.
+    """
     divergence = x.new_zeros(x.shape[0], dtype=accumulation_dtype(x))
     if x.shape[0] == 0:
         return divergence
@@ -80,7 +96,16 @@ def chunks(
     chunk_size: int,
     recompute: bool,
 ) -> Iterator[Tensor]:
-    """`part(products with vectors(start, stop), start, stop)` for each chunk of `count` products."""
+    """Yield `part(products with vectors(start, stop), start, stop)` for each chunk of `count` products.
+
+    Args:
+        field: ready for products.
+        vectors: those from `start` to `stop`.
+        part: of their products.
+        count: of all products.
+        chunk_size: products per pass.
+        recompute: whether the backward pass computes chunks again.
+    """
     recompute = recompute and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or transformed())
 
     def computed(start: int, stop: int) -> Tensor:
@@ -97,18 +122,35 @@ def chunks(
 
 
 def bounds(size: int, chunk_size: int) -> list[tuple[int, int]]:
-    """First and last but one of the vectors in each pass."""
+    """List the first vector of each pass and the one after its last.
+
+    Args:
+        size: the number of vectors.
+        chunk_size: vectors per pass.
+    """
     return [(start, min(size, start + chunk_size)) for start in range(0, size, chunk_size)]
 
 
 def basis(x: Tensor, start: int, stop: int) -> Float[Tensor, "chunk batch *event"]:
-    """The basis vectors e_start, ..., e_(stop-1) of the event space, the same for every sample."""
+    """Return the basis vectors e_start, ..., e_(stop-1) of the event space, the same for every sample.
+
+    Args:
+        x: states `(k, *event)`.
+        start: the first.
+        stop: one after the last.
+    """
     vectors = x.new_zeros(stop - start, event_size(x))
     vectors.diagonal(start).fill_(1)
     return vectors.view(stop - start, 1, *x.shape[1:]).expand(stop - start, *x.shape)
 
 
 def trace_of_chunk(products: Float[Tensor, "chunk batch *event"], start: int, stop: int) -> Float[Tensor, " batch"]:
-    """Entry i of the product with e_i, summed over the chunk: the same for rows and for columns."""
+    """Sum entry i of the product with e_i over the chunk: the same for rows and for columns.
+
+    Args:
+        products: with e_start, ..., e_(stop-1).
+        start: the first.
+        stop: one after the last.
+    """
     block = flatten_event(products, 2)[..., start:stop]
     return block.diagonal(dim1=0, dim2=2).sum(dim=-1, dtype=accumulation_dtype(products))

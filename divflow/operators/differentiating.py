@@ -1,4 +1,4 @@
-"""Fields that differentiate in x themselves, as the gradient of a potential does: evaluated where torch lets them."""
+"""Fields that differentiate in x themselves, such as the gradient of a potential, evaluated with grad enabled."""
 
 from collections.abc import Callable
 
@@ -11,22 +11,22 @@ from divflow.verification.kept import Plans
 
 __all__ = ["differentiates", "evaluated", "note_differentiates"]
 
-# What torch says where a gradient is asked for and no graph leads from x.
+# Torch's message if a gradient is requested and no graph leads from x.
 _REFUSED = "does not require grad"
 _DIFFERENTIATING: Plans[bool] = Plans()
 
 
 def evaluated(g: Field, t: Tensor, x: Tensor, call: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-    """The value g(t, x), also where g takes `torch.autograd.grad` in x and nothing else would ask for a graph from x.
+    """Evaluate g(t, x), also if g itself takes `torch.autograd.grad` in x and nothing else would build a graph from x.
 
-    Such a field is recognised by torch's refusal, once, and is then evaluated with grad enabled, at a copy of x that requires
-    it. The value has a graph only if the caller's parameters, t or context are in it and the caller has grad enabled.
+    Such a field is recognised by torch's error, once, and is then evaluated with grad enabled at a copy of x that requires
+    grad. The value has a graph only if it contains the caller's parameters, t or context and the caller has grad enabled.
 
     Args:
         g: the field, by which it is remembered.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
-        call: what evaluates it; g itself if None.
+        call: evaluates it; g itself if None.
     """
     call = g if call is None else call
     differentiable = torch.is_grad_enabled()
@@ -49,10 +49,18 @@ def evaluated(g: Field, t: Tensor, x: Tensor, call: Callable[[Tensor, Tensor], T
 
 
 def differentiates(g: Field) -> bool:
-    """Whether a field is known to differentiate in x."""
+    """Whether a field is known to differentiate in x.
+
+    Args:
+        g: the field.
+    """
     return bool(_DIFFERENTIATING.get(g))
 
 
 def note_differentiates(g: Field) -> None:
-    """Remember that a field differentiates in x, for as long as it lives."""
+    """Remember that a field differentiates in x, for as long as it lives.
+
+    Args:
+        g: the field.
+    """
     _DIFFERENTIATING.keep(True, g)

@@ -1,7 +1,7 @@
 """A function of the state at one point: its checked value, and products with its Jacobian.
 
-Everything that differentiates a field goes through `linearize`, so that one place knows about grad
-modes, autocast, compiled networks and callers' tensors that must be left alone.
+Everything that differentiates a field goes through `linearize`, so that one place handles grad modes, autocast,
+compiled networks and the caller's tensors, which must stay as they are.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ class Linearization:
     def pullback(
         self, vectors: Float[Tensor, "products batch *out"], constant: bool = False
     ) -> Float[Tensor, "products batch *event"]:
-        """u^T J for every vector u: one pass for all of them where torch's batched products are right, or one each.
+        """Return u^T J for every vector u: in one pass if torch's batched products are right, or one pass each.
 
-        Products that are asked for as a `constant` have no graph.
+        Products requested as a `constant` have no graph.
         """
         if not self._output.requires_grad or self._output.numel() == 0:
             return vectors.new_zeros(vectors.shape[0], *self._point.shape)
@@ -56,12 +56,12 @@ class Linearization:
                 return self._grad(vectors, True, constant)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # a batching rule that took another memory layout; the field's own come again below
+            except RuntimeError:  # a batching rule that took another memory layout; errors of the field recur below
                 self._batches[len(vectors), self.create_graph and not constant] = False
         return torch.stack([self._grad(vector, False, constant) for vector in vectors])
 
     def pushforward(self, vectors: Float[Tensor, "products batch *event"]) -> Float[Tensor, "products batch *out"]:
-        """J u for every vector u, constants: u^T J^T w is linear in w, and differentiated in it (linearized `twice`).
+        """Return J u for every vector u, constants: u^T J^T w is linear in w and is differentiated in it (linearized `twice`).
 
         Raises:
             FieldError: an operation without second derivatives.
@@ -75,8 +75,8 @@ class Linearization:
             raise
         except RuntimeError as error:
             raise FieldError(
-                f"products with the field's Jacobian can't be differentiated ({str(error).splitlines()[0]}), which takes the "
-                "second derivatives of its operations; use an estimator of products in reverse alone, such as Hutchinson()"
+                f"the field has an operation without second derivatives, which these products need ({str(error).splitlines()[0]}). "
+                "Use an estimator of vector-Jacobian products alone, such as Hutchinson()."
             ) from error
 
     def _columns(self, vectors: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Linearization:
         return torch.stack(columns)
 
     def batches(self, count: int, constant: bool = False) -> bool:
-        """Whether `count` products are taken in one pass: tried once, then it stays as it is for this evaluation."""
+        """Whether one pass takes `count` products: tested once, then fixed for this evaluation."""
         if count < 2 or not self._output.requires_grad or self._output.numel() == 0:
             return False
         graph = self.create_graph and not constant
@@ -105,10 +105,10 @@ class Linearization:
         return self._batches[count, graph]
 
     def before(self, vectors: Tensor) -> Tensor:
-        """The vectors, for products that a backward pass is going to compute again.
+        """Return the vectors, for products that a backward pass is going to compute again.
 
-        Their backward pass comes before that of the evaluation, which frees what they need: otherwise the order is the
-        autograd engine's, which is another with one queue a device.
+        Their backward pass comes before that of the evaluation, which frees what they need. Without this the order would be
+        that of the autograd engine, which differs with one queue per device.
         """
         return _Before.apply(vectors, self._output) if self.create_graph else vectors
 
@@ -126,7 +126,7 @@ class Linearization:
                 is_grads_batched=batched,
                 allow_unused=True,
             )
-        if product is None:  # materialize_grads would do this, but forgets the batch of vectors
+        if product is None:  # materialize_grads would do this, but loses the batch of vectors
             return vectors.new_zeros((*vectors.shape[:batched], *self._point.shape))
         return self._normalizations.correct(product, batched) if create_graph and self._normalizations else product
 
@@ -144,9 +144,9 @@ class _Before(torch.autograd.Function):
 
 
 class _Eagerly:
-    """Within it what torch.compile made runs eagerly, in all threads, for as long as one of them is in it.
+    """A context in which functions made by torch.compile run eagerly, in all threads, while any thread is in it.
 
-    Torch's stance is one process's: two threads that set it in turn, and set it back, would leave it set for ever.
+    Torch's stance belongs to the process: two threads that set and reset it in turn would leave it set for ever.
     """
 
     def __init__(self) -> None:
@@ -172,14 +172,14 @@ _EAGERLY = _Eagerly()
 
 @contextlib.contextmanager
 def _differentiable_kernels(twice: bool) -> Iterator[None]:
-    """Kernels whose graph can be kept for several products, and differentiated twice.
+    """Use kernels whose graph can be kept for several products, and differentiated twice.
 
-    What torch.compile makes of a network can do neither, so it runs eagerly here; fused attention kernels
-    have no second derivatives.
+    Networks made by torch.compile can do neither, so they run eagerly here; fused attention kernels have no second
+    derivatives.
     """
     with contextlib.ExitStack() as stack:
         if not torch.compiler.is_compiling():
-            # Where nothing was compiled, torch's compiler is not even loaded, and need not be.
+            # If nothing was compiled, torch's compiler is not loaded, and need not be.
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(_EAGERLY)
             if twice:
@@ -196,18 +196,18 @@ def linearize(
     twice: bool = False,
     watched: Watch | bool = True,
 ) -> Linearization:
-    """Evaluate `function` once at x, ready for products with its Jacobian; at calls 1, 2, 4, 8, ... it is verified.
+    """Evaluate `function` once at x, ready for products with its Jacobian; calls 1, 2, 4, 8, ... are verified.
 
     Args:
         function: of the state alone; a field with its time bound.
-        x: the point, `(k, *event)`; left alone, even by a function that works in place.
-        check: applied to the output and x, returns the output or raises `FieldError`.
-        products: whether there will be any; without them, no graph from x is built that was not asked for.
-        twice: whether products will be differentiated where grad is not enabled, too (`Linearization.pushforward`).
-        watched: by what the evaluation is watched, where that was begun outside; False if it is of no user's function.
+        x: the point, `(k, *event)`; unchanged, even if the function works in place.
+        check: called with the output and x; returns the output or raises `FieldError`.
+        products: whether products will be taken; without them, only the graphs that the caller wants are built.
+        twice: whether products will be differentiated even if grad is not enabled (`Linearization.pushforward`).
+        watched: the watcher of the evaluation, if it was started outside; False if this is not a user's function.
 
     Raises:
-        FieldError: what a user's function does is not what the mathematics needs (`divflow.verification`).
+        FieldError: the user's function violates what the mathematics needs (`divflow.verification`).
     """
     if transformed():
         with _differentiable_kernels(twice=True):
@@ -229,12 +229,12 @@ def linearize(
             if "Inference tensors cannot be saved for backward" not in str(error):
                 raise
             raise FieldError(
-                "the field uses a tensor made under torch.inference_mode, which torch can't differentiate; clone "
-                "it outside of inference mode, or evaluate under torch.no_grad instead"
+                "the field uses a tensor made under torch.inference_mode, which torch can't differentiate. Clone it outside of "
+                "inference mode, or evaluate under torch.no_grad instead."
             ) from error
     if watcher is not None:
         watcher.conclude(output, point, twice or differentiable)
-    # If nothing of the caller's (a parameter, t, a captured tensor) would receive a gradient, no graph is kept, and
+    # If no tensor of the caller's (a parameter, t, a captured one) would receive a gradient, no graph is kept, and
     # results can be used like any plain tensor.
     leaves = (getattr(node, "variable", point) is not point for node in graph_of(output))
     return Linearization(output, point, attached or (differentiable and any(leaves)))
@@ -248,6 +248,15 @@ def linearize_field(
     twice: bool = False,
     watched: Watch | bool = True,
 ) -> Linearization:
-    """`linearize` for a field at time t, with t, x and the value checked."""
+    """Linearize a field at time t, with t, x and the value checked.
+
+    Args:
+        g: the field.
+        t: time, a scalar or `(k,)`.
+        x: states `(k, *event)`.
+        products: as of `linearize`.
+        twice: as of `linearize`.
+        watched: as of `linearize`.
+    """
     x = checked_state(x)
     return linearize(AtTime(g, as_time(t, x)), x, checked_value, products, twice, watched)

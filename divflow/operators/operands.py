@@ -12,10 +12,15 @@ __all__ = ["Parts", "check_parameters", "description", "plain"]
 
 
 def check_parameters(f: object, parameters: object, inputs: Sequence[object]) -> None:
-    """Refuse parameters that are no dict of real tensors, or none of a module's, and inputs that are no tensors.
+    """Refuse parameters that are not a dict of real tensors or not the module's own, and inputs that are not tensors.
+
+    Args:
+        f: the module or function.
+        parameters: by name.
+        inputs: of f.
 
     Raises:
-        FieldError: naming them.
+        FieldError: with what was received.
     """
     named = parameters if isinstance(parameters, Mapping) else {}
     for value in (*inputs, *(named.values() or (None,))):
@@ -24,8 +29,8 @@ def check_parameters(f: object, parameters: object, inputs: Sequence[object]) ->
     for name, value in named.items():
         if not value.is_floating_point():
             raise FieldError(
-                f"parameters must be of a floating dtype to be differentiated, but {name!r} is of {value.dtype}; leave it out by "
-                "`parameters`, or give a complex one by its real and imaginary parts"
+                f"parameters must have a floating dtype to be differentiated, but {name!r} has {value.dtype}. Leave it out by "
+                "`parameters`, or pass a complex one as its real and imaginary parts."
             )
     if isinstance(f, nn.Module):
         known = [name for name, _ in (*f.named_parameters(remove_duplicate=False), *f.named_buffers())]
@@ -34,9 +39,10 @@ def check_parameters(f: object, parameters: object, inputs: Sequence[object]) ->
 
 
 class Parts:
-    """A check of a function's value that lets complex ones pass as two real numbers, along one more dimension at the end.
+    """A check of a function's value that passes a complex one on as two real numbers, along an additional last dimension.
 
-    Autograd knows derivatives of real numbers in real ones: those of the two parts are the two parts of a complex derivative.
+    Autograd computes derivatives of real numbers in real ones: those of the two parts are the two parts of a complex
+    derivative.
 
     Args:
         check: of the value and x, such as `linearize` takes; returns the value.
@@ -46,7 +52,7 @@ class Parts:
         self._check, self._complex = check, False
 
     def __call__(self, value: Tensor, x: Tensor) -> Tensor:
-        """The checked value, or its parts."""
+        """Return the checked value, or its parts."""
         value = self._check(value, x)
         self._complex = value.is_complex()
         return torch.stack([value.real, value.imag], dim=-1) if self._complex else value
@@ -59,16 +65,24 @@ class Parts:
         return torch.complex(*at.pullback(parts.expand(2, *at.value.shape)))
 
     def joined(self, derivatives: Tensor, dim: int) -> Tensor:
-        """Derivatives of the parts, which a dimension numbers, as complex ones."""
+        """Join the derivatives of the parts, numbered by a dimension, as complex ones."""
         return torch.complex(*derivatives.unbind(dim)) if self._complex else derivatives
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """A tensor that can enter a graph, which those made in inference mode can't."""
+    """Return a tensor that can enter a graph, unlike those made in inference mode.
+
+    Args:
+        tensor: any.
+    """
     with torch.inference_mode(False):
         return tensor.clone() if tensor.is_inference() else tensor
 
 
 def description(value: object) -> str:
-    """What a value is, for messages."""
+    """Describe a value for messages.
+
+    Args:
+        value: any.
+    """
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

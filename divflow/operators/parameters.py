@@ -18,22 +18,22 @@ def parameter_jacobian(
     parameters: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """Per-sample derivatives with respect to parameters, without a loop over the batch.
+    """Compute per-sample derivatives with respect to parameters, without a loop over the batch.
 
         result[name][b] = d f(inputs[b]) / d parameters[name]
 
     Args:
-        f: a module, or a function `f(parameters, *inputs)`; called with batches of one sample.
-        inputs: tensors of leading dimension k, or scalars that all samples share.
+        f: a module, or a function `f(parameters, *inputs)`; it is called with batches of one sample.
+        *inputs: tensors of leading dimension k, or scalars that all samples share.
         parameters: for a function the tensors by name; for a module a selection by name (all if None).
         chunk_size: samples at a time; None takes all at once.
 
     Returns:
-        name: `(k, *out, *parameter)`.
+        A dict of `(k, *out, *parameter)` by name.
 
     Raises:
-        FieldError: no parameters, names that are none of the module's parameters or buffers, parameters that are not of a
-            floating dtype, no input with a batch, inputs of different batch sizes, or samples without one value each.
+        FieldError: no parameters, unknown names, parameters that are not floating-point, no input with a batch, inputs of
+            different batch sizes, or a function without one value per sample.
 
     Example:
         >>> x = torch.tensor([3.0, 5.0])
@@ -47,7 +47,7 @@ def parameter_jacobian(
     else:
         function = f
     if not parameters:
-        raise FieldError("there are no parameters: give a module that has some, or `parameters`, a dict of tensors")
+        raise FieldError("there are no parameters. Pass a module that has some, or `parameters`, a dict of tensors.")
     check_parameters(f, parameters, inputs)
     sizes = {len(tensor) for tensor in inputs if tensor.ndim}
     if len(sizes) != 1:
@@ -56,7 +56,7 @@ def parameter_jacobian(
     def one_value(value: Tensor, _: Tensor) -> Tensor:
         if not isinstance(value, Tensor) or value.shape[:1] != (1,):
             raise FieldError(
-                f"f must return one value a sample, (k, *out), but for one sample it is {description(value)}"
+                f"f must return one value per sample, (k, *out), but for one sample it returned {description(value)}"
             )
         return value[0]
 
@@ -67,7 +67,7 @@ def parameter_jacobian(
         batches = [(s.unsqueeze(0) if tensor.ndim else s).clone() for s, tensor in zip(sample, inputs, strict=True)]
         return parts(function({name: value.clone() for name, value in p.items()}, *batches), batches[0])
 
-    if sizes == {0}:  # the shapes are those of one sample, which an empty batch can't tell
+    if sizes == {0}:  # an empty batch does not show the shapes of one sample
         like = (tensor.new_zeros(1, *tensor.shape[1:]) if tensor.ndim else tensor for tensor in inputs)
         derivatives = parameter_jacobian(f, *like, parameters=parameters if parameters else None)
         return {name: derivative[:0] for name, derivative in derivatives.items()}
@@ -84,6 +84,6 @@ def parameter_jacobian(
         if not any(word in str(error) for word in ("functorch", "vmap", "functional transform")):
             raise  # f's own
         raise FieldError(
-            f"torch can't take f's derivatives for all samples at once: {str(error).splitlines()[0]}; "
-            "differentiate one sample after another by flat_gradient"
+            f"torch can't take f's derivatives for all samples at once: {str(error).splitlines()[0]}. "
+            "Differentiate one sample after another by flat_gradient."
         ) from error

@@ -1,4 +1,4 @@
-"""How an exact divergence is computed: the choice."""
+"""The plan of an exact divergence or Laplacian: how it is computed, and why."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -10,15 +10,15 @@ __all__ = ["Plan", "conditions"]
 
 
 class Plan(NamedTuple):
-    """How an exact divergence is computed.
+    """How an exact divergence is computed, why, and what it costs.
 
     Attributes:
-        method: "own", "layered", "colored", "reverse" or "forward".
+        method: "own", "layered", "colored", "reverse" or "forward"; of a Laplacian "forward_laplacian" or "reverse".
         why: the reason.
-        products: products with the Jacobian, over the whole batch; none where its trace has a closed form.
-        chunk_size: how many of them are taken in one pass.
+        products: products with the Jacobian, over the whole batch; none if its trace has a closed form.
+        chunk_size: how many of them one pass takes.
         cost_in_forward_passes: estimated cost of value and divergence, relative to the value alone.
-        cost_in_probes: the same, relative to value and one vector-Jacobian product.
+        cost_in_probes: the same, relative to value and one vector-Jacobian product (one probe).
         memory: estimated bytes beyond those of the value, without a graph.
     """
 
@@ -32,7 +32,12 @@ class Plan(NamedTuple):
 
 
 def conditions(t: Tensor, x: Tensor) -> tuple[Hashable, ...]:
-    """What a plan depends on beside the field."""
+    """Return what a plan depends on, apart from the field.
+
+    Args:
+        t: time.
+        x: states.
+    """
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return t.ndim, tuple(x.shape), x.dtype, x.device, torch.is_grad_enabled(), autocast

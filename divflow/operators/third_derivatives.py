@@ -1,10 +1,10 @@
-"""Third derivatives of normalizations, which torch has wrong (2.13; pytorch#175754, #186256): written out where they are taken.
+"""Third derivatives of normalizations, which are wrong in torch (2.13; pytorch#175754, #186256), written out.
 
-The kernels of layer and batch normalization keep the mean and the deviation that they found. Their backward pass knows how
-both depend on the input, and so does its derivative; but to the derivative of that they are constants. So where a second
-derivative is to be differentiated again, it is taken through the backward pass written out by simple operations, which is right
-to any order. Whatever name the normalization was called by, its node in the graph is found; values, first and second
-derivatives stay torch's own, and cost a look at the graph.
+The kernels of layer and batch normalization keep the mean and the deviation that they computed. Their backward pass
+takes into account how both depend on the input, and so does its derivative; but the derivative of that takes them for
+constants. So if a second derivative is to be differentiated again, it goes through the backward pass written out by
+simple operations, which is right to any order. The normalization's node in the graph is found under whatever name it
+was called; values, first and second derivatives stay torch's own, and cost a look at the graph.
 """
 
 import functools
@@ -25,7 +25,7 @@ class Normalizations:
 
     Args:
         output: the value.
-        point: the state that it is a function of.
+        point: the state of which it is a function.
     """
 
     def __init__(self, output: Tensor, point: Tensor) -> None:
@@ -34,11 +34,11 @@ class Normalizations:
         self._look(output)
 
     def correct(self, product: Tensor, batched: bool) -> Tensor:
-        """The product with its graph, whose derivatives of every order are right.
+        """Return the product with a graph whose derivatives of every order are right.
 
         Args:
             product: with the Jacobian.
-            batched: whether it is several, by batching rules, whose nodes are not seen when they are made.
+            batched: whether it is several, by batching rules, whose nodes can't be seen when they are made.
         """
         if _Order.HIDDEN in self._orders or (batched and self._orders):
             self._look(product)
@@ -58,11 +58,11 @@ class Normalizations:
 
 
 class _Order(Enum):
-    """What a node is to normalizations."""
+    """The role of a node for normalizations."""
 
     FIRST = "the backward pass of one"
     SECOND = "the derivative of that"
-    HIDDEN = "differentiated by Python or TorchScript, of which nothing is known"
+    HIDDEN = "differentiated by Python or TorchScript, about which nothing is known"
 
 
 @functools.lru_cache(1024)
@@ -77,7 +77,7 @@ def _order(kind: type) -> _Order | None:
 
 
 def _hook(node: Any, order: _Order) -> None:
-    """Once for each node, however often it is met."""
+    """Hook each node once, however often it is met."""
     hook = {_Order.FIRST: _followed, _Order.SECOND: _written_out}.get(order)
     if hook is not None and not node.metadata.get(__name__):
         node.metadata[__name__] = True
@@ -85,7 +85,7 @@ def _hook(node: Any, order: _Order) -> None:
 
 
 def _followed(gradients: tuple[Any, ...], cotangents: tuple[Any, ...]) -> None:
-    """A hook of a backward pass: where it is to be differentiated, its derivative gets one, too."""
+    """A hook of a backward pass that hooks its derivative, too, if it is to be differentiated."""
     if torch.is_grad_enabled():
         for gradient in gradients:
             node = gradient.grad_fn if isinstance(gradient, Tensor) else None
@@ -106,12 +106,12 @@ class _Backward(NamedTuple):
 
 
 def _written_out(gradients: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The second derivatives that have right derivatives, in the place of torch's own.
+    """Replace torch's second derivatives by ones that have right derivatives.
 
-    A hook of the node, after it ran, that asks torch for the node: one that held it would keep the graph alive.
+    A hook of the node, run after it, that gets the node from torch: a hook that held it would keep the graph alive.
     """
     if not torch.is_grad_enabled():
-        return None  # they are not differentiated again, and right
+        return None  # they are right, and not differentiated again
     node: Any = torch._C._current_autograd_node()
     written = _saved(_WRITTEN_OUT[type(node).__name__], node)
     given = zip(written.outputs, cotangents, strict=False)
@@ -128,12 +128,12 @@ def _written_out(gradients: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tup
 
 
 def _saved(write: Callable[[Any], _Backward], node: Any) -> _Backward:
-    """What was saved, written out."""
+    """Write out what was saved."""
     try:
         return write(node)
     except CheckpointError:
         pass
-    # Under `torch.utils.checkpoint` it is to be had once a backward pass, and the node has had it: so in another pass.
+    # Under `torch.utils.checkpoint` it is available once per backward pass, and the node has used it: so in another pass.
     found: list[_Backward] = []
 
     def again(gradient: Tensor) -> None:
@@ -163,10 +163,10 @@ def _rms_norm(node: Any) -> _Backward:
 
 
 def _batch_norm(node: Any) -> _Backward:
-    """Of statistics of the batch; where those are constants torch's derivatives are right."""
+    """Normalization by statistics of the batch; for constant ones torch's derivatives are right."""
     if not getattr(node, "_saved_train", getattr(node, "_saved_update", True)):
         return _Backward({}, ())
-    # The kernels of cuDNN and MIOpen have other names for these, and take the input first.
+    # The kernels of cuDNN and MIOpen name these differently, and take the input first.
     others = type(node).__name__.startswith(("Cudnn", "Miopen"))
     g, eps = (node._saved_grad_output, node._saved_epsilon) if others else (node._saved_grad_out, node._saved_eps)
     g, x, weight = _aliases(g, node._saved_input, node._saved_weight)
@@ -202,7 +202,7 @@ def _present(inputs: dict[int, Tensor | None]) -> dict[int, Tensor]:
 
 
 def _found(rstd: Tensor) -> Callable[[Tensor], Tensor]:
-    """The reciprocal deviation that a kernel found, as a function of the variance: its eps was not kept."""
+    """The reciprocal deviation that a kernel computed, as a function of the variance: its eps was not kept."""
     return lambda variance: (variance - variance.detach() + rstd.detach().to(variance).pow(-2)).rsqrt()
 
 

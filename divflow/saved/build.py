@@ -106,7 +106,7 @@ def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], context_features: int = 0) -> nn.Module:
-    """Build the velocity network of a config, with the event shape and context features that its class asks for.
+    """Build the velocity network of a config, with the event shape if its class takes it, and the context's features if any.
 
     Raises:
         ConfigError: `_target_` can't be found, what it makes is no module, or it takes no context and there is one.

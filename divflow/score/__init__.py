@@ -1,6 +1,6 @@
-"""Score matching: SDEs, objectives, samplers, and the probability-flow ODE that joins them to likelihoods.
+"""Score matching: SDEs, objectives, samplers, and the probability-flow ODE that connects them to likelihoods.
 
-A score is a field s(t, x) that approximates grad_x log p_t(x), t = 0 being the data and t = T the noise.
+A score is a field s(t, x) that approximates grad_x log p_t(x), with the data at t = 0 and the noise at t = T.
 """
 
 from divflow.score.data_density import ScoreDensity, UnnormalizedDensity

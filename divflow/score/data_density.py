@@ -1,4 +1,4 @@
-"""The density of data through their preprocessing, of which the score is modelled: with an SDE its probability flow's."""
+"""The density of data through their preprocessing, modelled by a score: with an SDE that of its probability flow."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -20,12 +20,12 @@ __all__ = ["ScoreDensity", "UnnormalizedDensity"]
 
 
 class ScoreDensity(FlowDensity):
-    """The density of data x whose transform y = T(x) a score model over an SDE has: that of its probability flow.
+    """The density of data in their own units, modelled by a score over an SDE: that of its probability flow.
 
     Args:
-        flow: `probability_flow(score, sde)`.
-        transform: from the data, with its log-determinant.
-        sampler: over the same SDE; `ProbabilityFlowODE` by the flow's solver if None.
+        flow: `probability_flow(score, sde)`, of the transformed data y = T(x).
+        transform: T, from the data, with its log-determinant.
+        sampler: over the same SDE; `ProbabilityFlowODE` with the flow's solver if None.
 
     Raises:
         ValueError: a sampler over another SDE.
@@ -40,7 +40,7 @@ class ScoreDensity(FlowDensity):
 
     @property
     def sde(self) -> SDE:
-        """Whose marginals the score is of."""
+        """The SDE to whose marginals the score belongs."""
         return cast(ProbabilityFlow, self.flow.velocity).sde
 
     @property
@@ -49,30 +49,30 @@ class ScoreDensity(FlowDensity):
         return cast(ProbabilityFlow, self.flow.velocity).score
 
     def score(self, x: Tensor) -> Tensor:
-        """The score of the data, grad log p(x), `(k, *event)`: the model's at its earliest time, sde.epsilon."""
+        """Compute the score of the data, grad log p(x), `(k, *event)`, at the model's earliest time, sde.epsilon."""
         checked_rows(x, self.flow.event_shape)
         return _score_of_data(self.score_field, self.sde.epsilon, x, self.transform, self.dtype)
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples of the data `(num_samples, *event)` in float64, by the sampler, without gradient; scores take no context."""
+        """Draw samples of the data `(num_samples, *event)` in float64, without gradient; scores take no context."""
         sampler = self.sampler or ProbabilityFlowODE(self.sde, self.flow.solver)
         return in_units(self.transform, sampler(self.score_field, num_samples, generator).samples)
 
     def with_flow(self, flow: ContinuousFlow) -> "ScoreDensity":
-        """The same density, evaluated by another flow, such as one of another estimator."""
+        """Return the same density, evaluated by another flow, such as one with another estimator."""
         return self.like_this(ScoreDensity(flow, self.transform, self.sampler))
 
 
 class UnnormalizedDensity(nn.Module):
-    """The density of data x whose transform y = T(x) has a known score, and no known normalization: no SDE, no log_prob.
+    """The density of data with a known score and an unknown normalization: no SDE, no log_prob.
 
     Args:
-        score: `score(t, y)`, or `score(y)`, of the transformed data.
-        transform: from the data.
-        sampler: `AnnealedLangevin`, of the same levels if there are such; without one `sample` is refused.
-        levels: the noise levels that the score was trained at and takes for its time, the least of which stands for
-            the data; None for a score of one time, t = 0, whatever step sizes the sampler takes.
+        score: `score(t, y)`, or `score(y)`, of the transformed data y = T(x).
+        transform: T, from the data.
+        sampler: `AnnealedLangevin`, of the same levels if there are any; without one `sample` is refused.
+        levels: the noise levels of the training, which the score takes as its time; the least stands for the data. None for
+            a score of one time, t = 0, whatever step sizes the sampler takes.
 
     Attributes:
         columns: the names of the data's columns, as of `FlowDensity`.
@@ -98,19 +98,19 @@ class UnnormalizedDensity(nn.Module):
             raise ValueError(f"the score was trained at the levels {self.levels}, but the sampler takes {taken}")
 
     def score(self, x: Tensor) -> Tensor:
-        """The score of the data, grad log p(x), `(k, *event)`."""
+        """Compute the score of the data, grad log p(x), `(k, *event)`."""
         return _score_of_data(self.score_field, min(self.levels or [0.0]), x, self.transform, computed_dtype(self))
 
     @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Samples of the data `(num_samples, *event)` in float64, by the sampler, without gradient; scores take no context.
+        """Draw samples of the data `(num_samples, *event)` in float64, without gradient; scores take no context.
 
         Raises:
             ValueError: there is no sampler.
         """
         if self.sampler is None:
             raise ValueError(
-                "this score has no sampler: build the UnnormalizedDensity with one, such as AnnealedLangevin(2, [0.5, 0.1])"
+                "this score has no sampler. Build the UnnormalizedDensity with one, such as AnnealedLangevin(2, [0.5, 0.1])."
             )
         score = AtTime(self.score_field, 0.0) if self.levels is None else self.score_field
         return in_units(self.transform, self.sampler(score, num_samples, generator).samples)

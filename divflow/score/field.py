@@ -15,11 +15,15 @@ from divflow.operators.field import checked_value
 __all__ = ["AtTime", "Score", "TimeFree", "as_field", "evaluate", "parameters_of"]
 
 Score = Callable[..., Tensor]
-"""`score(t, x)`, or `score(x)` where the time does not matter; returns a tensor of x's shape."""
+"""`score(t, x)`, or `score(x)` if the time does not matter; returns a tensor of x's shape."""
 
 
 class TimeFree(nn.Module):
-    """The field g(t, x) = score(x)."""
+    """The field g(t, x) = score(x).
+
+    Args:
+        score: of the state alone.
+    """
 
     def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -27,23 +31,28 @@ class TimeFree(nn.Module):
 
     @property
     def divflow_identity(self) -> tuple[object, ...]:
-        """What this field is, for plans to be kept from one call to the next."""
+        """What identifies this field, for plans to be kept from one call to the next."""
         return (self.score,)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The score at x."""
+        """Evaluate the score at x."""
         return self.score(x)
 
 
 class AtTime(nn.Module):
-    """The field g(t, x) = score(time, x): a score that was trained at one time, whatever time it is given."""
+    """The field g(t, x) = score(time, x): a score trained at one time, whatever time it is given.
+
+    Args:
+        score: `score(t, x)`.
+        time: the time of the training.
+    """
 
     def __init__(self, score: Field, time: float) -> None:
         super().__init__()
         self.score, self.time = score, time
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The score at x."""
+        """Evaluate the score at x."""
         return self.score(torch.full_like(t, self.time), x)
 
     @property
@@ -54,12 +63,15 @@ class AtTime(nn.Module):
 
 
 def as_field(score: Score) -> Field:
-    """The score as a function of time and state: itself, or `TimeFree` where it takes the state alone.
+    """Return the score as a function of time and state: itself, or `TimeFree` if it takes the state alone.
 
-    It takes the state alone if one positional argument is required and that is not named t or time.
+    It takes the state alone if exactly one positional argument is required and its name is not t or time.
+
+    Args:
+        score: `score(t, x)`, or `score(x)`.
 
     Raises:
-        FieldError: its signature does not tell.
+        FieldError: its signature is ambiguous.
     """
     parameters = parameters_of(score)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -70,15 +82,19 @@ def as_field(score: Score) -> Field:
     if len(required) == 1:
         return TimeFree(score)
     raise FieldError(
-        f"can't tell whether {score!r} is score(t, x) or score(x); wrap it, for instance as lambda t, x: score(x)"
+        f"it is not clear whether {score!r} is score(t, x) or score(x). Wrap it, for instance as lambda t, x: score(x)."
     )
 
 
 def parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
-    """The parameters of a function or of a module's `forward`; none where the signature does not tell."""
+    """Return the parameters of a function or of a module's `forward`; none if it has no readable signature.
+
+    Args:
+        function: the function or module.
+    """
     inner: Any = function
     while isinstance(inner, nn.Module) and isinstance(getattr(inner, "_orig_mod", None), nn.Module):
-        inner = inner._orig_mod  # what torch.compile made of a module hides its signature
+        inner = inner._orig_mod  # a compiled module hides its signature
     call = inner.forward if isinstance(inner, nn.Module) else inner
     try:
         return list(inspect.signature(call).parameters.values())
@@ -87,9 +103,14 @@ def parameters_of(function: Callable[..., Any]) -> Sequence[inspect.Parameter]:
 
 
 def evaluate(score: Field, t: Tensor, x: Tensor) -> Tensor:
-    """The score's value, refused unless it is of x's shape, dtype and device; t and x are safe from scores that work in place.
+    """Evaluate the score, refused unless its value has x's shape, dtype and device; t and x are protected from in-place code.
+
+    Args:
+        score: `score(t, x)`.
+        t: time, `()` or `(k,)`.
+        x: states `(k, *event)`.
 
     Raises:
-        FieldError: naming both shapes, dtypes or devices.
+        FieldError: with both shapes, dtypes or devices.
     """
     return checked_value(evaluated(score, t.clone(), x.clone()), x)

@@ -1,4 +1,4 @@
-"""What an SDE carries data to."""
+"""The noise to which an SDE carries data."""
 
 import math
 from typing import Any
@@ -15,16 +15,16 @@ __all__ = ["Prior", "SDEError"]
 
 
 class SDEError(DivflowError, ValueError):
-    """A time, shape or setting that an SDE is not defined for."""
+    """A time, shape or setting for which an SDE is not defined."""
 
 
 class Prior(Independent):
-    """N(0, std^2 I) over events of one shape, and no other.
+    """The normal distribution N(0, std^2 I) over events of one shape, and no other.
 
     Args:
         event_shape: shape of one sample.
         std: standard deviation.
-        settings: dtype and device of its samples, torch's defaults if not given.
+        **settings: dtype and device of its samples; torch's defaults if not given.
     """
 
     def __init__(self, event_shape: tuple[int, ...], std: float, **settings: Any) -> None:
@@ -33,7 +33,7 @@ class Prior(Independent):
         super().__init__(Normal(loc, scale, validate_args=False), len(event_shape), validate_args=False)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """The log-density of x `(k, *event)` in nats, `(k,)`.
+        """Compute the log-density of x `(k, *event)` in nats, `(k,)`.
 
         Raises:
             FieldError: x is not a floating-point tensor with a batch dimension.
@@ -41,13 +41,13 @@ class Prior(Independent):
         """
         if checked_state(x).shape[1:] != self.event_shape:
             raise SDEError(
-                f"the prior is over events of shape {tuple(self.event_shape)}, but x has shape {tuple(x.shape)}, whose "
-                f"events are of shape {tuple(x.shape[1:])}; give the SDE the event_shape of your data"
+                f"the prior is over events of shape {tuple(self.event_shape)}, but x has shape {tuple(x.shape)} with "
+                f"events of shape {tuple(x.shape[1:])}. Give the SDE the event_shape of your data."
             )
         size = math.prod(self.event_shape)
         log_normalizer = size * (math.log(self.std) + math.log(2 * math.pi) / 2)
         return -flatten_event(x / self.std).square().sum(dim=1) / 2 - log_normalizer
 
     def draw(self, like: Tensor, generator: Generator | None = None) -> Tensor:
-        """Samples of the shape, dtype and device of `like`, `(k, *event)`, from a generator."""
+        """Draw samples of the shape, dtype and device of `like`, `(k, *event)`, from a generator."""
         return self.std * normal_like(like, generator)

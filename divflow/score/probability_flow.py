@@ -18,11 +18,15 @@ __all__ = ["ProbabilityFlow", "probability_flow"]
 
 
 class ProbabilityFlow(nn.Module):
-    """The velocity v(t, x) = f(t) x - g(t)^2 s(t, x) / 2 (Song et al. 2021, arXiv:2011.13456, equation 13).
+    """The velocity of the ODE that has the marginals of an SDE.
+
+        v(t, x) = f(t) x - g(t)^2 s(t, x) / 2
+
+    (Song et al. 2021, arXiv:2011.13456, equation 13).
 
     Args:
         score: `score(t, x)`; a module's parameters become this one's.
-        sde: whose marginals p_t the score is of.
+        sde: to whose marginals p_t the score belongs.
     """
 
     def __init__(self, score: Score, sde: SDE) -> None:
@@ -31,16 +35,16 @@ class ProbabilityFlow(nn.Module):
 
     @property
     def divflow_identity(self) -> tuple[object, ...]:
-        """What this field is, for plans to be kept from one call to the next."""
+        """What identifies this field, for plans to be kept from one call to the next."""
         return self.score, self.sde
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The velocity at time t, `()` or `(k,)`, and state x `(k, *event)`."""
+        """Evaluate the velocity at time t, `()` or `(k,)`, and state x `(k, *event)`."""
         drift, squared_diffusion = (broadcast(values, x) for values in self.sde.coefficients(t))
         return drift * x - squared_diffusion / 2 * checked_value(self.score(t.clone(), x.clone()), x)
 
     def finest_scale(self, t: Tensor) -> Tensor:
-        """sigma(t): what noise has blurred, below which p_t has no details; a solver's `atol` is of this size."""
+        """Return sigma(t): the noise blurs all details of p_t that are finer; a solver's `atol` follows it."""
         return self.sde.std(t)
 
     @property
@@ -64,17 +68,19 @@ def probability_flow(
     likelihood: Likelihood | None = None,
     solver: Solver | None = None,
 ) -> ContinuousFlow:
-    """The flow whose density at sde.epsilon is the score model's, the noise at sde.T being its base.
+    """Turn a score into a continuous normalizing flow: log-densities and samples by the probability-flow ODE.
 
         log p_epsilon(x) = log N(x_T; 0, sigma(T)^2 I) + integral from epsilon to T of (div v)(t, x_t) dt
 
-    What is left out below epsilon: the flow's density is that of the data shrunk by alpha(epsilon) and blurred by
-    noise of sigma(epsilon) (`sde.marginal(sde.epsilon)`; 0.001 of the data's scale for `VariancePreserving()`), not
-    that of the data themselves. Above T: base and p_T differ by what the data leave there, alpha(T). Both are
-    properties of the model, and its likelihood is exact for what it samples by this ODE; they make it a little worse.
+    The flow's data density is that at sde.epsilon; the noise at sde.T is its base. Two approximations belong to the model.
+    Its likelihood is exact for what it samples by this ODE; they make it slightly worse.
 
-    Near epsilon the velocity of a sharp density is stiff; the default likelihood therefore has a tolerance,
-    by which the interval is divided where its error estimate asks for it.
+    - Below epsilon: the density is that of the data shrunk by alpha(epsilon) and blurred by noise of sigma(epsilon)
+      (`sde.marginal(sde.epsilon)`; 0.001 of the data's scale for `VariancePreserving()`), not that of the data themselves.
+    - Above T: base and p_T differ by what remains of the data there, alpha(T).
+
+    Near epsilon the velocity of a sharp density is stiff. The default likelihood therefore has a tolerance and divides the
+    interval where its error estimate requires it.
 
     Args:
         score: `score(t, x)`.
@@ -84,7 +90,7 @@ def probability_flow(
         solver: of the trajectory; `Solver()` if None.
 
     Raises:
-        SDEError: the SDE was given no event shape, or is one of your own that is none.
+        SDEError: the SDE has no event shape, or is one of your own whose functions are not those of an SDE.
 
     Example:
         >>> import torch

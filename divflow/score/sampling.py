@@ -35,32 +35,37 @@ _SOLVER = Solver()
 
 
 class SamplingError(DivflowError, RuntimeError):
-    """A sampler left the finite numbers, or was set up to."""
+    """A sampler produced numbers that are not finite, or its settings must lead to them."""
 
 
 class Samples(NamedTuple):
-    """Samples `(n, *event)`, and how often the score was evaluated (a batch counts once) to make them."""
+    """Samples and the cost of drawing them.
+
+    Attributes:
+        samples: `(n, *event)`.
+        evaluations: of the score; a batch counts once.
+    """
 
     samples: Tensor
     evaluations: int
 
 
 class Sampler(ABC):
-    """A way from a score to samples of its density."""
+    """Base class of the ways from a score to samples of its density."""
 
     @torch.no_grad()
     def __call__(self, score: Score, num_samples: int, generator: Generator | None = None) -> Samples:
         """Draw samples, without gradient.
 
         Args:
-            score: `score(t, x)`, or `score(x)`. Where it is a module, samples have its parameters' dtype and device.
+            score: `score(t, x)`, or `score(x)`. If it is a module, samples have its parameters' dtype and device.
             num_samples: how many.
-            generator: of everything that is drawn, so that a seed gives the samples again; torch's default one if None.
+            generator: of everything that is drawn, so that a seed reproduces the samples; torch's default one if None.
 
         Raises:
-            FieldError: the score's value is not of x's shape, dtype and device.
+            FieldError: the score's value does not have x's shape, dtype and device.
             SamplingError: samples that are not finite.
-            SDEError: the SDE was given no event shape.
+            SDEError: the SDE has no event shape.
             SolverError: the ODE could not be solved.
         """
         check_count("num_samples", num_samples, least=0)
@@ -71,7 +76,7 @@ class Sampler(ABC):
         if bad.any():
             raise SamplingError(
                 f"{int(bad.sum())} of {num_samples} samples of {self} are not "
-                "finite; take more or smaller steps, or train the score further"
+                "finite. Take more or smaller steps, or train the score further."
             )
         return Samples(samples, counted.count)
 
@@ -80,7 +85,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def _start(self, like: Tensor, generator: Generator | None) -> Tensor:
-        """Where to begin: noise of the shape, dtype and device of `like`."""
+        """The initial noise, of the shape, dtype and device of `like`."""
 
     @abstractmethod
     def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor: ...
@@ -88,7 +93,7 @@ class Sampler(ABC):
 
 @dataclass(frozen=True)
 class _SDESampler(Sampler):
-    """What begins at the prior of an SDE, at T, and ends at epsilon."""
+    """A sampler that starts at the prior of an SDE, at T, and ends at epsilon."""
 
     sde: SDE
 
@@ -105,13 +110,15 @@ class _SDESampler(Sampler):
 
 @dataclass(frozen=True)
 class ProbabilityFlowODE(_SDESampler):
-    """The ODE dx/dt = f x - g^2 s / 2 from T to epsilon: a deterministic map of the prior's noise.
+    """Draw samples by the probability-flow ODE from T to epsilon: a deterministic map of the prior's noise.
+
+        dx/dt = f x - g^2 s / 2
 
     Args:
         sde: with an event shape.
         solver: of the ODE, adaptive by default.
-        denoise: end with the mean of the data given x_epsilon (`denoise`), one evaluation more. Off by default, so that
-            the samples are those whose `log_prob` the probability flow gives.
+        denoise: end with the mean of the data given x_epsilon (`denoise`), one more evaluation. Off by default, so that the
+            samples follow the density of the probability flow's `log_prob`.
     """
 
     solver: Solver = _SOLVER
@@ -119,7 +126,7 @@ class ProbabilityFlowODE(_SDESampler):
 
     def _run(self, score: Field, x: Tensor, generator: Generator | None) -> Tensor:
         flow = probability_flow(score, self.sde, solver=self.solver)
-        # A decade at a time: an adaptive step from T down to epsilon could leap over what changes near epsilon.
+        # A decade at a time: an adaptive step from T down to epsilon could skip what changes near epsilon.
         decades = math.ceil(math.log10(self.sde.T / self.sde.epsilon))
         times = torch.logspace(math.log10(self.sde.T), math.log10(self.sde.epsilon), decades + 1, device="cpu").tolist()
         for start, stop in itertools.pairwise([self.sde.T, *times[1:-1], self.sde.epsilon]):
@@ -129,18 +136,25 @@ class ProbabilityFlowODE(_SDESampler):
 
 @dataclass(frozen=True)
 class ReverseSDE(_SDESampler):
-    """The reverse-time SDE dx = (f x - g^2 s) dt + g dw from T to epsilon (Anderson 1982) by Euler-Maruyama.
+    """Draw samples by the reverse-time SDE from T to epsilon (Anderson 1982), solved by Euler-Maruyama.
 
-    The steps shrink towards epsilon, their times being the squares of equidistant numbers: the noise of the last ones would
+        dx = (f x - g^2 s) dt + g dw
+
+    The times are the squares of equidistant numbers, so the steps shrink towards epsilon: the noise of the last ones would
     stay in the samples. Noise corrects errors of the score that the ODE would keep, at more evaluations.
 
     Args:
         sde: with an event shape.
-        num_steps: evaluations, but for the one of `denoise`.
-        denoise: end with the mean of the data given x_epsilon, one evaluation more.
+        num_steps: evaluations, except the one of `denoise`.
+        denoise: end with the mean of the data given x_epsilon, one more evaluation.
 
     Raises:
         ValueError: fewer than one step.
+
+    Example:
+        >>> from divflow.score import VariancePreserving
+        >>> ReverseSDE(VariancePreserving(event_shape=2), num_steps=10)(lambda t, x: -x, 4).samples.shape
+        torch.Size([4, 2])
     """
 
     num_steps: int = 500
@@ -158,19 +172,19 @@ class ReverseSDE(_SDESampler):
 
 @dataclass(frozen=True)
 class PredictorCorrector(_SDESampler):
-    """Each step of `ReverseSDE` followed by Langevin steps at its new time (Song et al. 2021, algorithm 1).
+    """Draw samples by steps of `ReverseSDE`, each followed by Langevin steps at its new time (Song et al. 2021, algorithm 1).
 
         x <- x + a s(t, x) + sqrt(2 a) n,   a = 2 (snr sigma(t))^2
 
-    The step's size is a function of time alone, the original's for a score of norm |n| / sigma(t); that one is set by
-    norms that are averaged over the batch, which lets samples depend on each other.
+    The step size depends on time alone; it is the original's for a score of norm |n| / sigma(t). The original uses norms
+    averaged over the batch, which lets samples depend on each other.
 
     Args:
         sde: with an event shape.
         num_steps: of the predictor.
-        corrector_steps: Langevin steps after each; the evaluations are num_steps (1 + corrector_steps), and one to denoise.
+        corrector_steps: Langevin steps after each. The evaluations are num_steps (1 + corrector_steps), and one to denoise.
         snr: the step's length relative to the noise's standard deviation.
-        denoise: end with the mean of the data given x_epsilon, one evaluation more.
+        denoise: end with the mean of the data given x_epsilon, one more evaluation.
 
     Raises:
         ValueError: fewer than one step, or an snr that is not positive.
@@ -198,23 +212,24 @@ class PredictorCorrector(_SDESampler):
 
 @dataclass(frozen=True)
 class AnnealedLangevin(Sampler):
-    """Langevin dynamics at a falling sequence of noise levels (Song & Ermon 2019, algorithm 1), no SDE.
+    """Draw samples by Langevin dynamics at a falling sequence of noise levels, without an SDE.
 
         x <- x + a s(sigma, x) + sqrt(2 a) n,   a = 2 (snr sigma)^2
 
-    The score gets the level as its time, as `DenoisingScoreMatching` of several levels trains it; a score without time
-    takes the levels for step sizes only, and one level is plain, unadjusted Langevin dynamics, whose bias falls with
-    `snr`. Without noise levels in training modes of the density far from each other mix slowly, if ever.
+    (Song & Ermon 2019, algorithm 1). The score gets the level as its time, as `DenoisingScoreMatching` of several levels
+    trains it. For a score without time the levels are step sizes only, and one level is plain, unadjusted Langevin
+    dynamics, whose bias falls with `snr`. Without noise levels in training, modes of the density that are far from each
+    other mix slowly, if ever.
 
     Args:
         event_shape: shape of one sample; an int for vectors.
         sigmas: the levels, in the order they are taken.
         steps_per_level: evaluations at each.
-        snr: the step's length relative to the level; the drift is stable where 2 (snr sigma)^2 is below twice the smallest
+        snr: the step's length relative to the level. The drift is stable if 2 (snr sigma)^2 is below twice the smallest
             variance of the density at that level.
-        initial_std: samples begin normal with this standard deviation; the first level if None.
-        denoise: end with x + sigma^2 s(sigma, x) at the last level, one evaluation more; for levels that
-            were trained with noise.
+        initial_std: standard deviation of the normal initial states; the first level if None.
+        denoise: end with x + sigma^2 s(sigma, x) at the last level, one more evaluation; for levels that were trained with
+            noise.
 
     Raises:
         ValueError: no or non-positive levels, snr or initial_std, or fewer than one step.
@@ -231,7 +246,7 @@ class AnnealedLangevin(Sampler):
         object.__setattr__(self, "event_shape", checked_event_shape(self.event_shape))
         object.__setattr__(self, "sigmas", tuple(self.sigmas) if isinstance(self.sigmas, Sequence) else (self.sigmas,))
         if not self.sigmas:
-            raise ValueError("sigmas must have at least one noise level, but is empty")
+            raise ValueError("sigmas must contain at least one noise level, but is empty")
         for level in self.sigmas:
             check_positive("a noise level", level)
         check_count("steps_per_level", self.steps_per_level)
@@ -255,13 +270,15 @@ class AnnealedLangevin(Sampler):
 
 
 def denoise(score: Score, sde: SDE, x: Tensor, t: Tensor | float | None = None) -> Tensor:
-    """The mean of the data given x_t, E[x_0 | x_t] = (x_t + sigma(t)^2 s(t, x_t)) / alpha(t) (Tweedie's formula).
+    """Compute the mean of the data given x_t, by Tweedie's formula.
+
+        E[x_0 | x_t] = (x_t + sigma(t)^2 s(t, x_t)) / alpha(t)
 
     Args:
         score: `score(t, x)`.
         sde: alpha and sigma.
         x: states `(k, *event)` at time t.
-        t: a scalar or one time a sample; sde.epsilon if None.
+        t: a scalar or one time per sample; sde.epsilon if None.
 
     Raises:
         FieldError: the score's value, x or t has a wrong type, shape, dtype or device.
@@ -286,7 +303,7 @@ class _Counted(nn.Module):
 
 
 def _time_steps(sde: SDE, count: int, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(t, length) of `count` steps from T down to epsilon, shorter and shorter."""
+    """(t, length) of `count` steps from T down to epsilon, each shorter than the one before."""
     times = torch.linspace(sde.T**0.5, sde.epsilon**0.5, count + 1, dtype=torch.float64, device="cpu").square()
     times[0], times[-1] = sde.T, sde.epsilon
     times = times.to(x)

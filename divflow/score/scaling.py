@@ -14,18 +14,19 @@ __all__ = ["ScaledScore"]
 
 
 class ScaledScore(nn.Module):
-    """A network as the score of data of known scale (Karras et al. 2022, arXiv:2206.00364, table 1, for any linear SDE).
+    """Turn a network of order one into the score of data of known scale.
 
         s(t, x) = -x / v + alpha c / (sigma sqrt(v)) net(log(sigma / alpha) / 4, x / sqrt(v)),   v = alpha^2 c^2 + sigma^2
 
-    The first term is the score of normal data of standard deviation c; the network learns what is left. It sees inputs
-    and gives outputs of order one at all times, and the logarithm of the noise as its time, in which scores change evenly.
-    A network that starts at zero (`zero_init`) starts as that normal density.
+    (Karras et al. 2022, arXiv:2206.00364, table 1, for any linear SDE). The first term is the score of normal data of
+    standard deviation c; the network learns the rest. Its inputs and outputs have order one at all times, and its time is
+    the logarithm of the noise, in which scores change evenly. A network that starts at zero (`zero_init`) starts as that
+    normal density.
 
     Without a scale, s(t, x) = net(t, x) / sigma(t), the scaling of Song et al. (2021, appendix G and their code).
 
     Args:
-        network: `net(t, x)`, or `net(x)`, of x's shape; its divergence is as cheap or dear as before, and the scaling adds nothing.
+        network: `net(t, x)`, or `net(x)`, of x's shape. The scaling does not change the cost of its divergence.
         sde: alpha and sigma.
         data_std: c, the standard deviation of the data, 1 if they are standardized; None for the plain scaling.
 
@@ -43,7 +44,7 @@ class ScaledScore(nn.Module):
         self.network, self.sde, self.data_std = as_field(network), sde, data_std
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The score at time t and state x."""
+        """Evaluate the score at time t and state x."""
         if self.data_std is None:
             return checked_value(self.network(t.clone(), x), x) / broadcast(self.sde.std(t), x)
         time, variance, root, gain = self._scales(t, self.data_std)
@@ -66,7 +67,7 @@ class ScaledScore(nn.Module):
         return score, gain / root * divergence - event_size(x) / variance
 
     def _scales(self, t: Tensor, data_std: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The network's time, v, sqrt(v), and what the network is multiplied by."""
+        """The network's time, v, sqrt(v), and the factor on the network."""
         alpha, sigma = self.sde.mean_scale(t), self.sde.std(t)
         variance = (alpha * data_std).square() + sigma.square()
         root = variance.sqrt()

@@ -26,7 +26,12 @@ __all__ = [
 
 
 class Marginal(NamedTuple):
-    """x_t given x_0 is normal with mean `mean_scale * x_0` and standard deviation `std`; both of t's shape."""
+    """The distribution of x_t given x_0: normal with mean `mean_scale * x_0` and standard deviation `std`.
+
+    Attributes:
+        mean_scale: alpha(t), of t's shape.
+        std: sigma(t), of t's shape.
+    """
 
     mean_scale: Tensor
     std: Tensor
@@ -41,27 +46,28 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SDE(ABC):
-    """dx = f(t) x dt + g(t) dw from the data at t = 0 to noise at t = T (Song et al. 2021, arXiv:2011.13456).
+    """Base class of the linear SDEs that carry data at t = 0 to noise at t = T (Song et al. 2021, arXiv:2011.13456).
 
-        x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I)
+        dx = f(t) x dt + g(t) dw,    x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I)
 
-    One of your own (a frozen dataclass, if it has settings) takes two methods, `mean_scale(t)`, which is alpha, and `std(t)`, which is sigma, both functions of
-    a tensor of times that torch can differentiate, with alpha(0) = 1 and sigma(0) = 0. The rest follows from them:
+    Your own SDE (a frozen dataclass, if it has settings) implements two methods: `mean_scale(t)`, which is alpha, and
+    `std(t)`, which is sigma. Both are functions of a tensor of times that torch can differentiate, with alpha(0) = 1 and
+    sigma(0) = 0. The rest follows:
 
         f = d log alpha / dt,   g^2 = d sigma^2 / dt - 2 f sigma^2
 
     Everything is elementwise in x, so an event may have any shape; only the prior needs to know it.
 
     Args:
-        event_shape: shape of one sample, for the prior; an int for vectors, None if no prior will be asked for.
+        event_shape: shape of one sample, for the prior; an int for vectors, None if no prior is needed.
         T: the time of the noise.
-        epsilon: the earliest time at which scores are learnt, and at which samplers and likelihoods stop, since
-            the kernel's own score, -noise / sigma(t), has no limit at t = 0. What they give is the density at
-            epsilon, that of alpha(epsilon) x_0 + sigma(epsilon) noise.
+        epsilon: the earliest time at which scores are learnt, and at which samplers and likelihoods stop, because the
+            kernel's own score, -noise / sigma(t), has no limit at t = 0. Their result is the density at epsilon, that of
+            alpha(epsilon) x_0 + sigma(epsilon) noise.
 
     Raises:
         SDEError: epsilon outside (0, T).
-        ValueError: an event shape that is none.
+        ValueError: an invalid event shape.
 
     Example:
         >>> class Linear(SDE):  # Brownian motion
@@ -78,7 +84,7 @@ class SDE(ABC):
     epsilon: float = 1e-5
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Times are the caller's, whatever an SDE of one's own writes to."""
+        """Protect the caller's times from an SDE that writes to them."""
         super().__init_subclass__(**options)
         on_copies(cls, "mean_scale", "std")
 
@@ -91,15 +97,15 @@ class SDE(ABC):
 
     @abstractmethod
     def mean_scale(self, t: Tensor) -> Tensor:
-        """alpha(t), of t's shape."""
+        """Return alpha(t), of t's shape."""
 
     @abstractmethod
     def std(self, t: Tensor) -> Tensor:
-        """sigma(t), of t's shape."""
+        """Return sigma(t), of t's shape."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """f(t) and g(t)^2, of t's shape, without a look at whether t is in [0, T]: what solvers call at every step."""
-        # Forward mode takes no expanded tensors; at 0 itself a standard deviation such as sqrt(t) has no slope.
+        """Return f(t) and g(t)^2, of t's shape, without checking that t is in [0, T]: solvers call this at every step."""
+        # Forward mode takes no expanded tensors; at 0 a standard deviation such as sqrt(t) has no slope.
         t = t.contiguous().clamp_min(1e-30)
         ones = torch.ones_like(t)
         with forward_mode():
@@ -109,7 +115,7 @@ class SDE(ABC):
         return Coefficients(drift.to(t.dtype), (variance_slope - 2 * drift * variance).to(t.dtype))
 
     def marginal(self, t: Tensor | float) -> Marginal:
-        """alpha(t) and sigma(t), of t's shape.
+        """Return alpha(t) and sigma(t), of t's shape.
 
         Raises:
             SDEError: t outside [0, T].
@@ -118,17 +124,17 @@ class SDE(ABC):
         return Marginal(self.mean_scale(t), self.std(t))
 
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
-        """f(t) x, `(k, *event)`; t is a scalar or one time a sample.
+        """Compute f(t) x, `(k, *event)`; t is a scalar or one time per sample.
 
         Raises:
-            FieldError: x is not a floating-point tensor with a batch dimension, or t is of another shape.
+            FieldError: x is not a floating-point tensor with a batch dimension, or t has another shape.
             SDEError: t outside [0, T].
         """
         t = self._checked_time(as_time(t, checked_state(x)))
         return broadcast(self.coefficients(t).drift, x) * x
 
     def diffusion(self, t: Tensor | float) -> Tensor:
-        """g(t), of t's shape.
+        """Compute g(t), of t's shape.
 
         Raises:
             SDEError: t outside [0, T].
@@ -136,22 +142,22 @@ class SDE(ABC):
         return self.coefficients(self._checked_time(t)).squared_diffusion.sqrt()
 
     def check_score_time(self, t: Tensor) -> None:
-        """Refuse a time at which there is no score to be learnt.
+        """Refuse a time at which no score can be learnt.
 
         Raises:
             SDEError: t outside (0, T].
         """
         if t.numel() and not bool(((t > 0) & (t <= self.T)).all()):
             raise SDEError(
-                f"t must lie in (0, T], T = {self.T}, but reaches from {t.min().item():g} to {t.max().item():g}; "
-                f"begin at epsilon = {self.epsilon}: at t = 0 the noise has no score"
+                f"t must lie in (0, T], T = {self.T}, but reaches from {t.min().item():g} to {t.max().item():g}. "
+                f"Start at epsilon = {self.epsilon}: at t = 0 the noise has no score."
             )
 
     def check(self) -> None:
-        """Refuse functions that are no SDE's, as one's own might be: looked at on a grid of times.
+        """Refuse functions that are not those of an SDE, tested on a grid of times.
 
         Raises:
-            SDEError: alpha or sigma is not of t's shape, not positive or not finite, or g^2 is negative.
+            SDEError: alpha or sigma does not have t's shape, is not positive or not finite, or g^2 is negative.
         """
         t = torch.linspace(self.epsilon, self.T, 33, dtype=torch.float64, device="cpu")
         for name, values in {"mean_scale": self.mean_scale(t), "std": self.std(t)}.items():
@@ -161,31 +167,31 @@ class SDE(ABC):
                 )
             if not bool(((values > 0) & values.isfinite()).all()):
                 raise SDEError(
-                    f"{type(self).__name__}.{name}(t) must be positive and finite on [epsilon, T], but is "
-                    f"{values.min().item():g} at least and {values.max().item():g} at most; end at an earlier T if it reaches 0"
+                    f"{type(self).__name__}.{name}(t) must be positive and finite on [epsilon, T], but reaches from "
+                    f"{values.min().item():g} to {values.max().item():g}. End at an earlier T if it reaches 0."
                 )
         squared = self.coefficients(t).squared_diffusion
         if not bool((squared >= -1e-9 * squared.abs().max()).all()):
             raise SDEError(
                 f"the squared diffusion of {type(self).__name__} is {squared.min().item():g} at t = "
-                f"{t[squared.argmin()].item():g}: sigma(t) / alpha(t) must not fall"
+                f"{t[squared.argmin()].item():g}, where sigma(t) / alpha(t) falls. It must not decrease in time."
             )
 
     def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = alpha(t) x + sigma(t) noise; t is a scalar or one time a sample."""
+        """Compute x_t = alpha(t) x + sigma(t) noise; t is a scalar or one time per sample."""
         return broadcast(self.mean_scale(t), x) * x + broadcast(self.std(t), x) * noise
 
     @property
     def prior(self) -> "Prior":
-        """The noise at T that data are replaced by: N(0, sigma(T)^2 I) over events of `event_shape`.
+        """Return the noise at T that replaces the data: N(0, sigma(T)^2 I) over events of `event_shape`.
 
         Raises:
-            SDEError: the SDE was given no event shape.
+            SDEError: the SDE has no event shape.
         """
         if self.event_shape is None:
             raise SDEError(
-                f"{type(self).__name__} was given no event shape, so it has no prior; "
-                f"build it as {type(self).__name__}(event_shape=(3, 32, 32)), with the shape of one sample"
+                f"{type(self).__name__} has no event shape, so it has no prior. "
+                f"Build it as {type(self).__name__}(event_shape=(3, 32, 32)), with the shape of one sample."
             )
         return Prior(self.event_shape, self.std(torch.tensor(self.T, dtype=torch.float64, device="cpu")).item())
 
@@ -200,22 +206,30 @@ class SDE(ABC):
 
 
 def broadcast(values: Tensor, x: Tensor) -> Tensor:
-    """Values of t's shape, () or (k,), as a tensor that multiplies x `(k, *event)`, in x's dtype."""
+    """Reshape values of t's shape, () or (k,), to multiply x, in x's dtype.
+
+    Args:
+        values: of t's shape.
+        x: states `(k, *event)`.
+    """
     return values.to(x.dtype).reshape(values.shape + (1,) * ((x.ndim - 1) * values.ndim))
 
 
 @dataclass(frozen=True)
 class VarianceExploding(SDE):
-    """Noise is added without end: alpha = 1, sigma(t)^2 = sigma_min^2 (r^(2 t / T) - 1), r = sigma_max / sigma_min.
+    """Add noise without shrinking the data.
 
-    This is the equation's own variance: the commonly quoted sigma_min r^(t / T) counts sigma_min^2 of noise that is
-    there before t = 0 (Song et al. 2021, equation 9).
+        alpha = 1,   sigma(t)^2 = sigma_min^2 (r^(2 t / T) - 1),   r = sigma_max / sigma_min
+
+    This is the equation's own variance. The commonly quoted sigma_min r^(t / T) includes sigma_min^2 of noise from before
+    t = 0 (Song et al. 2021, equation 9).
 
     Args:
-        sigma_min: at about this standard deviation noise begins to matter; below the data's finest detail.
+        event_shape: as of `SDE`.
+        T: as of `SDE`.
+        epsilon: as of `SDE`; sigma(epsilon) is 0.13 sigma_min at the defaults.
+        sigma_min: the standard deviation at which noise begins to matter; below the data's finest detail.
         sigma_max: standard deviation of the prior; as large as the largest distance between two data.
-
-    event_shape, T and epsilon are those of `SDE`; sigma(epsilon) is 0.13 sigma_min at the defaults.
 
     Raises:
         SDEError: not 0 < sigma_min < sigma_max, or epsilon outside (0, T).
@@ -232,15 +246,15 @@ class VarianceExploding(SDE):
             raise SDEError(f"need 0 < sigma_min < sigma_max, but got {self.sigma_min!r} and {self.sigma_max!r}")
 
     def mean_scale(self, t: Tensor) -> Tensor:
-        """1."""
+        """Return 1."""
         return torch.ones_like(t)
 
     def std(self, t: Tensor) -> Tensor:
-        """sigma_min sqrt(r^(2 t / T) - 1)."""
+        """Return sigma_min sqrt(r^(2 t / T) - 1)."""
         return self.sigma_min * torch.expm1(self._rate * t).sqrt()
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """0 and 2 log(r) / T sigma_min^2 r^(2 t / T)."""
+        """Return 0 and 2 log(r) / T sigma_min^2 r^(2 t / T)."""
         return Coefficients(torch.zeros_like(t), self._rate * self.sigma_min**2 * torch.exp(self._rate * t))
 
     @property
@@ -250,7 +264,7 @@ class VarianceExploding(SDE):
 
 @dataclass(frozen=True)
 class VariancePreserving(SDE):
-    """Data shrink as noise grows: alpha^2 + sigma^2 = 1 (DDPM's limit; Song et al. 2021, equation 11).
+    """Shrink the data as noise grows: alpha^2 + sigma^2 = 1 (DDPM's limit; Song et al. 2021, equation 11).
 
         beta(t) = beta_min + (beta_max - beta_min) t / T,   B(t) = integral of beta
         alpha = exp(-B / 2),   f = -beta / 2,   g^2 = beta
@@ -258,13 +272,18 @@ class VariancePreserving(SDE):
     Data should have a standard deviation of about 1. Some remain at T: alpha(T) = 0.0066 at the defaults.
 
     Args:
+        event_shape: as of `SDE`.
+        T: as of `SDE`.
+        epsilon: as of `SDE`; sigma(epsilon) is 0.001 at the defaults.
         beta_min: at t = 0.
         beta_max: at t = T.
 
-    event_shape, T and epsilon are those of `SDE`; sigma(epsilon) is 0.001 at the defaults.
-
     Raises:
         SDEError: not 0 < beta_min < beta_max, or epsilon outside (0, T).
+
+    Example:
+        >>> VariancePreserving(event_shape=2).marginal(1.0)
+        Marginal(mean_scale=tensor(0.0066), std=tensor(1.0000))
     """
 
     beta_min: float = 0.1
@@ -277,15 +296,15 @@ class VariancePreserving(SDE):
             raise SDEError(f"need 0 < beta_min < beta_max, but got {self.beta_min!r} and {self.beta_max!r}")
 
     def mean_scale(self, t: Tensor) -> Tensor:
-        """exp(-B / 2)."""
+        """Return exp(-B / 2)."""
         return torch.exp(-self._integral(t) / 2)
 
     def std(self, t: Tensor) -> Tensor:
-        """sqrt(1 - exp(-B))."""
+        """Return sqrt(1 - exp(-B))."""
         return (-torch.expm1(-self._integral(t))).sqrt()
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """-beta / 2 and beta."""
+        """Return -beta / 2 and beta."""
         beta = self._beta(t)
         return Coefficients(-beta / 2, beta)
 
@@ -298,20 +317,27 @@ class VariancePreserving(SDE):
 
 @dataclass(frozen=True)
 class SubVariancePreserving(VariancePreserving):
-    """As `VariancePreserving`, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, equation 12).
+    """Shrink the data as noise grows, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, equation 12).
 
         f = -beta / 2,   g^2 = beta (1 - exp(-2 B))
 
-    sigma begins linearly in t, not as its root, so epsilon is later: sigma(epsilon) is 0.00011 at the defaults.
+    sigma starts linearly in t, not as its root, so epsilon is later: sigma(epsilon) is 0.00011 at the defaults.
+
+    Args:
+        event_shape: as of `SDE`.
+        T: as of `SDE`.
+        epsilon: as of `SDE`.
+        beta_min: at t = 0.
+        beta_max: at t = T.
     """
 
     epsilon: float = field(default=1e-3, kw_only=True)
 
     def std(self, t: Tensor) -> Tensor:
-        """1 - exp(-B)."""
+        """Return 1 - exp(-B)."""
         return -torch.expm1(-self._integral(t))
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """-beta / 2 and beta (1 - exp(-2 B))."""
+        """Return -beta / 2 and beta (1 - exp(-2 B))."""
         beta = self._beta(t)
         return Coefficients(-beta / 2, -beta * torch.expm1(-2 * self._integral(t)))

@@ -1,4 +1,4 @@
-"""Trajectories of dx/dt = v(t, x) by torchdiffeq, with their gradients and what is known of their steps."""
+"""Trajectories of dx/dt = v(t, x) by torchdiffeq, with their gradients and a record of their steps."""
 
 from divflow.solver.failures import SolverError
 from divflow.solver.solver import Evaluations, Solver

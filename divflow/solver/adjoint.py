@@ -1,4 +1,4 @@
-"""The adjoint of a solve: torchdiffeq's, of the function that was solved, in all that it depends on."""
+"""The adjoint of a solve: torchdiffeq's, of the function that was solved, in all tensors that it depends on."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ Evaluate = Callable[[Tensor, State], State]
 class Adjoint:
     """A field in one solve and its adjoint, which must see the same function of the same tensors.
 
-    It is evaluated once to find what it depends on: at the start of the solve, which begins with that evaluation.
+    The field is evaluated once to find what it depends on, at the start of the solve, which begins with that evaluation.
 
     Args:
         evaluate: the field.
@@ -51,20 +51,20 @@ class Adjoint:
         for tensor in self._dependences.outer:
             if tensor.device != device:
                 raise refuse(
-                    f"the field depends on a tensor of shape {tuple(tensor.shape)} on {tensor.device}, and the state is on "
-                    f"{device}; gradient='adjoint' needs both on one device, gradient='direct' doesn't"
+                    f"the field depends on a tensor of shape {tuple(tensor.shape)} on {tensor.device}, but the state is on "
+                    f"{device}. gradient='adjoint' needs both on one device; gradient='direct' does not."
                 )
         found = self._dependences
         for tensor in [*found.unseen, *(leaf for leaf in found.leaves if leaf.is_complex())]:
             if tensor.is_complex() or found.entangled:
                 raise refuse(
                     f"an operation that can't be seen, such as a custom autograd Function, takes a tensor of shape "
-                    f"{tuple(tensor.shape)} that is complex, or was computed from parameters that the field uses itself; "
-                    "compute it within the field, or use gradient='direct'"
+                    f"{tuple(tensor.shape)} that is complex, or was computed from parameters that the field uses itself. "
+                    "Compute it inside the field, or use gradient='direct'."
                 )
 
     def solve(self, run: Callable[[State, Tensor, tuple[Tensor, ...]], State], state: State, times: Tensor) -> State:
-        """The solution, once differentiable in the state, the times, and all that the field depends on.
+        """Return the solution, once differentiable in the state, the times, and all that the field depends on.
 
         Args:
             run: the solve and its adjoint, of leaves: state, times, and what else is differentiated in.
@@ -84,13 +84,13 @@ class Adjoint:
         return found if isinstance(state, tuple) else found[0]
 
     def forward(self, t: Tensor, state: State) -> State:
-        """The field, in the solve."""
+        """Evaluate the field in the solve."""
         first, self._first = self._first, None
         time, start = self._start
         if first is not None and torch.equal(t, time) and all(map(torch.equal, _parts(state), _parts(start))):
             value = first
         else:
-            # Where nothing is to be differentiated, neither is a graph made.
+            # Without anything to differentiate, no graph is made.
             with torch.set_grad_enabled(self._constant):
                 value = self._evaluate(t, state)
             if self._constant:
@@ -100,9 +100,9 @@ class Adjoint:
         return value
 
     def backward(self, t: Tensor, state: State) -> State:
-        """The field, in the adjoint's.
+        """Evaluate the field in the adjoint.
 
-        Parameters of another dtype make torchdiffeq's augmented state one of theirs: it is the field's again here.
+        Parameters of another dtype convert torchdiffeq's augmented state to theirs; here it is converted back.
         """
         if self._last is not None:
             self._compare(*self._last)
@@ -117,17 +117,17 @@ class Adjoint:
         return value if wide == self._dtype else _mapped(lambda part: part.to(wide), value)
 
     def _check(self, t: Tensor, state: State, value: State) -> None:
-        """Refuse a field that takes other tensors than at the start."""
+        """Refuse a field that depends on other tensors than at the start."""
         if missed := self._dependences.missed(_parts(value), [t, *_parts(state)]):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in missed)
             raise self._refuse(
-                f"at t = {float(t.detach()):.6g} the field depends on tensors that it did not at the start, of shapes {shapes}; make "
-                "them parameters of its module, or use gradient='direct'"
+                f"at t = {float(t.detach()):.6g} the field depends on tensors of shapes {shapes}, on which it did not depend at the "
+                "start. Make them parameters of its module, or use gradient='direct'."
             )
 
     @torch.no_grad()
     def _compare(self, t: Tensor, state: State, before: State) -> None:
-        """Refuse a field that is not what it was."""
+        """Refuse a field whose value has changed."""
         with self._dependences.in_place():
             now = self._evaluate(t, state)
         pairs = list(zip(_parts(now), _parts(before), strict=True))
@@ -135,13 +135,13 @@ class Adjoint:
         scale = torch.stack([old.abs().amax() for _, old in pairs if old.numel()]).amax()
         if not error <= torch.finfo(self._precision).eps ** 0.4 * scale:
             raise self._refuse(
-                f"evaluated again at t = {float(t.detach()):.6g}, the field has another value, by {float(error):.3g} of "
-                f"{float(scale):.3g}: it draws random numbers, keeps a state, or was changed since; use gradient='direct'"
+                f"evaluated again for the adjoint at t = {float(t.detach()):.6g}, the field has another value, by {float(error):.3g} of "
+                f"{float(scale):.3g}: it draws random numbers, keeps a state, or was changed since. Use gradient='direct'."
             )
 
 
 class _Boundary(torch.autograd.Function):
-    """What is computed of leaves, as a function of the tensors that they stand for; once differentiable."""
+    """A result computed from leaves, as a function of the tensors that they stand for; once differentiable."""
 
     @staticmethod
     def forward(
@@ -152,7 +152,7 @@ class _Boundary(torch.autograd.Function):
         refuse: Callable[[str], Exception],
         *outer: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*outer[-watched:] if watched else ())  # which tells of those that were written to
+        ctx.save_for_backward(*outer[-watched:] if watched else ())  # raises if one was written to
         ctx.inner, ctx.complex, ctx.refuse = inner, [tensor.is_complex() for tensor in outer], refuse
         with torch.enable_grad():
             ctx.solution = solution()
@@ -161,7 +161,7 @@ class _Boundary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise ctx.refuse("gradient='adjoint' is differentiable once only; use Solver(gradient='direct')")
+            raise ctx.refuse("gradient='adjoint' is differentiable once only. Use Solver(gradient='direct').")
         _ = ctx.saved_tensors
         wanted = [tensor for tensor in ctx.inner if tensor.requires_grad]
         given = iter(torch.autograd.grad(ctx.solution, wanted, gradients, retain_graph=True, allow_unused=True))

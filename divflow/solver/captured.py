@@ -1,9 +1,9 @@
-"""What a function depends on, whether it says so or not: found in the graph of an evaluation.
+"""All tensors that a function depends on, declared or not: found in the graph of an evaluation.
 
-A field may use tensors that are no parameters of its module: a closure's, an encoder's output kept as an attribute, those
-of networks in a plain list. Leaves are met at the ends of the graph. What was computed before, and is no leaf, is met as an
-operand and gets a leaf in its place: so a gradient ends there, and goes on from there once. So does what is complex, whose
-leaf is real.
+A field may use tensors that are not parameters of its module: those of a closure, an encoder's output kept as an
+attribute, those of networks in a plain list. Leaves are found at the ends of the graph. A tensor that was computed
+before, and is not a leaf, is found as an operand and replaced by a leaf, so that a gradient ends there and continues
+from there once. Complex tensors are replaced, too, by real leaves.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ _PLACED = threading.local()
 
 
 class Dependences:
-    """The tensors that a function's value depends on, so that it is differentiated in these and nothing is left out.
+    """The tensors that a function's value depends on, so that differentiating in them misses nothing.
 
     Args:
-        function: evaluated once; two or three times where it depends on more than is known.
+        function: evaluated once; two or three times if it depends on more than is known.
         known: tensors that it is known to depend on; those that require no grad do not count.
         fresh: leaves that were made for this evaluation.
 
     Attributes:
         leaves: those that are differentiated in as they are.
-        unseen: those that an operation takes that can't be seen (a custom autograd Function), as they are, too, though
-            they are complex or were computed before.
-        entangled: of what an unseen one was computed from, what is differentiated in itself, so that it would count twice.
-        replaced: by identity, what was computed before or is complex, and the leaf in its place.
-        value: that of the last evaluation.
+        unseen: operands of an operation that can't be seen (a custom autograd Function). They stay as they are, too,
+            though they are complex or were computed before.
+        entangled: what an unseen one was computed from and is differentiated in itself, so that it would count twice.
+        replaced: by identity, tensors that were computed before or are complex, and the leaves in their places.
+        value: of the last evaluation.
     """
 
     def __init__(self, function: Function, known: Iterable[Tensor], fresh: Sequence[Tensor]) -> None:
@@ -63,7 +63,7 @@ class Dependences:
 
     @property
     def outer(self) -> list[Tensor]:
-        """All of them, as the caller has them."""
+        """All of them, as the caller holds them."""
         return [*self.leaves, *self.unseen, *(original for original, _ in self.replaced.values())]
 
     @property
@@ -73,12 +73,12 @@ class Dependences:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the function meets leaves in the place of what is replaced."""
+        """Give the function the leaves in place of the replaced tensors."""
         with _placed(self.replaced), _watched(self.replaced) if self._watches else contextlib.nullcontext():
             yield
 
     def missed(self, value: Sequence[Tensor], arguments: Sequence[Tensor]) -> list[Tensor]:
-        """Leaves that another value, at these arguments, depends on beside them and those that were found."""
+        """Return the leaves that another value depends on, apart from these arguments and those found before."""
         return [] if self._makes_leaves else self._others(_Graph(value, [*arguments, *self.unseen]))
 
     def _others(self, graph: "_Graph") -> list[Tensor]:
@@ -86,7 +86,7 @@ class Dependences:
         return [leaf for leaf in graph.leaves if id(leaf) not in found]
 
     def _follow(self, function: Function, first: "_Graph", start: int) -> None:
-        """Evaluate again, to see which tensors are taken from outside."""
+        """Evaluate again, to see which tensors come from outside."""
         unseen: Replaced = {}
         before = set(map(id, first.leaves))
 
@@ -108,7 +108,7 @@ class Dependences:
         self.replaced = {key: pair for key, pair in self.replaced.items() if key not in unseen}
         self._watches = bool(self.replaced)
         self.unseen = [original for original, _ in unseen.values()]
-        # A leaf that the function makes itself is another one at each evaluation.
+        # The function makes its own leaves anew at each evaluation.
         others = self._others(_Graph(self.value, self.unseen))
         self.leaves += [leaf for leaf in others if id(leaf) in before]
         self._makes_leaves = any(id(leaf) not in before for leaf in others)
@@ -117,22 +117,26 @@ class Dependences:
 
 
 def is_differentiated() -> bool:
-    """Whether this is an evaluation by which `Dependences` are found, or used: of the function as it was when they were."""
+    """Whether this evaluation finds or uses `Dependences`, of the function as it was when they were found."""
     return getattr(_PLACED, "by", None) is not None
 
 
 def substituted(tensor: Tensor) -> Tensor:
-    """The leaf that stands for a tensor while a function is differentiated, or the tensor."""
+    """Return the leaf that stands for a tensor while a function is differentiated, or the tensor.
+
+    Args:
+        tensor: any.
+    """
     pair = (getattr(_PLACED, "by", None) or {}).get(id(tensor))
     return tensor if pair is None else _stand_in(pair)
 
 
 class _Graph:
-    """The autograd graph that leads to some tensors, from others on.
+    """The part of the autograd graph from some tensors to others.
 
     Attributes:
         leaves: where it ends, constants apart.
-        earliest: the least number of a node, which are numbered in the order in which a thread makes them.
+        earliest: the least number of a node; nodes are numbered in the order in which a thread makes them.
     """
 
     def __init__(self, outputs: Sequence[Tensor], arguments: Sequence[Tensor] = ()) -> None:
@@ -141,7 +145,7 @@ class _Graph:
         self.earliest = sys.maxsize
         seen: set[Node | None] = {None, *(argument.grad_fn for argument in arguments)}
         nodes = [output.grad_fn for output in outputs]
-        # A view that is written in place goes on from what it is a view of.
+        # A view that is written in place continues the graph of its base.
         ignored = {id(tensor) for argument in arguments for tensor in (argument, argument._base)}
         while nodes:
             node = nodes.pop()
@@ -157,20 +161,20 @@ class _Graph:
                 self.leaves.append(leaf)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether it goes through a tensor."""
+        """Whether it passes through a tensor."""
         if tensor.grad_fn is None:
             return any(leaf is tensor for leaf in self.leaves)
         return (tensor.grad_fn, tensor.output_nr) in self._edges
 
 
 class _Watch:
-    """While it is listening, operations are given leaves in the place of tensors: of more, if they are to be `taken`."""
+    """A listener that gives operations leaves in place of tensors, and of more tensors if they are to be `taken`."""
 
     def __init__(self, replaced: Replaced, taken: Callable[[Tensor], bool]) -> None:
         self._replaced, self._taken = replaced, taken
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operation, of leaves; of a function with a rule of its own those inside of it, too."""
+        """Call the operation with leaves; inside a function with a rule of its own, too."""
         args, kwargs, original = self._with_leaves(args), self._with_leaves(kwargs), inside(func)
         if original is None:
             return func(*args, **kwargs)
@@ -192,7 +196,7 @@ class _Watch:
 def _watched(replaced: Replaced, taken: Callable[[Tensor], bool] = lambda tensor: False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-            # What torch.compile made of a network holds its operands where no one sees them.
+            # A compiled network holds its operands where no one sees them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(Listening(_Watch(replaced, taken)))
         yield
@@ -209,7 +213,7 @@ def _placed(replaced: Replaced) -> Iterator[None]:
 
 
 def _pair(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor, and the leaf in its place: of the same numbers, and without its graph."""
+    """A tensor and the leaf in its place, with the same numbers and without its graph."""
     leaf = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
     return tensor, leaf.requires_grad_()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["Steps"]
 
-# Stages that a step adds to the last one of the step before.
+# Stages that a step adds to the last stage of the previous one.
 _STAGES = 6
 # The solution, y1 = y0 + h sum_i c_i k_i (Dormand & Prince 1980), and the state at the middle of a step (Shampine 1986).
 _END = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0)
@@ -18,7 +18,7 @@ _MIDDLE = (
 
 
 def _powers() -> tuple[tuple[float, ...], ...]:
-    """Of the quartic through y0, y1, the middle and both slopes, per h: what each k_i has in the powers 1 to 4 of theta."""
+    """The quartic through y0, y1, the middle and both slopes, per h: the weight of each k_i in the powers 1 to 4 of theta."""
     first, last = (1.0, *[0.0] * 6), (*[0.0] * 6, 1.0)
     stages = list(zip(first, last, _END, _MIDDLE, strict=True))
     return (
@@ -29,7 +29,7 @@ def _powers() -> tuple[tuple[float, ...], ...]:
     )
 
 
-# Copied to a device once, since the host waits for the copy.
+# Copied to a device once, because the host waits for the copy.
 @functools.lru_cache(maxsize=16)
 def _weights(dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
@@ -37,16 +37,16 @@ def _weights(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Steps:
-    """The accepted steps of one solve of a single tensor by dopri5, as torchdiffeq takes them: with their graph.
+    """The accepted steps of one solve of a single tensor by dopri5, as torchdiffeq takes them, with their graph.
 
-    The states at other times are its own interpolation, a quartic, which is as accurate as the steps; here it is taken at
-    all times at once, for steps that are over.
+    The states at other times are torchdiffeq's own interpolation, a quartic as accurate as the steps. Here it is evaluated
+    at all times at once, after the solve.
 
     Args:
         start: the first time.
         end: the last one.
-        most: steps to hold, from which on `overflowed` is true and there are none; without a graph they would be all
-            that a solve of many steps holds.
+        most: steps to hold. More set `overflowed` and drop all: without a graph these steps would be most of what a long
+            solve keeps in memory.
     """
 
     def __init__(self, start: Tensor, end: Tensor, most: int | None = None) -> None:
@@ -63,7 +63,7 @@ class Steps:
             self._evaluated.append(derivative)
 
     def accept(self, time: Tensor, state: Tensor, step: Tensor) -> None:
-        """Keep the step that the latest stages were evaluated for; the last one is the first of the next step."""
+        """Keep the step of the latest stages; the last one is the first of the next step."""
         if self._most is not None and len(self._steps) == self._most:
             self.overflowed = True
             self._steps, self._stages, self._evaluated = [], [], []
@@ -78,7 +78,7 @@ class Steps:
         self._evaluated = self._evaluated[:-_STAGES]
 
     def states(self, times: Tensor) -> Tensor:
-        """The states at times between the first and the last, in any order, `(len(times), *state)`."""
+        """Return the states at times between the first and the last, in any order, `(len(times), *state)`."""
         starts, lengths, initial, powers = self._coefficients()
         sign = (self._end - self._start).sign().to(starts.dtype)
         at = times.detach().to(starts.dtype)
@@ -97,7 +97,7 @@ class Steps:
             stages = torch.stack(self._stages).view(len(states), _STAGES + 1, *states.shape[1:])
             scale = lengths.to(states.dtype).view(-1, *[1] * (states.ndim - 1))
             weights = _weights(stages.dtype, stages.device).view(4, 1, _STAGES + 1, *[1] * (states.ndim - 1))
-            # Not matrix products, which may be rounded to less than the states' precision.
+            # No matrix products, which may be less precise than the states.
             powers = [scale * (stages * weight).sum(dim=1) for weight in weights]
             self._dense = times.detach(), lengths.detach(), states, powers
         return self._dense

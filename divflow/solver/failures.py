@@ -10,33 +10,33 @@ from divflow.errors import DivflowError
 
 __all__ = ["SolverError", "Unconverged", "described", "explained", "unconverged_is_an_error"]
 
-_BLOWS_UP = "gradient clipping, smooth activations or scaled data if it blows up"
+_BLOWS_UP = "gradient clipping, smooth activations or scaled data if it blows up."
 _REMEDY = (
     "Try a looser tolerance or a smaller learning rate if the field is stiff, a larger max_evaluations or a fixed-step method if it is "
-    f"merely costly, and {_BLOWS_UP}"
+    f"only expensive, and {_BLOWS_UP}"
 )
-_REMEDY_FIXED = f"Try more steps, by a smaller step_size, or an adaptive method if the field is stiff, and {_BLOWS_UP}"
+_REMEDY_FIXED = f"Try more steps (a smaller step_size) or an adaptive method if the field is stiff, and {_BLOWS_UP}"
 
 
 class SolverError(DivflowError, RuntimeError):
-    """A trajectory could not be computed; the message says at which time, with which tolerance, and what to try.
+    """A trajectory could not be computed; the message has the time, the tolerance, and what to try.
 
     Attributes:
-        singular: the first or the last time of the solve, where the velocity is not finite there; else None.
+        singular: the first or the last time of the solve, if the velocity is not finite there; else None.
     """
 
     singular: float | None = None
 
 
 def described(what: str, time: Tensor | None, by: str, fixed: bool, adjoint: bool) -> str:
-    """A failure as a message.
+    """Describe a failure as a message.
 
     Args:
         what: happened.
         time: at which the last step began.
         by: the method and its tolerances.
-        fixed: whether the method's steps are of a fixed length.
-        adjoint: whether it is an adjoint that was solved.
+        fixed: whether the method's steps have a fixed length.
+        adjoint: whether the adjoint was being solved.
     """
     where = "" if time is None else f" at t = {float(time):.6g}"
     return (
@@ -45,22 +45,22 @@ def described(what: str, time: Tensor | None, by: str, fixed: bool, adjoint: boo
 
 
 def explained(error: SolverError, finite: list[tuple[float, bool]]) -> SolverError:
-    """The error, or its cause: a velocity that is not finite, at the first or the last time alone or wherever it is looked at.
+    """Return the error, or its cause: a velocity that is not finite at the first time, the last time or everywhere.
 
     Args:
-        error: as it was seen.
-        finite: the first time, one between and the last, and whether the velocity of the state at the start is finite there.
+        error: as it was raised.
+        finite: the first time, one between and the last, each with whether the velocity of the initial state is finite.
     """
     if not any(there for _, there in finite):
         return SolverError(
             f"the solve failed: the velocity is not finite at {', '.join(f't = {t:g}' for t, _ in finite)}. Look for NaN in its weights, "
-            "in the data or their context, or for numbers so large that they overflow"
+            "the data or their context, or for numbers so large that they overflow."
         )
     for t, there in (finite[0], finite[-1]):
         if not there:
             cause = SolverError(
-                f"the solve failed: the velocity is not finite at t = {t:g}, where it may be divided by zero as in 1 / (1 - t); begin or "
-                "end a little before"
+                f"the solve failed: the velocity is not finite at t = {t:g}, where it may divide by zero as in 1 / (1 - t). Start or "
+                "end a little before."
             )
             cause.singular = t
             return cause
@@ -68,12 +68,12 @@ def explained(error: SolverError, finite: list[tuple[float, bool]]) -> SolverErr
 
 
 class Unconverged(UserWarning):
-    """What torchdiffeq only warns of: "Functional iteration did not converge. Solution may be incorrect."."""
+    """Torchdiffeq's warning "Functional iteration did not converge. Solution may be incorrect." as an exception class."""
 
 
 @contextlib.contextmanager
 def unconverged_is_an_error() -> Iterator[None]:
-    """Within it, that warning is raised."""
+    """Raise that warning as an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Functional iteration did not converge")
         try:

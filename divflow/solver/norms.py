@@ -10,10 +10,10 @@ __all__ = ["of_parts", "worst_sample"]
 
 @torch.no_grad()
 def worst_sample(errors: Tensor | Sequence[Tensor]) -> Tensor:
-    """The error of a step in units of what is allowed: the root mean square of the sample that has the largest.
+    """Compute the error of a step in units of what is allowed: the root mean square of the sample with the largest.
 
-    torchdiffeq's own is the mean over the batch, in which a sample whose error is a hundred times too large is one of
-    many: a sample's result would depend on those that happen to be beside it.
+    torchdiffeq's own norm is the mean over the batch, which hides one sample whose error is a hundred times too large: the
+    result of a sample would depend on the others in its batch.
 
     Args:
         errors: of a state `(k, *event)`, or of each part of one.
@@ -25,9 +25,12 @@ def worst_sample(errors: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def of_parts(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor | Sequence[Tensor]], Tensor]:
-    """A norm of one tensor, as that of a state of several parts: the largest.
+    """Extend a norm of one tensor to a state of several parts: the largest of them.
 
     `Augmented` solves for the state and the log-determinant together.
+
+    Args:
+        norm: of one tensor.
     """
 
     def largest(errors: Tensor | Sequence[Tensor]) -> Tensor:

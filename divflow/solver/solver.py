@@ -41,11 +41,11 @@ class Evaluations:
 
     Attributes:
         forward: in solves from one end to the other.
-        backward: in adjoint solves, run by `.backward()`; a direct gradient differentiates the recorded
-            steps and evaluates nothing.
-        divergence: evaluations of the divergence. At quadrature nodes they come on top of `forward`; in an
-            augmented solve each of its evaluations is one of these, too.
-        diagnostics: evaluations, in solves and at nodes, that were spent on errors alone.
+        backward: in adjoint solves, run by `.backward()`; a direct gradient differentiates the recorded steps and
+            evaluates nothing.
+        divergence: evaluations of the divergence. At quadrature nodes they come on top of `forward`; in an augmented solve
+            each evaluation counts as both.
+        diagnostics: evaluations, in solves and at nodes, for error estimates alone.
     """
 
     forward: int = 0
@@ -56,27 +56,36 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class Solver:
-    """How trajectories are computed.
+    """Choose how trajectories are computed: method, tolerances, gradient and options of torchdiffeq.
 
     Args:
-        method: one of torchdiffeq's. Adaptive: dopri5, dopri8, bosh3, fehlberg2, adaptive_heun. Fixed
-            steps: euler, midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams, fixed_adams. Without
-            gradients: scipy_solver.
-        rtol: relative tolerance of adaptive methods, per step, for every sample: of the root mean square of its entries'
-            errors.
-        atol: absolute tolerance, in units of the state. Where a field knows the size of its state's finest details
+        method: one of torchdiffeq's.
+
+            - Adaptive: dopri5, dopri8, bosh3, fehlberg2, adaptive_heun.
+            - Fixed steps: euler, midpoint, heun2, heun3, rk4, explicit_adams, implicit_adams, fixed_adams.
+            - Without gradients: scipy_solver.
+        rtol: relative tolerance of adaptive methods, per step and for every sample, of the root mean square of the errors
+            of its entries.
+        atol: absolute tolerance, in units of the state. If a field knows the size of its state's finest details
             (`ProbabilityFlow.finest_scale`), both tolerances are multiplied by it while it is below one.
-        gradient: "direct" differentiates the steps taken (any order, memory grows with their number);
-            "adjoint" solves backward in time (once differentiable, constant memory, and correct only to
-            the tolerance), and evaluates the field again there, which must be the function that it was: one with
-            dropout, or with a state, is refused. Tensors that it uses and that are no parameters are found.
-        options: of the method, by torchdiffeq's names; those that are None are left out. A fixed-step method takes `step_size` (default: the span / 32).
-            Times at which the velocity jumps are named by `jump_t` (adaptive methods): no step crosses them, and none of
-            the intervals that `Quadrature` integrates.
+        gradient: how the solution is differentiated.
+
+            - "direct" differentiates the steps taken: to any order, with memory that grows with their number.
+            - "adjoint" solves backward in time: once differentiable, with constant memory, and correct only to the
+              tolerance. The field is evaluated again there and must be the same function; one with dropout or a state is
+              refused. Tensors that it uses and that are not parameters are found.
+        options: of the method, by torchdiffeq's names; those that are None are left out.
+
+            - A fixed-step method takes `step_size` (default: the span / 32).
+            - `jump_t` (adaptive methods) names times of jumps, which no step and no interval of `Quadrature` crosses.
         max_evaluations: of the field, in one solve and again in its adjoint.
 
     Raises:
-        ValueError: an unknown method, gradient or option, or a value out of range; with the valid ones.
+        ValueError: an unknown method, gradient or option, or a value out of range; the message has the valid ones.
+
+    Example:
+        >>> Solver("rk4").solve(lambda t, state: (-state[0],), (torch.ones(1),), torch.tensor([0.0, 0.5, 1.0]))[0].flatten()
+        tensor([1.0000, 0.6065, 0.3679])
     """
 
     method: str = "dopri5"
@@ -88,11 +97,11 @@ class Solver:
 
     def __post_init__(self) -> None:
         if self.method not in list(METHODS):
-            raise ValueError(f"unknown solver method {self.method!r}; choose one of {', '.join(METHODS)}")
+            raise ValueError(f"unknown solver method {self.method!r}. Choose one of {', '.join(METHODS)}.")
         if self.gradient not in ("direct", "adjoint"):
             raise ValueError(f"gradient must be 'direct' or 'adjoint', but is {self.gradient!r}")
         if self.options is not None and not isinstance(self.options, Mapping):
-            raise ValueError(f"options must be a mapping of names to values, but is {self.options!r}")
+            raise ValueError(f"options must map names to values, but is {self.options!r}")
         options = plain_options(self.options or {})
         check_options(self.method, options)
         object.__setattr__(self, "options", options or None)
@@ -107,7 +116,7 @@ class Solver:
 
     @property
     def dense(self) -> bool:
-        """Whether `solve` can record its steps, for the states at times that are chosen afterwards."""
+        """Whether `solve` can record its steps, for states at times that are chosen afterwards."""
         restarts = (self.options or {}).get("jump_t") is not None
         return self.method == "dopri5" and self.gradient == "direct" and not restarts
 
@@ -123,26 +132,26 @@ class Solver:
         accepted: StepTimes | None = None,
         size: Callable[[Tensor], Tensor] | None = None,
     ) -> State:
-        """The states at all `times`, starting from `state` at `times[0]`.
+        """Compute the states at all `times`, starting from `state` at `times[0]`.
 
         Args:
             field: of a scalar time and the state, a tuple of tensors; returns their time derivatives.
-            state: tensors of one floating dtype, float32 at least.
-            times: strictly increasing or decreasing, one-dimensional. Adaptive methods interpolate between
-                their steps, fixed-step methods likewise, by cubic Hermite polynomials.
+            state: tensors of one floating dtype, at least float32.
+            times: strictly increasing or decreasing, one-dimensional. All methods interpolate between their steps, fixed-step
+                methods by cubic Hermite polynomials.
             evaluations: a counter to add to.
-            parameters: tensors, besides the state and the times, that `gradient="adjoint"` differentiates in; others
-                that the field depends on at the start are found and added.
-            record: filled with the steps, where the solver is `dense` and the state one tensor.
-            accepted: filled with the times of the steps, where the solver is `adaptive`.
+            parameters: tensors, besides the state and the times, that `gradient="adjoint"` differentiates in. Others that the
+                field depends on at the start are found and added.
+            record: filled with the steps, if the solver is `dense` and the state one tensor.
+            accepted: filled with the times of the steps, if the solver is `adaptive`.
             size: of the finest details of the state at a time, which the tolerances follow; None for one.
 
         Returns:
             For each tensor of the state one of shape `(len(times), *its shape)`.
 
         Raises:
-            SolverError: the solution blows up, is too stiff for the tolerance, or takes too many
-                evaluations; in an adjoint solve by `.backward()`, as of a field that changed since the solve.
+            SolverError: the solution blows up, is too stiff for the tolerance, or takes too many evaluations. Errors of an
+                adjoint solve, as of a field that changed since the solve, come from `.backward()`.
         """
         evaluations = Evaluations() if evaluations is None else evaluations
         steps_alone = METHODS[self.method] >= FIXED and self.gradient == "direct"
@@ -152,7 +161,7 @@ class Solver:
             only_vmap=steps_alone,
         )
         if state[0].dtype in (torch.float16, torch.bfloat16):
-            raise SolverError(f"a state of {state[0].dtype} is too coarse to integrate; use float32, with autocast")
+            raise SolverError(f"a state of {state[0].dtype} is too coarse to integrate. Use float32, with autocast.")
         if sum(part.numel() for part in state) == 0:
             return tuple(part.new_zeros(len(times), *part.shape) for part in state)
         options = dict(self.options or {})
@@ -177,12 +186,12 @@ class Solver:
                 raise
             if "strictly increasing" in str(error):
                 raise SolverError(
-                    f"times must be strictly increasing or decreasing, but are {[float(f'{t:.6g}') for t in times.tolist()]}; sort "
-                    "them, and leave out those that repeat"
+                    f"times must be strictly increasing or decreasing, but are {[float(f'{t:.6g}') for t in times.tolist()]}. Sort "
+                    "them, and leave out those that repeat."
                 ) from error
             raise monitor.cause(str(error), start) from error
         except Unconverged as error:
-            raise monitor.cause("the implicit step did not converge; use smaller steps", start) from error
+            raise monitor.cause("the implicit step did not converge, which smaller steps may cure", start) from error
         solution = solution if isinstance(solution, tuple) else (solution,)
         monitor.begin_backward()
         if not _is_finite(solution):
@@ -198,7 +207,7 @@ class Solver:
         return adaptive_options(self.method, options, times) if self.adaptive else dict(options)
 
     def finer(self, accepted: StepTimes, start: Tensor, end: Tensor) -> "Solver":
-        """The solver that halves the steps which this one has taken, for an estimate of their error.
+        """Return a solver that halves the steps which this one has taken, to estimate their error.
 
         Args:
             accepted: the steps, of an `adaptive` method.
@@ -217,7 +226,7 @@ class Solver:
 
 
 class _Monitor:
-    """A field as torchdiffeq sees it: counted, capped, in the state's dtype, its last step remembered."""
+    """A field as torchdiffeq sees it: counted, capped, in the state's dtype, with its last step remembered."""
 
     def __init__(
         self,
@@ -241,7 +250,7 @@ class _Monitor:
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
         }
-        if solver.method != "scipy_solver":  # it has no callbacks, and torchdiffeq warns of those it does not know
+        if solver.method != "scipy_solver":  # it has no callbacks, and torchdiffeq warns about unknown ones
             self.callback_step = self._remember
             self.callback_step_adjoint = self._check_step
         if solver.adaptive and not (record is None and accepted is None):
@@ -252,7 +261,7 @@ class _Monitor:
     def by_adjoint(
         self, state: Tensor | State, times: Tensor, parameters: Sequence[Tensor], keywords: dict[str, Any]
     ) -> Tensor | State:
-        """The solution, differentiable by its adjoint."""
+        """Return the solution, differentiable by its adjoint."""
         self._adjoint = Adjoint(
             self._evaluate, state, times[0], parameters, lambda what: SolverError(self.failure(what))
         )
@@ -276,13 +285,13 @@ class _Monitor:
         self.inside_field = True
         # The adjoint runs inside .backward(), outside of the caller's autocast: enter it again.
         with torch.autocast(**self._autocast) if self._backward else contextlib.nullcontext():
-            # Copies, since a velocity may write to what it is given, and the solver goes on with it.
+            # Copies, because a velocity may write to its inputs, which the solver still needs.
             time, parts = t.clone(), tuple(part.clone() for part in (state if isinstance(state, tuple) else (state,)))
             found = self._field(time, parts)
             derivative = found if isinstance(state, tuple) else found[0]
         self.inside_field = False
         if self._backward and not _is_finite(derivative):
-            # The norm of torchdiffeq's adjoint is a Python max, in which a NaN is lost and the step accepted.
+            # The norm of torchdiffeq's adjoint is a Python max, which loses a NaN and accepts the step.
             self._time = t.detach()
             raise SolverError(self.failure("the velocity became non-finite"))
         if self._record is not None:
@@ -299,7 +308,7 @@ class _Monitor:
 
     @torch.no_grad()
     def cause(self, what: str, state: Tensor | State) -> SolverError:
-        """The error of a forward solve that failed: a velocity that is not finite at one of its ends, if that is why."""
+        """The error of a forward solve that failed: a velocity that is not finite at one of its ends, if that is the cause."""
         parts, (first, *_, last) = state if isinstance(state, tuple) else (state,), self._times
         finite = [
             (float(t), _is_finite(self._field(t.clone(), tuple(part.clone() for part in parts))))
@@ -322,8 +331,8 @@ class _Monitor:
             self._tolerances.at(self._time)
 
     def _check_step(self, t: Tensor, state: State, step: Tensor) -> None:
-        """What torchdiffeq asserts of a step; here because no one can catch it inside `.backward()`."""
-        # Of a solve that went down in time, torchdiffeq negates the times of the adjoint.
+        """What torchdiffeq asserts of a step; checked here because nobody can catch its error inside `.backward()`."""
+        # Torchdiffeq negates the times of the adjoint if the solve went down in time.
         self._remember(torch.where(self._times[-1] < self._times[0], -t, t), state, step)
         if not t.abs() + step.abs() > t.abs():
             raise SolverError(self.failure(f"underflow in the step size {float(step):g}"))
@@ -338,4 +347,4 @@ def _is_finite(state: Tensor | State) -> bool:
 
 def _refuse_scipy_gradients(state: State, times: Tensor, parameters: Sequence[Tensor]) -> None:
     if any(tensor.requires_grad for tensor in (*state, times, *parameters)):
-        raise SolverError("scipy_solver has no gradients: use it under torch.no_grad, or another method to train")
+        raise SolverError("scipy_solver has no gradients. Use it under torch.no_grad, or another method for training.")

@@ -1,4 +1,4 @@
-"""How torchdiffeq's methods choose their steps: the options of each, checked, and the error that a step may make."""
+"""How torchdiffeq's methods choose their steps: the options of each, checked, and the tolerance of a step."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -67,25 +67,25 @@ METHOD_ORDERS = {
 }
 """Orders of the methods whose order is below five."""
 
-# torchdiffeq interpolates every output, the last one included, by a quartic through the step's midpoint. For these
+# torchdiffeq interpolates every output, including the last one, by a quartic through the step's midpoint. For these
 # methods that is far less accurate than the step itself (measured, tolerance 1e-5: bosh3 3e-3 against 5e-5, dopri8
-# 7e-4 against 1e-6), so their steps end at all outputs; those of the others end at the last one, which is free.
+# 7e-4 against 1e-6), so their steps end at all outputs. The steps of the others end at the last one, which is free.
 COARSELY_INTERPOLATED = frozenset({"dopri8", "bosh3", "fehlberg2"})
 
 # How many steps a method of low order takes for one of dopri5: c / tolerance^(1 / order - 1 / 5), measured (order and c) on
-# oscillating velocities at tolerances of 1e-2 to 1e-5. Its steps follow its own error more than what the velocity does,
-# and so do those of all methods at tolerances below this one.
+# oscillating velocities at tolerances of 1e-2 to 1e-5. Its steps follow its own error more than the velocity, as do those
+# of all methods at tolerances below this one.
 _STEPS_FOR_ONE = {"bosh3": (3, 1.3), "fehlberg2": (2, 0.13), "adaptive_heun": (2, 2.3)}
 _USUAL_TOLERANCE = 1e-5
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 DEFAULT_STEPS = 32
-"""Steps of a fixed-step method that was given no step size."""
+"""Steps of a fixed-step method without a step size."""
 
 
 def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are not None, and a dtype that is named as torch's own."""
+    """Drop options that are None, and convert the name of a dtype to torch's own."""
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(name := given.get("dtype"), str):
         given["dtype"] = _DTYPES.get(name.removeprefix("torch."), name)
@@ -93,15 +93,19 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that a method does not have, and values that they can't take.
+    """Refuse options that a method does not have, and invalid values.
+
+    Args:
+        method: the name of the method.
+        options: of the method, by name.
 
     Raises:
-        ValueError: naming the option, and the valid ones.
+        ValueError: with the option, and the valid ones.
     """
     valid = METHODS[method]
     unknown = sorted(set(options) - valid)
     if unknown:
-        raise ValueError(f"{method} has no option {', '.join(unknown)}; it takes {', '.join(sorted(valid))}")
+        raise ValueError(f"{method} has no option {', '.join(unknown)}. It takes {', '.join(sorted(valid))}.")
     for name in ("step_size", "first_step", "max_step", "safety", "ifactor", "dfactor"):
         value = options.get(name, 1)
         if not (name == "max_step" and value == math.inf):
@@ -111,7 +115,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"need 0 <= min_step <= max_step, but min_step is {least!r} and max_step {most!r}")
     if options.get("dfactor", 0.2) > 1 or options.get("ifactor", 10.0) < 1 or options.get("safety", 0.9) > 1:
         raise ValueError(
-            "need dfactor <= 1, by which a rejected step shrinks, ifactor >= 1, by which an accepted one may grow, and "
+            "need dfactor <= 1 (by which a rejected step shrinks), ifactor >= 1 (by which an accepted one may grow) and "
             f"safety <= 1, but got {dict(options)!r}"
         )
     for name in ("max_order", "max_iters"):
@@ -120,25 +124,31 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"norm must be a function of the errors of a step, but is {options['norm']!r}")
     for name in ("step_t", "jump_t"):
         if name in options and not _finite(options[name]):
-            raise ValueError(f"{name} must be times, all of them finite, but is {options[name]!r}")
+            raise ValueError(f"{name} must be finite times, but is {options[name]!r}")
     if options.get("dtype", torch.float64) not in _DTYPES.values():
-        raise ValueError(f"dtype, in which times are kept, must be float64 or float32, but is {options['dtype']!r}")
+        raise ValueError(f"dtype, the precision of times, must be float64 or float32, but is {options['dtype']!r}")
 
 
 def _finite(times: Any) -> bool:
     try:
         tensor = times if isinstance(times, Tensor) else torch.as_tensor(times, device="cpu")
         return not tensor.is_complex() and bool(tensor.isfinite().all())
-    except (TypeError, ValueError, RuntimeError):  # of something else than numbers
+    except (TypeError, ValueError, RuntimeError):  # not numbers
         return False
 
 
 def fixed_options(method: str, options: Mapping[str, Any], times: Tensor) -> dict[str, Any]:
-    """Those of torchdiffeq for a grid of equal steps, and outputs between them by cubic Hermite polynomials."""
+    """Make torchdiffeq's options for a grid of equal steps, with outputs between them by cubic Hermite polynomials.
+
+    Args:
+        method: the name of the method.
+        options: the user's.
+        times: of all outputs.
+    """
     options = dict(options)
     step_size = options.pop("step_size", None)
 
-    # A grid of our own, because a step_size that divides the span gains a step of length zero by rounding.
+    # Our own grid, because rounding adds a step of length zero to a step_size that divides the span.
     def grid(_: object, __: object, t: Tensor) -> Tensor:
         steps = DEFAULT_STEPS
         if step_size is not None or len(t) < len(times):  # an adjoint takes one interval after another
@@ -147,24 +157,30 @@ def fixed_options(method: str, options: Mapping[str, Any], times: Tensor) -> dic
         inner = t[0] + (t[-1] - t[0]) * torch.arange(1, steps, dtype=t.dtype, device=t.device) / steps
         return torch.cat([t[:1], inner, t[-1:]])
 
-    # Outputs are interpolated linearly by default, which would cost a method its order; and explicit Adams of
-    # torchdiffeq's default order, 12, is unstable: on dx/dt = -x it ends with errors of many powers of ten.
+    # By default outputs are interpolated linearly, which would cost a method its order; and explicit Adams of
+    # torchdiffeq's default order, 12, is unstable: on dx/dt = -x its errors reach many powers of ten.
     if method == "explicit_adams":
         options.setdefault("max_order", 4)
     return options | {"grid_constructor": grid, "interp": "cubic"}
 
 
 def adaptive_options(method: str, options: Mapping[str, Any], times: Tensor) -> dict[str, Any]:
-    """Those of torchdiffeq, with steps that end at the outputs that need it, and at none twice."""
+    """Make torchdiffeq's options, with steps that end at the outputs that need it, and at none twice.
+
+    Args:
+        method: the name of the method.
+        options: the user's.
+        times: of all outputs.
+    """
     options = dict(options)
     on_steps = times if method in COARSELY_INTERPOLATED else times[:: max(1, len(times) - 1)]
     jumps, steps = (as_times(options.get(name), times) for name in ("jump_t", "step_t"))
     options |= {"step_t": _distinct(steps, on_steps, jumps), "jump_t": jumps}
-    # torchdiffeq's own guess costs an evaluation and mostly a few steps that are far too small; one step over
-    # the whole span is rejected once or twice where it is too long (measured on trained flows: 31 evaluations
-    # either way; on smooth ones 7 instead of 20), and no evaluation lies outside of the span.
+    # torchdiffeq's own guess costs an evaluation and usually a few steps that are far too small. One step over the
+    # whole span is rejected once or twice if it is too long (measured on trained flows: 31 evaluations either way; on
+    # smooth ones 7 instead of 20), and no evaluation lies outside of the span.
     options.setdefault("first_step", (times[-1].double() - times[0].double()).abs())
-    options.pop("max_step", None)  # kept by `limit_step`
+    options.pop("max_step", None)  # enforced by `limit_step`
     if options.get("min_step"):
         options["min_step"] *= 1 + _SHORTEST
     options["norm"] = of_parts(options["norm"]) if "norm" in options else worst_sample
@@ -172,15 +188,15 @@ def adaptive_options(method: str, options: Mapping[str, Any], times: Tensor) -> 
 
 
 def adjoint_options(options: Mapping[str, Any], prepared: Mapping[str, Any], times: Tensor) -> dict[str, Any]:
-    """Those of the backward solve, for which torchdiffeq negates a decreasing time but not its options.
+    """Make the options of the backward solve, for which torchdiffeq negates decreasing times but not its options.
 
     Args:
         options: the user's.
         prepared: those of the forward solve.
-        times: of all outputs, at each of which an adjoint starts anew.
+        times: of all outputs, at each of which an adjoint starts again.
     """
     adjoint = dict(prepared)
-    adjoint.pop("norm", None)  # torchdiffeq's own takes that of the state for the state and its adjoint, each by itself
+    adjoint.pop("norm", None)  # torchdiffeq applies the state's norm to the state and to its adjoint, each by itself
     if "step_t" in adjoint:
         sign, jumps = (times[-1] - times[0]).sign(), adjoint["jump_t"]
         steps = as_times(options.get("step_t"), times)
@@ -188,17 +204,22 @@ def adjoint_options(options: Mapping[str, Any], prepared: Mapping[str, Any], tim
     return adjoint
 
 
-# By which a smallest step is raised for torchdiffeq, so that one of this length, which `limit_step` makes a little shorter,
-# is taken whatever its error is.
+# Factor on torchdiffeq's smallest step, so that a step of this length, which `limit_step` shortens a little, is taken
+# whatever its error.
 _SHORTEST = 1e-6
 
 
 def limit_step(step: Tensor, options: Mapping[str, Any]) -> None:
     """Change a proposed step, in place, into one that is not too long and that torchdiffeq can cut.
 
-    A step that by itself ends exactly where it shall (of two equal intervals, the second) makes torchdiffeq (0.2.5)
-    overlook all later ends: it would step over them, interpolate coarsely, and evaluate beyond the last one. A step of
-    exactly the largest length it would, made longer by that much, refuse for ever; so the largest one is kept here.
+    A step that ends exactly at a wanted time by itself (the second of two equal intervals) makes torchdiffeq (0.2.5)
+    overlook all later ends: it would step over them, interpolate coarsely, and evaluate beyond the last one. And it would
+    refuse for ever a step of exactly the largest length that was made longer by this much. So the largest one is enforced
+    here.
+
+    Args:
+        step: the proposed one.
+        options: the user's.
     """
     if options.get("max_step") is not None:
         step.clamp_(max=float(options["max_step"]))
@@ -211,33 +232,33 @@ def limit_step(step: Tensor, options: Mapping[str, Any]) -> None:
 
 
 def as_times(values: Any, times: Tensor) -> Tensor:
-    """Times that an option names, one-dimensional, none of them twice; in `times`' dtype."""
+    """Return the times of an option, one-dimensional, each once, in `times`' dtype."""
     if values is None:
         return times[:0].detach()
     return torch.as_tensor(values, dtype=times.dtype, device=times.device).detach().reshape(-1).unique()
 
 
 def after_jump(times: Tensor, jumps: Any) -> Tensor:
-    """The times of a solve, of which the first, if the velocity jumps there, lies on the side that the solve goes to."""
+    """Return the times of a solve; if the velocity jumps at the first, it moves to the side that the solve goes to."""
     if jumps is None or len(times) < 2:
         return times
     first = times[0].detach()
-    # A jump that was named in single precision may be a little off.
+    # A jump in single precision may be slightly off.
     at_jump = torch.isclose(as_times(jumps, times), first, rtol=1e-7, atol=0).any()
     start = torch.where(at_jump, torch.nextafter(first, times[-1].detach()) - first, 0)
     return torch.cat([times[:1] + start, times[1:]])
 
 
 def _distinct(steps: Tensor, outputs: Tensor, jumps: Tensor) -> Tensor:
-    """The times to end steps at, increasing, none of them twice or a jump."""
+    """The times to end steps at, increasing, each once and none a jump."""
     if not (len(steps) or len(jumps)):
-        return outputs.sort().values  # which, other than `unique`, the host need not wait for
+        return outputs.sort().values  # the host need not wait for it, unlike for `unique`
     steps = torch.cat([steps, outputs]).unique()
     return steps[~torch.isin(steps, jumps)]
 
 
 class Tolerances:
-    """Tolerances that follow the size of a state's finest details in time, as torchdiffeq reads them: anew at every step.
+    """Tolerances that follow the size of a state's finest details in time; torchdiffeq reads them at every step.
 
     Args:
         rtol: relative, of a state of size one or larger.
@@ -254,15 +275,15 @@ class Tolerances:
         self.rtol: float | Tensor = rtol
         self.atol: float | Tensor = atol
         if size is not None:
-            # What is rounded at every evaluation can't be told from an error, so that less is not asked for.
+            # Rounding at every evaluation looks like an error, so tolerances stay above it.
             self._least = min(rtol, 4 * torch.finfo(state.dtype).eps)
-            # The very tensors that torchdiffeq keeps, since they are of the dtype and device it would make them of.
+            # The tensors that torchdiffeq keeps, because they already have the dtype and device that it would convert to.
             self._sized = [torch.full((), given, dtype=dtype, device=state.device) for given in self._given]
             self.rtol, self.atol = self._sized
 
     @torch.no_grad()
     def at(self, t: Tensor) -> None:
-        """Take the tolerances of the step that begins at t."""
+        """Set the tolerances of the step that begins at t."""
         if self._size is not None:
             size = self._size(t).clamp(max=1).to(self._sized[0])
             for tolerance, given, least in zip(self._sized, self._given, (self._least, 0.0), strict=True):
@@ -270,7 +291,12 @@ class Tolerances:
 
 
 def steps_for_one(method: str, rtol: float) -> float:
-    """How many steps of an adaptive method tell of a velocity what one of dopri5 tells at a tolerance of 1e-5."""
+    """How many steps of an adaptive method resolve a velocity as well as one of dopri5 at a tolerance of 1e-5.
+
+    Args:
+        method: the name of the method.
+        rtol: its relative tolerance.
+    """
     order, factor = _STEPS_FOR_ONE.get(method, (8 if method == "dopri8" else 5, 1.0))
     usual = max(rtol, _USUAL_TOLERANCE)
     of_order = factor / usual ** (1 / order - 1 / 5) if order < 5 else 1.0
@@ -278,7 +304,7 @@ def steps_for_one(method: str, rtol: float) -> float:
 
 
 class StepTimes:
-    """When the accepted steps of a solve began, and how long they were.
+    """When the accepted steps of a solve began, and their lengths.
 
     Args:
         start: the first time.
@@ -306,13 +332,13 @@ class StepTimes:
         return torch.cat([begun, middles, others.reshape(-1)])
 
     def middles(self) -> list[float]:
-        """The middles of the steps as shares of the way from start to end; the host waits for them, once."""
+        """The middles of the steps as fractions of the way from start to end; the host waits for them once."""
         if self._middles is None:
             self._middles = ((self._times()[1] - self._start) / (self._end - self._start)).tolist()
         return self._middles
 
     def within(self, low: float, high: float) -> int:
-        """How many steps lie, with their middles, between two shares of the way."""
+        """How many steps have their middles between two fractions of the way."""
         if (low, high) == (0.0, 1.0):
             return len(self)
         return sum(low <= middle < high for middle in self.middles())

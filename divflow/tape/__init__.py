@@ -1,9 +1,9 @@
-"""A function of tensors, followed as it is evaluated: the one place where what torch operations are is known.
+"""A function of tensors, followed as it is evaluated: all knowledge of torch's operations is in this package.
 
     operation   one call of a torch function: its name, arguments and structure
-    listening   the one mode in which they are seen
-    rule        what an operation is, told to a tape; `elementwise`, `movements`, `linear`, `reductions`, `written` are the
-                rules, `table` says which operation has which, and `registry` adds a user's own
+    listening   the one mode that sees torch functions
+    rule        what an operation is; `elementwise`, `movements`, `linear`, `reductions`, `written` are the rules, `table`
+                assigns them to operations, and `registry` adds a user's own
     steps       what a tape holds, and `opaque` what is known by its graph alone
     tape        records, for a reader that carries something through the steps
     verify      compares a rule with autograd

@@ -1,4 +1,4 @@
-"""A cache of bounded size, the least recently kept forgotten first, for several threads at once."""
+"""A cache of bounded size for several threads, which drops the least recent value first."""
 
 import threading
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What registered functions do in place of what they were."""
+"""What registered functions call in place of their own code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,5 +10,5 @@ CALLS: dict[int, Callable[..., Any]] = {}
 
 
 def call(number: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The function as it was, or what is told of it."""
+    """Call the function as it was, or what a listener makes of it."""
     return CALLS[number](*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Rules for elementwise functions: their first and second derivatives, written out for the most common, by autograd for all."""
+"""Rules for elementwise functions: closed first and second derivatives for the most common, autograd's for all others."""
 
 import contextlib
 import functools
@@ -22,13 +22,13 @@ Curvatures = dict[tuple[int, int], Factor]
 
 @dataclass(frozen=True, eq=False)
 class Elementwise(Rule):
-    """A function of each entry of its operands, which are broadcast together.
+    """The rule of a function that acts on each entry of its operands, which are broadcast together.
 
     Args:
-        slope: of the operands and options of the operation, as it was called, the derivative at every entry of the value;
-            of several tensors among its arguments a tuple of one for each, in their order. None takes autograd's.
-        curvature: likewise the second derivative; of several tensors a dict of those by pairs `(i, j)`, i <= j, that do
-            not vanish. None takes the slope's own derivative by autograd.
+        slope: the derivative at every entry of the value, as a function of the operation's operands and options as it was
+            called. For several tensors it returns a tuple of one derivative each, in their order. None takes autograd's.
+        curvature: likewise the second derivative. For several tensors it returns a dict of those that do not vanish by
+            pairs `(i, j)`, i <= j. None takes the slope's own derivative by autograd.
 
     Example:
         >>> rule = Elementwise(slope=lambda u: 1 - u.tanh() ** 2)

@@ -15,7 +15,7 @@ __all__ = ["Layer", "Linear", "Matmul", "Multilinear"]
 
 @dataclass(frozen=True, eq=False)
 class Linear(Rule):
-    """A function that is linear in one of its arguments, each sample's by itself.
+    """The rule of a function that is linear in one of its arguments, for each sample by itself.
 
     Args:
         place: of that argument among the tensors that the operation is called with, from 0.

@@ -1,4 +1,4 @@
-"""The one mode in which torch functions are seen: whoever wants to see them is told of each, and calls it."""
+"""The one mode that sees torch functions: a listener sees each of them, and calls it."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,17 +11,17 @@ __all__ = ["Listener", "Listening", "overridable"]
 
 
 class Listener(Protocol):
-    """What is told of torch functions."""
+    """An object that sees torch functions."""
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a torch function, or what is to be called in its place, and return the result."""
+        """Call a torch function, or its replacement, and return the result."""
 
 
 class Listening(TorchFunctionMode):
-    """While it is entered, a listener calls every torch function; those that it calls itself it is not told of.
+    """While it is entered, a listener calls every torch function; it does not see those that it calls itself.
 
     Args:
-        listener: which; functions that it does not call are not evaluated.
+        listener: functions that it does not call are not evaluated.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -36,7 +36,12 @@ class Listening(TorchFunctionMode):
 
 
 def overridable(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls the original; while something is listening, it is told of the function instead, as of one of torch's."""
+    """Wrap the original so that a listener, if there is one, sees the function instead, as one of torch's.
+
+    Args:
+        function: what listeners see.
+        original: what is called.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.overrides._is_torch_function_mode_enabled():

@@ -121,6 +121,10 @@ class Operation(NamedTuple):
     """A torch function at its arguments.
 
     Attributes:
+        func: the function.
+        name: as of `name_of`.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
         tensors: those among the arguments, lists and dicts included.
         summary: what decides the structure: the name, shapes and options, and the numbers that do.
     """

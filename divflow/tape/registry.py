@@ -1,4 +1,4 @@
-"""Rules of a user's own: functions that are no torch functions are made seen by torch's own protocol for these."""
+"""Rules of a user's own for functions outside of torch, which torch's own override protocol makes visible."""
 
 import inspect
 import itertools
@@ -25,9 +25,9 @@ class _Entry(NamedTuple):
 
     Attributes:
         rule: the rule.
-        seen: what the tape is told of: the function, or its name.
-        original: what the function was, None if it is as it was.
-        restore: makes it that again.
+        seen: what the tape sees: the function, or its name.
+        original: what the function was; None if it is unchanged.
+        restore: undoes the change.
     """
 
     rule: Rule
@@ -42,21 +42,20 @@ _RULES: dict[object, _Entry] = {}
 
 
 def register(function: Callable[..., Any], rule: Rule) -> None:
-    """Tell how a function is followed, so that it does not cost a network its closed form.
+    """Register how a function is followed, so that a network that calls it keeps its closed form.
 
-    From then on the rule is taken wherever a followed field calls the function. Like every rule it is compared with
-    autograd, to first or second order, at the calls of a field that are verified.
+    From then on the rule is used wherever a followed field calls the function. Like every rule it is compared with
+    autograd, to first or second order, at the verified calls of a field. A registered function can't be scripted by
+    `torch.jit.script`.
 
     Args:
         function: a Python function, a subclass of `torch.autograd.Function` (for its `apply`), an operator of
             `torch.library`, or a torch function without a rule.
-        rule: what it is: `Elementwise`, `Linear` or `Written`.
-
-    A registered function can't be scripted by `torch.jit.script`.
+        rule: `Elementwise`, `Linear` or `Written`.
 
     Raises:
-        FieldError: it is none of these, or has a rule already. By the call of a divergence or a Laplacian: the rule is
-            wrong.
+        FieldError: the function is none of these, or has a rule already. At the call of a divergence or a Laplacian: the
+            rule is wrong.
 
     Example:
         >>> from divflow.tape import Elementwise, register, unregister
@@ -67,7 +66,7 @@ def register(function: Callable[..., Any], rule: Rule) -> None:
     """
     if not isinstance(rule, Rule):
         raise FieldError(
-            f"a rule is an Elementwise, a Linear or a Written of divflow.tape, but this is a {type(rule).__name__}: {rule!r}"
+            f"the rule must be an Elementwise, Linear or Written of divflow.tape, but is a {type(rule).__name__}: {rule!r}"
         )
     key = _key(function)
     if key in _ENTRIES:
@@ -79,32 +78,49 @@ def register(function: Callable[..., Any], rule: Rule) -> None:
 
 
 def unregister(function: Callable[..., Any]) -> None:
-    """Forget the rule of a function, which is then what it was before `register`.
+    """Remove the rule of a function, which is then what it was before `register`.
+
+    Args:
+        function: the function that was registered.
 
     Raises:
         FieldError: it has none.
     """
     entry = _ENTRIES.pop(_key(function), None)
     if entry is None:
-        raise FieldError(f"{_named(function)} has no rule that was registered")
+        raise FieldError(f"{_named(function)} has no registered rule, so there is none to remove")
     del _RULES[entry.seen]
     entry.restore()
 
 
 def registered(func: Any, name: str) -> Rule | None:
-    """The rule that a user gave to a function."""
+    """Return the rule that a user registered for a function.
+
+    Args:
+        func: the function.
+        name: of the operation.
+    """
     entry = (_RULES.get(func) or _RULES.get(name)) if _RULES else None
     return None if entry is None else entry.rule
 
 
 def inside(func: Any) -> Callable[..., Any] | None:
-    """What a registered function calls, for who must see inside of it; None for any other function."""
+    """Return what a registered function calls, for callers that must see its inside; None for any other function.
+
+    Args:
+        func: the function.
+    """
     entry = _RULES.get(func) if _RULES else None
     return None if entry is None else entry.original
 
 
 def rule_of(func: Any, name: str) -> Rule | None:
-    """The rule of a torch function, or of one that is seen like these; None if it has none."""
+    """Return the rule of a torch function, or of a registered one; None if it has none.
+
+    Args:
+        func: the function.
+        name: of the operation.
+    """
     return RULES.get(name) or registered(func, name)
 
 
@@ -117,13 +133,13 @@ def _key(function: Any) -> Any:
         return function
     if isinstance(function, types.FunctionType) and function.__module__.split(".")[0] != "torch":
         if function.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
-            raise FieldError(f"{_named(function)} can't be registered, since it is a generator or a coroutine")
+            raise FieldError(f"{_named(function)} can't be registered, because it is a generator or a coroutine")
         return function
     if callable(function) and function in torch.overrides.get_testing_overrides():
         return name_of(function)
     raise FieldError(
         f"{_named(function)} can't be registered: it must be a Python function, a subclass of torch.autograd.Function, an "
-        "operator of torch.library or a torch function; of an object that is called, register the function that it calls"
+        "operator of torch.library or a torch function. For a callable object, register the function that it calls."
     )
 
 
@@ -132,7 +148,7 @@ def _named(function: Any) -> str:
 
 
 def _seen(key: Any) -> tuple[object, Callable[..., Any] | None, Callable[[], None]]:
-    """Make calls of a function seen as those of torch functions are; what is seen, what is called, and what undoes that."""
+    """Make calls of a function visible like those of torch functions; return what is seen, what is called, and the undo."""
     if isinstance(key, str):
         return key, None, lambda: None
     if isinstance(key, type):
@@ -140,7 +156,7 @@ def _seen(key: Any) -> tuple[object, Callable[..., Any] | None, Callable[[], Non
     code = key.__code__
     original = types.FunctionType(code, key.__globals__, key.__name__, key.__defaults__, key.__closure__)
     original.__kwdefaults__ = key.__kwdefaults__
-    # The function's own code, so that every reference to it is seen, also one that was imported before.
+    # The function's own code is replaced, so that every reference to it is seen, also one that was imported before.
     number = next(_NUMBERS)
     CALLS[number] = overridable(key, original)
     constants = tuple(number if constant == _NUMBER else constant for constant in _template.__code__.co_consts)

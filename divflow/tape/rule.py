@@ -1,4 +1,4 @@
-"""What an operation is, whatever is carried through it: a rule evaluates it, and tells the tape how its value is made."""
+"""What an operation is, whatever is carried through it: a rule evaluates it, and records how its value is made."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -14,7 +14,7 @@ __all__ = ["NoRule", "Recorder", "Rule", "RuleError"]
 
 
 class NoRule(Exception):  # noqa: N818 - caught inside this package, and no error
-    """An operation that is none of the steps that are asked for; the message names it."""
+    """An operation without the steps that are needed; the message names it."""
 
 
 class RuleError(FieldError):
@@ -22,11 +22,11 @@ class RuleError(FieldError):
 
 
 class Recorder(Protocol):
-    """What a rule tells: a tape.
+    """What a rule writes to: a tape.
 
     Attributes:
         differentiable: whether values and slopes keep their graph.
-        curved: whether second derivatives are asked for.
+        curved: whether second derivatives are needed.
     """
 
     differentiable: bool

@@ -27,10 +27,10 @@ _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedErro
 
 
 class Reader(Protocol):
-    """What reads a tape: told each step as it is made.
+    """What reads a tape: it receives each step as it is made.
 
     Attributes:
-        curved: whether it asks for second derivatives.
+        curved: whether it needs second derivatives.
     """
 
     curved: bool
@@ -248,7 +248,7 @@ class Tape:
             except _FAILURES as error:
                 if registered(op.func, op.name) is not None:
                     raise RuleError(
-                        f"the rule that was registered for {op.name} fails: {type(error).__name__}: {error}"
+                        f"the rule that was registered for {op.name} fails with {type(error).__name__}: {error}"
                     ) from error
                 reason = f"the rule of {op.name} does not cover its arguments"
             finally:

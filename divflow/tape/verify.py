@@ -28,7 +28,7 @@ _RIGHT: Cache[bool] = Cache(4096)
 
 
 class _Differs(Exception):  # noqa: N818 - caught here
-    """What a rule says is not what autograd finds."""
+    """A rule and autograd disagree."""
 
 
 class Carried(NamedTuple):
@@ -66,7 +66,11 @@ class Carrier(Reader, Protocol):
 
 
 def verifier(carrier: Callable[[], Carrier]) -> Callable[[Operation, Rule, list[Tensor]], None]:
-    """What compares rules with autograd, as a tape calls it, by a reader that is made for it."""
+    """Make what compares rules with autograd, as a tape calls it, by a reader made for each comparison.
+
+    Args:
+        carrier: makes the reader.
+    """
 
     def verify(op: Operation, rule: Rule, operands: list[Tensor]) -> None:
         reader = carrier()
@@ -87,7 +91,7 @@ def verifier(carrier: Callable[[], Carrier]) -> Callable[[Operation, Rule, list[
         except _Differs as error:
             if own:
                 raise RuleError(
-                    f"the rule that was registered for {op.name} is wrong: {error}; correct it, or unregister it"
+                    f"the rule that was registered for {op.name} is wrong: {error}. Correct it, or unregister it."
                 ) from None
             raise NoRule(str(error).partition(":")[0]) from error
         _RIGHT.keep(key, True)
@@ -154,7 +158,7 @@ def _require_derivatives(
         second += _total(slopes, [row[0] for row in bent]).detach()
     known = weights.new_zeros(_DIRECTIONS, 1) if carried is None else carried.first.detach()
     slack = 0.0 if carried is None else 64 * torch.finfo(result.dtype).eps * carried.magnitude
-    reason = f"the derivative of {op.name} is another"
+    reason = f"the derivative of {op.name} differs"
     _require(known.sum(dim=1), first, known.abs().sum(dim=1), reason, slack)
     if reader.curved:
         bends = None if carried is None else carried.second
@@ -171,7 +175,7 @@ def _total(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def _require(known: Tensor, true: Tensor, scale: Tensor, reason: str, slack: Tensor | float = 0.0) -> None:
-    """That numbers agree, relative to the size of what they are sums of; what is not finite says nothing."""
+    """Require that numbers agree, relative to the size of the terms of their sums; values that are not finite prove nothing."""
     error = (known - true).abs()
     allowed = TOLERANCES.get(known.dtype, 0.05) * (scale + true.abs()) + slack
     wrong = ~((error <= allowed) | (known == true) | (known.isnan() & true.isnan()))

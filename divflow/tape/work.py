@@ -1,4 +1,4 @@
-"""What an evaluation costs, counted."""
+"""The cost of an evaluation, counted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["Work"]
 
 
 class Work(TorchDispatchMode):
-    """While it is entered, it counts multiplications of matrix products and convolutions, entries of all results, and their bytes.
+    """Count multiplications of matrix products and convolutions, the entries of all results, and their bytes.
 
     Attributes:
         operations: multiplications and entries.

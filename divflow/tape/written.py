@@ -22,11 +22,11 @@ __all__ = ["NORMALIZATIONS", "WRITTEN", "Standardization", "Written", "standardi
 
 @dataclass(frozen=True, eq=False)
 class Written(Rule):
-    """The same by simple operations, which are followed one by one.
+    """The rule of a function that simpler operations compute, which are followed one by one.
 
     Args:
         function: of the operation's arguments.
-        fused: whether the value stays the operation's own; else it is the function's, to save an evaluation.
+        fused: whether the value stays the operation's own; else it is the function's, which saves an evaluation.
 
     Example:
         >>> rule = Written(lambda u, weight: u / u.square().mean(-1, keepdim=True).sqrt() * weight)

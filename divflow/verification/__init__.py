@@ -1,7 +1,7 @@
-"""What is verified of a user's function, at calls 1, 2, 4, 8, ..., by every estimator and operator.
+"""What every estimator and operator verifies of a user's function, at its calls 1, 2, 4, 8, ...
 
-That its samples are not mixed (`mixing`), and that autograd knows all that it does (`severed`); where that is in doubt, its
-derivative is compared with central differences (`differences`), on a copy (`copies`).
+It verifies that samples are not mixed (`mixing`), and that autograd sees all that the function does (`severed`). In case
+of doubt its derivative is compared with central differences (`differences`), on a copy (`copies`).
 """
 
 from divflow.verification.schedule import severed_fields

@@ -1,4 +1,4 @@
-"""When two numbers of one thing agree, in the precision that they were computed in."""
+"""Whether two computations of one number agree, in the precision of their computation."""
 
 import torch
 from torch import Tensor
@@ -8,24 +8,28 @@ from divflow.tape.verify import TOLERANCES
 
 __all__ = ["require_equal", "tolerance"]
 
-# How many units in the last place may be lost where the terms of a derivative cancel.
+# How many units in the last place may be lost if the terms of a derivative cancel.
 _ROUNDINGS = 32
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Relative differences that are rounding."""
+    """The relative difference that counts as rounding.
+
+    Args:
+        dtype: of the computation.
+    """
     return TOLERANCES.get(dtype, 0.05)
 
 
 def require_equal(known: Tensor, true: Tensor, dtype: torch.dtype, reason: str, bound: Tensor | None = None) -> None:
-    """That the sums over the entries of every sample agree, in a precision.
+    """Require that the sums over the entries of every sample agree, in a precision.
 
     Args:
         known: `(k, n)`.
-        true: what it should be.
-        dtype: that they were computed in.
-        reason: to give where they don't.
-        bound: what the entries would be if nothing in them cancelled; its roundoff is allowed, where a softmax is saturated.
+        true: the expected values.
+        dtype: in which they were computed.
+        reason: of the exception.
+        bound: the entries without any cancellation; its roundoff is allowed, as of a saturated softmax.
 
     Raises:
         NoRule: they don't.

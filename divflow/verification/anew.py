@@ -1,4 +1,4 @@
-"""Fields that are other ones at each call, as closures over a batch of conditions are, so that nothing is kept of them."""
+"""Fields that are new at each call, such as closures over a batch of conditions, so that nothing is kept of them."""
 
 import warnings
 
@@ -7,7 +7,7 @@ from divflow.verification.kept import Plans, captured, kin
 
 __all__ = ["note_new"]
 
-# As many new ones of one code, over tensors of a row a sample, are a loop's.
+# So many new fields of one code, over tensors with one row per sample, come from a loop.
 _SEVERAL = 8
 
 
@@ -24,8 +24,12 @@ _COUNTS: Plans[_Count] = Plans()
 def note_new(g: object, batch: int) -> None:
     """Note a field of which nothing is known yet.
 
+    Args:
+        g: the field.
+        batch: the number of samples.
+
     Warns:
-        FieldWarning: once a code, that it is planned anew at each call, since it is a closure over conditions of the batch.
+        FieldWarning: once per code, if it is planned anew at each call because it is a closure over conditions of the batch.
     """
     given = [tuple(tensor.shape) for tensor in captured(g) if tensor.ndim and len(tensor) == batch > 1]
     if not given:
@@ -34,9 +38,9 @@ def note_new(g: object, batch: int) -> None:
     count.number += 1
     if count.number == _SEVERAL:
         warnings.warn(
-            f"the field is a function made anew for each batch, over a tensor of a row for each of its {batch} samples, {given[0]}: it is "
-            "planned anew at each call. Give the tensor as the context, for which the plan is kept: "
-            "divergence(g, t, x, context=c), with g(t, x, context)",
+            f"the field is a function made anew for each batch, over a tensor with one row for each of its {batch} samples, {given[0]}: it "
+            "is planned anew at each call. Pass the tensor as the context, for which the plan is kept: "
+            "divergence(g, t, x, context=c), with g(t, x, context).",
             FieldWarning,
             stacklevel=2,
         )

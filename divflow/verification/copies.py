@@ -1,4 +1,4 @@
-"""A copy of a field, in double precision or as it is, to evaluate at points of our own choosing."""
+"""A copy of a field, in double precision or as it is, to evaluate at other points."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 
 __all__ = ["Copied", "CopyError", "copied"]
 
-# Elements of the tensors of a field that are copied in double precision at most, and how deep containers are looked into.
+# The most elements of a field that are copied in double precision, and how deep containers are searched.
 _MOST_ELEMENTS, _DEPTH = 2**27, 12
 
 
@@ -28,8 +28,8 @@ class Copied(NamedTuple):
     """A copy of a field.
 
     Attributes:
-        field: that shares no tensor with it.
-        reset: a function that sets tensors, generators and attributes of modules back to what they were when it was made.
+        field: the copy, which shares no tensor with the original.
+        reset: resets tensors, generators and attributes of modules to their state at the time of the copy.
     """
 
     field: Any
@@ -37,13 +37,13 @@ class Copied(NamedTuple):
 
 
 def copied(g: Any, double: bool = False) -> Copied:
-    """A copy of a field: of modules, functions with their closures and globals, partials, and what these hold.
+    """Copy a field: modules, functions with their closures and globals, partials, and what these hold.
 
     Its all-zero parameters are perturbed, so that a last layer that starts there hides nothing.
 
     Args:
         g: the field.
-        double: whether its tensors of a floating dtype become float64, complex ones complex128.
+        double: whether its floating-point tensors become float64, complex ones complex128.
 
     Raises:
         CopyError: it holds something that can't be copied, or is too large.
@@ -74,7 +74,7 @@ class _Copy:
         self._originals: list[Any] = []
 
     def of(self, value: Any, depth: int) -> Any:
-        """The copy of a value; itself, if it is of no kind that a field's numbers are in."""
+        """Copy a value; values of other kinds than those that hold a field's numbers are returned as they are."""
         if id(value) in self.memo:
             return self.memo[id(value)]
         if depth > _DEPTH:
@@ -118,7 +118,7 @@ class _Copy:
                 parameter.add_(0.1 * steps.to(parameter))
 
     def resetting(self) -> Callable[[], None]:
-        """A function that sets what was copied back."""
+        """Return a function that resets what was copied."""
         tensors = [(it, it.detach().clone(), it._version) for it in self.memo.values() if isinstance(it, Tensor)]
         generators = [(it, it.get_state()) for it in self.memo.values() if isinstance(it, Generator)]
         modules = [(it, dict(vars(it))) for it in self.memo.values() if isinstance(it, nn.Module)]
@@ -141,7 +141,7 @@ class _Copy:
 
     def _keep(self, value: Any, new: Any) -> Any:
         self.memo[id(value)] = new
-        self._originals.append(value)  # whose identity must stay its own
+        self._originals.append(value)  # kept alive, so that no other object gets its identity
         return new
 
     def _tensor(self, value: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class _Copy:
 
     def _module(self, value: nn.Module, depth: int) -> Any:
         if isinstance(value, nn.parallel.DistributedDataParallel):
-            return self.of(value.module, depth)  # what is evaluated here is no step of the processes
+            return self.of(value.module, depth)  # evaluated in this process alone
         if isinstance(value, torch.jit.ScriptModule):
             new = copy.deepcopy(value)
             return self._keep(value, new.double() if self._double else new)
@@ -170,7 +170,7 @@ class _Copy:
         return new
 
     def _function(self, value: types.FunctionType, depth: int) -> Any:
-        # Another module's function has no numbers of the field's, but a library of others that it calls.
+        # A function of another module holds none of the field's numbers, but calls a library.
         if self._home not in (None, value.__module__) and not value.__closure__:
             return value
         self._home = self._home or value.__module__
@@ -203,7 +203,7 @@ class _Copy:
         return new
 
     def _object(self, value: Any, depth: int) -> Any:
-        """A callable, a dataclass or a distribution with what it holds; anything else stays as it is."""
+        """Copy a callable, a dataclass or a distribution with what it holds; anything else stays as it is."""
         called = callable(value) or dataclasses.is_dataclass(value) or isinstance(value, Distribution)
         if isinstance(value, type | types.ModuleType | OpOverload | OpOverloadPacket | CustomOpDef) or not called:
             return value
@@ -222,6 +222,6 @@ class _Copy:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Of the globals that a function, or one inside it, may use."""
+    """The globals that a function, or one inside it, may use."""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*map(_names, inner))

@@ -1,7 +1,8 @@
-"""A field's derivative along one direction by central differences, beside autograd's: what decides where autograd is suspect.
+"""A field's derivative along one direction by central differences, which decides if autograd is suspect.
 
-In float64, on a copy, the difference has some eight digits, and a step so small crosses no kink. In float32 it has two, and
-the kinks of a network of ReLUs lie within its step: it can tell of nothing but a derivative that is missing altogether.
+In float64, on a copy, the difference has about eight digits, and its small step crosses no kink. In float32 it has two,
+and the kinks of a network of ReLUs lie within its step: there it can only detect that a derivative is missing
+altogether.
 """
 
 from collections.abc import Callable
@@ -20,25 +21,25 @@ Function = Callable[[Tensor], Tensor]
 
 # Steps in units of the state, in the order in which they are tried.
 _STEPS = {torch.float64: (1e-6, 1e-5, 1e-7, 1e-4, 1e-3, 1e-8), torch.float32: (1e-2, 3e-3, 3e-2, 1e-1, 3e-1)}
-# Shares of a directional derivative that are agreement, and that two differences may be apart by to be believed: more
-# where autograd finds nothing at all, since that is what a network of whole numbers is found by, whose values have steps.
+# Fractions of a directional derivative that count as agreement, and by which two differences may differ: more if
+# autograd finds nothing at all, because that detects networks of whole numbers, whose values have steps.
 _AGREES = {torch.float64: 1e-5, torch.float32: 2e-2}
 _CONSISTENT, _CONSISTENT_WITH_NOTHING = 0.1, 0.25
-# How much of the state the point is moved by, away from kinks that data lie on, such as zero.
+# By which fraction of the state the point is moved, away from kinks on which data lie, such as zero.
 _MOVED = 1e-3
 
 
 class Difference(NamedTuple):
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        verdict: "right", "wrong", or "unknown" where nothing could be compared.
-        certain: whether a wrong one was found in float64, or is one that autograd finds nothing of.
+        verdict: "right", "wrong", or "unknown" if nothing could be compared.
+        certain: whether a wrong one was found in float64, or is one of which autograd finds nothing.
         telling: whether a right one is of a derivative that is not zero.
-        missed: the share of the directional derivative that autograd misses.
-        difference: w^T J v by the difference, of the sample that it misses most of.
+        missed: the fraction of the directional derivative that autograd misses.
+        difference: w^T J v by differences, of the sample with the largest fraction missed.
         autograd: by autograd.
-        why: what kept it from being known.
+        why: the reason why it is unknown.
     """
 
     verdict: str
@@ -51,10 +52,10 @@ class Difference(NamedTuple):
 
 
 def compare(function: Function, x: Tensor) -> Difference:
-    """The derivative of a function of each sample along one random direction, by autograd and by central differences.
+    """Compute the derivative of a function along one random direction, by autograd and by central differences.
 
     Args:
-        function: of the state alone; evaluated on a copy, or where it can't be copied, kept from writing.
+        function: of the state alone; evaluated on a copy or, if it can't be copied, kept from writing.
         x: states `(k, *event)`.
     """
     try:
@@ -80,7 +81,7 @@ def compare(function: Function, x: Tensor) -> Difference:
     except _UnlikeError as error:
         return Difference("unknown", why=str(error) or "its precision is another")
     except Exception as error:
-        return Difference("unknown", why=f"{type(error).__name__} when it is evaluated again")
+        return Difference("unknown", why=f"it raises {type(error).__name__} when it is evaluated again")
 
 
 def _resetting(function: Function, double: bool) -> Function:
@@ -95,7 +96,7 @@ def _resetting(function: Function, double: bool) -> Function:
 
 
 class _UnlikeError(Exception):
-    """Values that can't be compared: for a reason, or without one if another precision may do."""
+    """Values that can't be compared; without a reason if another precision may do."""
 
 
 def _compared(function: Function, x: Tensor, certain: bool) -> Difference:
@@ -103,7 +104,7 @@ def _compared(function: Function, x: Tensor, certain: bool) -> Difference:
     directions = torch.randn((2, *x.shape), generator=noise, dtype=torch.float64, device="cpu").to(x)
     size = x.abs().amax()
     size = torch.where((size > 0) & size.isfinite(), size, 1.0)
-    for moved in (_MOVED, 0.0):  # where a field is not defined beside its data, at these
+    for moved in (_MOVED, 0.0):  # a field that is undefined beside its data is evaluated at these
         try:
             point = x + moved * size * directions[1]
             value = _value(function, point)
@@ -116,7 +117,7 @@ def _compared(function: Function, x: Tensor, certain: bool) -> Difference:
         if value.isfinite().all():
             break
     if not torch.equal(_value(function, point).nan_to_num(), value.nan_to_num()):
-        raise _UnlikeError("it keeps a state, or has another value each time")
+        raise _UnlikeError("it keeps a state, or returns another value each time")
     weights = torch.randn(value.shape, generator=noise, dtype=torch.float64, device="cpu").to(value)
     known = _by_autograd(function, point, directions[0], weights)
     return _verdict(function, point, directions[0], weights, known, value, size, certain)
@@ -125,11 +126,11 @@ def _compared(function: Function, x: Tensor, certain: bool) -> Difference:
 def _verdict(
     function: Function, x: Tensor, v: Tensor, w: Tensor, known: Tensor, value: Tensor, size: Tensor, certain: bool
 ) -> Difference:
-    """Right where one step agrees with autograd; wrong where none does, and two of them agree with each other."""
+    """Right if one step agrees with autograd; wrong if none does, and two of them agree with each other."""
     found: list[Tensor] = []
     eps = torch.finfo(x.dtype).eps
     rounding = eps * _per_sample(value.abs() * w.abs())
-    # Where terms of order one cancel in a value, their rounding is not seen in it: what moves them by less is no change.
+    # If terms of order one cancel in a value, it does not show their rounding: a smaller change is none.
     smallest = eps * size * _per_sample(w.abs()) / (max(_STEPS[x.dtype]) * size)
     agrees = _AGREES[x.dtype]
     for step in _STEPS[x.dtype]:
@@ -171,10 +172,10 @@ def _by_autograd(function: Function, x: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 
 def _value(function: Function, x: Tensor, graph: bool = False) -> Tensor:
-    """With the same random numbers each time, outside of autocast, whose rounding would pass for a difference."""
+    """Evaluate with the same random numbers each time, outside of autocast, whose rounding would look like a difference."""
     with (
         seeded(0, [x.device] if x.is_cuda else []),
-        torch.enable_grad(),  # as it is evaluated, since a field may ask for it
+        torch.enable_grad(),  # because a field may ask whether grad is enabled
         torch.autocast(x.device.type, enabled=False),
     ):
         z = x.clone() if graph else x.clone().requires_grad_()

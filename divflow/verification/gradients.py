@@ -1,8 +1,9 @@
-"""Is the gradient that a training step would take the right one? Compared with central differences, before the first step.
+"""Check the gradient that a training step would take, by central differences before the first step.
 
-Second derivatives are where autograd may be silently wrong: a custom `autograd.Function` that keeps an intermediate without
-its graph has a right divergence, and a wrong gradient of it. So the derivatives of the value and of the divergence along one
-random direction of all parameters and of the state are taken both ways, on a copy in double precision.
+Second derivatives can be silently wrong in autograd: a custom `autograd.Function` that keeps an intermediate result
+without its graph has a right divergence, and a wrong gradient of it. So the derivatives of the value and of the
+divergence along one random direction of all parameters and of the state are computed both ways, on a copy in double
+precision.
 """
 
 import math
@@ -24,12 +25,11 @@ __all__ = ["check_gradient"]
 Field = Callable[[Tensor, Tensor], Tensor]
 
 _ROWS = 2
-# Steps in units of each tensor: kinks lie between few points so near, and none of them between those of all steps.
+# Steps in units of each tensor: few such close points have a kink between them, and none has one for all steps.
 _STEPS = {torch.float64: (1e-5, 1e-6, 1e-4, 1e-7), torch.float32: (3e-3, 1e-2, 3e-2)}
-# Shares of a derivative that are agreement, and how much of what is missed the differences may be apart.
+# Fractions of a derivative that count as agreement, and by which fraction of the error the differences may differ.
 _AGREES, _CONSISTENT = {torch.float64: 1e-4, torch.float32: 0.3}, 0.1
-# How far the point is moved from where kinks often lie, such as zero, and what is zero from there, which hides what it is
-# multiplied with.
+# How far the point is moved away from zero, where kinks often lie, and parameters away from zero, which hides their factors.
 _MOVED, _FROM_ZERO = 1e-3, 0.1
 
 
@@ -39,28 +39,28 @@ class Estimator(Protocol):
     frozen: bool
 
     def __call__(self, g: Field, t: Tensor, x: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """The value `(k, *event)` and the divergence `(k,)`."""
+        """Return the value `(k, *event)` and the divergence `(k,)`."""
 
     def freeze(self, x: Tensor, generator: Generator | None = None) -> "Estimator":
-        """The estimator with its random vectors drawn."""
+        """Return the estimator with its random vectors drawn."""
 
 
 def check_gradient(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator) -> None:
-    """Refuse a field whose gradient, or that of whose divergence, is another than central differences find.
+    """Refuse a field if autograd and central differences disagree on its gradient, or on that of its divergence.
 
-    It is evaluated at two samples some six times, with the same random numbers each time. Where it can't be copied to
-    double precision, differences tell little, and a wrong gradient gets a warning. A field that has another value at each
-    evaluation is not compared, nor one whose derivatives autograd refuses, or that means what it detaches
-    (`severed_fields("allow")`).
+    It is evaluated at two samples about six times, with the same random numbers each time. If it can't be copied to double
+    precision, differences prove little, and a wrong gradient only raises a warning. Fields that return another value at
+    each evaluation, whose derivatives autograd refuses, or that detach on purpose (`severed_fields("allow")`) are not
+    compared.
 
     Args:
         g: the field.
         t: time, a scalar or `(k,)`.
-        x: states `(k, *event)` such as the field will see.
+        x: states `(k, *event)` such as the field will receive.
         estimator: of the divergence; it is frozen first.
 
     Raises:
-        FieldError: another gradient, with both numbers.
+        FieldError: the gradients differ; the message has both numbers.
     """
     if x.numel() == 0 or answer() == "allow" or torch.compiler.is_compiling():
         return
@@ -81,17 +81,17 @@ def check_gradient(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator)
 
 
 def _at_few_samples(g: Field, t: Tensor, x: Tensor, estimator: Estimator) -> Iterator[tuple[Field, Tensor, Tensor]]:
-    """The field, times and states: of two samples, or of all where it holds something else for each of them."""
+    """The field, times and states: of two samples, or of all if it holds something for each of them."""
     rows = [*range(min(_ROWS, len(x)))]
     of_rows = getattr(g, "divflow_rows", None)
-    if not estimator.frozen:  # a frozen one is for so many samples
+    if not estimator.frozen:  # a frozen one needs as many samples
         yield g if of_rows is None else of_rows(rows), t[rows] if t.ndim else t, x[rows]
     if estimator.frozen or (of_rows is None and len(x) > _ROWS):
         yield g, t, x
 
 
 class _Miss(NamedTuple):
-    """What autograd makes of a derivative, and what it is by differences."""
+    """A derivative by autograd, and the one by differences."""
 
     of: str
     autograd: float
@@ -104,9 +104,9 @@ def _report(miss: _Miss, certain: bool) -> None:
     message = (
         f"the gradient of {miss.of} is wrong: its derivative along a random direction of the parameters and of x is "
         f"{miss.difference:.6g} by central differences, and {miss.autograd:.6g} by autograd. {by}A custom autograd.Function "
-        "must keep what its backward pass uses by ctx.save_for_backward, inputs and outputs only, and compute all else from "
-        "these; some of torch's own operations have wrong derivatives, too (see 'Derivatives that torch has wrong' in the "
-        "documentation). What a field detaches on purpose is not compared within severed_fields('allow')"
+        "must save only inputs and outputs, by ctx.save_for_backward, and compute the rest of its backward pass from these; "
+        "some of torch's own operations have wrong derivatives, too (see 'Derivatives that torch has wrong' in the "
+        "documentation). For a field that detaches on purpose, use severed_fields('allow')."
     )
     if certain and answer() == "refuse":
         raise FieldError(message)
@@ -130,7 +130,7 @@ class _Point:
         self._estimator = estimator.freeze(self._x, Generator(x.device).manual_seed(0))
 
     def compare(self) -> _Miss | None:
-        """The derivatives of the value and of the divergence along one direction, both ways: what is wrong, or None.
+        """Compute the derivatives of the value and of the divergence along one direction both ways; return what is wrong, or None.
 
         Raises:
             Exception: they can't be compared.
@@ -143,7 +143,7 @@ class _Point:
                     z += (_MOVED if z.any() else _FROM_ZERO) * self._random(z)
             return self._compared(inputs, [self._random(z) for z in inputs])
         finally:
-            with torch.no_grad():  # where one is not a copy after all
+            with torch.no_grad():  # in case one is not a copy
                 for z, own in zip(inputs, before, strict=True):
                     z.copy_(own)
 
@@ -177,7 +177,7 @@ class _Point:
         return None
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
-        """The value and the divergence, with the same random numbers each time."""
+        """Evaluate value and divergence, with the same random numbers each time."""
         with seeded(0, [self._x.device] if self._x.is_cuda else []):
             generator = Generator(self._x.device).manual_seed(0)
             value, divergence = self._estimator(self._g, self._t, self._x, generator)
@@ -186,25 +186,25 @@ class _Point:
         return value, divergence
 
     def _parameters(self) -> list[Tensor]:
-        """What value and divergence depend on: all leaves of their graphs, and what a module calls parameters."""
+        """What value and divergence depend on: all leaves of their graphs, and the module's parameters."""
         leaves = [getattr(node, "variable", None) for node in graph_of(*self._evaluate())]
         leaves += self._g.parameters() if isinstance(self._g, nn.Module) else []
         unique = {id(leaf): leaf for leaf in leaves if leaf is not None and leaf is not self._x}
         return [z for z in unique.values() if z.requires_grad and z.numel() and z.dtype == self._x.dtype]
 
     def _random(self, z: Tensor) -> Tensor:
-        """A random direction of the size of a tensor's entries, of one for zeros."""
+        """A random direction of the size of a tensor's entries; of size one for zeros."""
         size = z.detach().square().mean().sqrt()
         noise = torch.randn(z.shape, generator=self._noise, dtype=torch.float64, device="cpu").to(z)
         return torch.where((size > 0) & size.isfinite(), size, torch.ones_like(size)) * noise
 
 
 class _Verdict:
-    """A derivative by autograd, and differences as they come in: it is wrong where two of these agree, and none with it.
+    """Compare a derivative by autograd with differences: it is wrong if two of these agree with each other and none with it.
 
     Attributes:
         known: by autograd.
-        wrong: what it is by differences, if it is another.
+        wrong: the value by differences, if it differs.
         open: whether more differences are needed.
     """
 
@@ -215,7 +215,7 @@ class _Verdict:
         self._found: list[float] = []
 
     def add(self, difference: float, h: float) -> None:
-        """One more."""
+        """Add one difference."""
         miss = abs(difference - self.known)
         if not self.open or not math.isfinite(miss):
             return

@@ -18,18 +18,18 @@ Kept = TypeVar("Kept")
 
 
 class Plans(Generic[Kept]):
-    """What is kept of fields, by their identity and some conditions; fields are held weakly.
+    """Values kept for fields, by their identity and some conditions; fields are held weakly.
 
     Args:
-        size: how many are kept, the least recent forgotten first.
+        size: how many are kept; the least recent is dropped first.
     """
 
     def __init__(self, size: int = 256) -> None:
         self._kept: Cache[tuple[list[weakref.ref], Kept]] = Cache(size)
 
     def get(self, g: object, *conditions: Hashable) -> Kept | None:
-        """What is kept of this field, or None."""
-        if not len(self._kept):  # identities take their time
+        """Return what is kept of this field, or None."""
+        if not len(self._kept):  # finding an identity takes time
             return None
         parts, _ = _identity(g)
         references, kept = self._kept.get((parts, conditions)) or ((), None)
@@ -41,12 +41,12 @@ class Plans(Generic[Kept]):
         key = parts, conditions
         try:
             references = [weakref.ref(item, lambda _: self._kept.forget(key)) for item in objects]
-        except TypeError:  # something that can't be referenced weakly: its identity could be another's tomorrow
+        except TypeError:  # without a weak reference its identity could later be that of another object
             return
         self._kept.keep(key, (references, kept))
 
     def of(self, make: Callable[[], Kept], g: object, *conditions: Hashable) -> Kept:
-        """What is kept of this field; made, and kept, if there is nothing."""
+        """Return what is kept of this field; if nothing is, make it and keep it."""
         kept = self.get(g, *conditions)
         if kept is None:
             kept = make()
@@ -55,10 +55,10 @@ class Plans(Generic[Kept]):
 
 
 def _identity(g: object, depth: int = 0) -> tuple[Hashable, list[object]]:
-    """What tells a field from another: a hashable, in which objects count by identity, and these objects.
+    """Identify a field: a hashable, in which objects count by identity, and these objects.
 
-    Two functions of the same code over the same objects are one field, such as a lambda made in each training step;
-    an object that is made anew for each call tells by a property `divflow_identity`, a tuple, what it is made of.
+    Two functions of the same code over the same objects are one field, such as a lambda made in each training step. An
+    object that is made anew for each call names what it is made of by a property `divflow_identity`, a tuple.
     """
     if isinstance(g, (int, float, str, bool, bytes, type(None))):
         return (type(g), g), []
@@ -93,7 +93,11 @@ def _joined(tag: object, own: list[object], parts: list[object], depth: int) -> 
 
 
 def contents(function: types.FunctionType) -> list[object]:
-    """What a function's closure holds: of variables that have a value yet."""
+    """List what a function's closure holds, without variables that have no value yet.
+
+    Args:
+        function: the function.
+    """
     found = []
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):
@@ -102,7 +106,11 @@ def contents(function: types.FunctionType) -> list[object]:
 
 
 def referred(function: types.FunctionType) -> list[object]:
-    """The networks that a function refers to as globals, itself or by functions of its module, and the codes of those."""
+    """List the networks that a function uses as globals, directly or by functions of its module, and the codes of those.
+
+    Args:
+        function: the function.
+    """
     found: list[object] = []
     functions, seen = [function], {function.__code__}
     while functions:
@@ -124,13 +132,18 @@ def referred(function: types.FunctionType) -> list[object]:
 
 @functools.lru_cache(maxsize=1024)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Of the globals that a function, or one inside it, may use, in an order of its own."""
+    """The globals that a function, or one inside it, may use, in a fixed order."""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return (*code.co_names, *itertools.chain.from_iterable(map(_names, inner)))
 
 
 def captured(g: object, depth: int = 0) -> list[Tensor]:
-    """The tensors in a function's closure, and in those of the functions there."""
+    """List the tensors in a function's closure, and in those of the functions there.
+
+    Args:
+        g: the function.
+        depth: of the search so far.
+    """
     if isinstance(g, Tensor):
         return [g]
     if depth < 8 and isinstance(g, types.FunctionType):
@@ -145,9 +158,13 @@ def captured(g: object, depth: int = 0) -> list[Tensor]:
 
 
 def kin(g: object, depth: int = 0) -> object:
-    """What a field has in common with those that the same code makes at other calls: all but the tensors in its closure.
+    """Identify a field up to the tensors in its closure, so that functions of the same code at other calls are equal.
 
-    A lambda that is made in each step over a new tensor is another field each time, but is written in the same way.
+    A lambda that is made in each step over a new tensor is another field each time, but has the same code.
+
+    Args:
+        g: the function.
+        depth: of the search so far.
     """
     if isinstance(g, types.FunctionType) and depth < 8:
         return (g.__code__, *(kin(item, depth + 1) for item in (*contents(g), *(g.__defaults__ or ()), *referred(g))))

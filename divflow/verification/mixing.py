@@ -1,4 +1,4 @@
-"""Samples that are mixed: gradients where there are none."""
+"""Mixed samples: gradients where there should be none."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ __all__ = ["mixed_by"]
 
 
 def mixed_by(output: Tensor, point: Tensor, calls: int) -> Tensor | None:
-    """The largest gradient at samples whose values have no cotangent, as a share of that at the others; None for none.
+    """Return the largest gradient at samples whose values have no cotangent, relative to that at the others; None if none.
 
-    The cotangent lives on one half of the samples, then on the other, and the halves are others at each verified call: a
-    dependence between two samples is in one of both products at every second call.
+    The cotangent lives on one half of the samples, then on the other. The halves change at each verified call: at every
+    second call one of both products shows a dependence between two given samples.
 
     Args:
         output: of the field, `(k, ...)`.

@@ -1,4 +1,4 @@
-"""Products with a field's Jacobian, whose errors are told."""
+"""Products with a field's Jacobian, whose errors are explained."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ __all__ = ["reentrant_refused"]
 
 @contextlib.contextmanager
 def reentrant_refused() -> Iterator[None]:
-    """Around products with a field's Jacobian.
+    """Wrap products with a field's Jacobian.
 
     Raises:
-        FieldError: in place of torch's error, which is of another use.
+        FieldError: instead of torch's error, which describes another use.
     """
     try:
         yield
@@ -21,6 +21,6 @@ def reentrant_refused() -> Iterator[None]:
         if "use_reentrant=True" not in str(error):
             raise
         raise FieldError(
-            "the field is checkpointed by torch.utils.checkpoint with use_reentrant=True, through which no products with a "
-            "Jacobian go; use use_reentrant=False (gradient_checkpointing_kwargs of transformers)"
+            "the field is checkpointed by torch.utils.checkpoint with use_reentrant=True, which does not support products with its "
+            "Jacobian. Set use_reentrant=False (gradient_checkpointing_kwargs of transformers)."
         ) from error

@@ -1,4 +1,4 @@
-"""Evaluations at points of our own choosing must leave no trace: a field that writes to what it keeps is stopped before."""
+"""Evaluations at other points must leave no trace: a field that writes to what it keeps is stopped before."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,16 +9,16 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["NoWrites", "WritesError"]
 
-# These write to their running statistics, which their schemas do not say.
+# These write to their running statistics, which their schemas do not declare.
 _STATISTICS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_gather_stats")
 
 
 class WritesError(Exception):
-    """A field is about to change a tensor that was there before; caught inside this package."""
+    """A field is about to change a tensor that existed before; caught inside this package."""
 
 
 class NoWrites(TorchDispatchMode):
-    """Within it, tensors that were made before can be read only, however they are reached: by globals or defaults, too.
+    """Make tensors that existed before read-only, however they are reached, also by globals or defaults.
 
     Args:
         own: tensors that may be changed nevertheless.
@@ -29,7 +29,7 @@ class NoWrites(TorchDispatchMode):
 
     def __init__(self, own: Iterable[Tensor]) -> None:
         super().__init__()
-        # Held, so that no other storage takes the place of one that is gone.
+        # Kept alive, so that no other storage takes the address of one that is freed.
         self._made = {_storage(tensor): tensor.untyped_storage() for tensor in own}
 
     def __torch_dispatch__(
@@ -44,7 +44,7 @@ class NoWrites(TorchDispatchMode):
         result = func(*args, **given)
         read = {_storage(leaf) for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            # What shares its storage with an argument is a view of it, and no newer.
+            # A result that shares its storage with an argument is a view of it, and not new.
             if isinstance(leaf, Tensor) and _storage(leaf) not in read:
                 self._made[_storage(leaf)] = leaf.untyped_storage()
         return result

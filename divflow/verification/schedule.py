@@ -20,11 +20,21 @@ _ANSWER: ContextVar[Answer] = ContextVar("divflow_severed_fields", default="warn
 
 @contextmanager
 def severed_fields(answer: Answer) -> Iterator[None]:
-    """Within it, a field of which autograd does not know all gets a warning, is refused, or is meant to be so.
+    """Choose what happens to a field whose dependence on x autograd does not see completely.
 
     Args:
-        answer: "warn" is what a bare divergence does, "refuse" what flows and tasks do, and "allow" is for a field that
-            means what it detaches.
+        answer: the reaction.
+
+            - "warn": a warning, as of a bare divergence.
+            - "refuse": an error, as in flows and tasks.
+            - "allow": nothing, for a field that detaches on purpose.
+
+    Example:
+        >>> import torch
+        >>> from divflow.divergence import divergence
+        >>> with severed_fields("allow"):
+        ...     divergence(lambda t, x: x.detach() * x, 0.0, torch.tensor([[2.0, 3.0]]))
+        tensor([5.])
     """
     token = _ANSWER.set(answer)
     try:
@@ -34,7 +44,7 @@ def severed_fields(answer: Answer) -> Iterator[None]:
 
 
 def answer() -> Answer:
-    """What a field that is severed gets."""
+    """The present reaction to a severed field."""
     return _ANSWER.get()
 
 
@@ -49,19 +59,19 @@ class Schedule:
         self.calls, self._surprised = 0, False
 
     def due(self) -> bool:
-        """Count a call, and say whether it is verified."""
+        """Count a call, and return whether it is verified."""
         self.calls += 1
         due = self._surprised or self.calls & (self.calls - 1) == 0
         self._surprised = False
         return due
 
     def surprise(self) -> None:
-        """Note that something was done that has not been verified."""
+        """Note that something unverified was done."""
         self._surprised = True
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
-        """Around a verification: where it refuses, the next call is verified, too."""
+        """Wrap a verification: if it refuses, the next call is verified, too."""
         try:
             yield
         except BaseException:
@@ -70,12 +80,12 @@ class Schedule:
 
 
 class Record:
-    """What is known of a field from the calls that were verified.
+    """What is known of a field from its verified calls.
 
     Attributes:
         schedule: of its calls.
-        wrong: whether the last one that was verified was refused or warned of; then the next one is verified, too.
-        warned: whether a warning was given.
+        wrong: whether the last verified call was refused or raised a warning; then the next one is verified, too.
+        warned: whether a warning was raised.
         right: how often a field that is suspect for a reason was found to be right.
         note: what could not be verified, and why, for `explain`.
     """
@@ -86,7 +96,7 @@ class Record:
         self.note = ""
 
     def due(self) -> bool:
-        """Count a call, and say whether it is verified."""
+        """Count a call, and return whether it is verified."""
         return self.schedule.due() or self.wrong
 
 
@@ -95,7 +105,12 @@ _VERIFYING = threading.local()
 
 
 def record_of(g: Callable[[Tensor], object], x: Tensor) -> Record:
-    """The record of a function of the state in the conditions that what it does may depend on, kept for as long as it lives."""
+    """Return the record of a function in the conditions that its behaviour may depend on, kept for as long as it lives.
+
+    Args:
+        g: the function of the state.
+        x: states `(k, *event)`.
+    """
     device, few = x.device.type, len(x) if len(x) < 2 else 2
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     conditions = few, x.shape[1:], x.dtype, device, autocast, torch.is_grad_enabled()
@@ -103,10 +118,13 @@ def record_of(g: Callable[[Tensor], object], x: Tensor) -> Record:
 
 
 def due(g: Callable[[Tensor], object], x: Tensor) -> Record | None:
-    """The record of a function whose call is to be verified, or None.
+    """Return the record of a function whose call is to be verified, or None.
 
-    None, too, where a field is evaluated in order to verify it, and within transforms of torch.func, where there are no
-    numbers to look at.
+    It is also None during a verification, and inside transforms of torch.func, where no numbers can be read.
+
+    Args:
+        g: the function of the state.
+        x: states `(k, *event)`.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if (
@@ -123,7 +141,7 @@ def due(g: Callable[[Tensor], object], x: Tensor) -> Record | None:
 
 @contextmanager
 def verifying() -> Iterator[None]:
-    """Within it, no call is due: what is evaluated is evaluated in order to verify."""
+    """Mark evaluations as part of a verification, so that none of them is due."""
     before = getattr(_VERIFYING, "now", False)
     _VERIFYING.now = True
     try:

@@ -1,4 +1,4 @@
-"""The default generators, lent, so that what draws from them gets a seed's numbers."""
+"""The default generators, lent, so that what draws from them gets the numbers of a seed."""
 
 import contextlib
 import threading
@@ -8,13 +8,18 @@ import torch
 
 __all__ = ["seeded"]
 
-# The default generator is one process's: without a lock two threads would draw from each other's seeds.
+# The default generator belongs to the process: without a lock two threads would draw from each other's seeds.
 _LENT = threading.RLock()
 
 
 @contextlib.contextmanager
 def seeded(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Within it the default generators of the CPU and of these devices go on from a seed."""
+    """Seed the default generators of the CPU and of these devices, and restore them at the end.
+
+    Args:
+        seed: the seed.
+        devices: other devices than the CPU.
+    """
     with _LENT, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield

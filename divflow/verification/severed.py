@@ -1,9 +1,9 @@
-"""A field that cuts itself off from autograd, found by following what depends on x while it is evaluated.
+"""Fields that hide a part from autograd, found by following what depends on x while they are evaluated.
 
-A tensor depends on x if an operand of the operation that made it did. It is *severed* if it depends on x without a graph
-that leads there (`detach`, `no_grad`, a gradient without `create_graph`), or if a severed operand went into it. Indices
-and masks are piecewise constant, and carry nothing on. Where nothing is severed no difference is needed: there is no
-false alarm, and a cut of any size is found with the line that made it.
+A tensor depends on x if an operand of the operation that made it did. It is *severed* if it depends on x without a
+graph leading there (`detach`, `no_grad`, a gradient without `create_graph`), or if a severed operand went into it.
+Indices and masks are piecewise constant, and pass nothing on. If nothing is severed, no differences are needed: there is
+no false alarm, and a cut of any size is found with the line that made it.
 """
 
 import os
@@ -23,7 +23,7 @@ from divflow.tape.table import SHAPED
 
 __all__ = ["Following"]
 
-# By these a number leaves torch; `__bool__` decides a branch, which is piecewise constant.
+# With these a number leaves torch; `__bool__` decides a branch, which is piecewise constant.
 _LEAVING = frozenset(
     "item tolist numpy __array__ __float__ __complex__ __int__ __index__ __dlpack__".split()  # noqa: SIM905
 )
@@ -31,17 +31,17 @@ _OURS = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch
 
 
 class Following:
-    """While it is listening, every torch function shows what of its results depends on x, and whether autograd knows.
+    """A listener that tracks which results of torch functions depend on x, and whether autograd knows.
 
     Args:
-        x: the point, which requires grad; what the field is given.
+        x: the point, which requires grad; the field's input.
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._kept = [x]  # an identity is that of a tensor that lives
+        self._kept = [x]  # kept alive, because identities are reused
         self._depends = {id(x)}
-        # True where a severed operand went in; False where there was no graph when it was made: there may be one later,
-        # since that is how results of a custom Function look within its forward pass.
+        # True if a severed operand went in. False if there was no graph when it was made: there may be one later, because
+        # results of a custom Function look like that inside its forward pass.
         self._cut: dict[int, bool] = {}
         self._cuts: list[str] = []
         self._left: list[str] = []
@@ -53,15 +53,15 @@ class Following:
         return Listening(self)
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Evaluate, and note what of it depends on x."""
-        with torch._C.DisableTorchFunction():  # what is looked at here is no operation of the field
+        """Call a function, and note which results depend on x."""
+        with torch._C.DisableTorchFunction():  # operations here are not the field's
             before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             operands = [tensor for tensor in before if id(tensor) in self._depends]
             severed = any(map(self._is_severed, operands))  # before the call, which may be `requires_grad_`
         out = func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             self._note(_name_of(func), out, args, before, operands, severed)
-            if operands and registered(func, name_of(func)) is not None:  # whose inside is not seen
+            if operands and registered(func, name_of(func)) is not None:  # its inside is not seen
                 self._other.append(f"a function with a rule of its own, {_name_of(func)}")
         return out
 
@@ -93,7 +93,7 @@ class Following:
         results += [
             it._base for it in results if it._is_view() and it._base is not None and any(it is t for t in before)
         ]
-        # What is written where no graph is made leaves a graph that knows nothing of it.
+        # The graph does not show what is written without grad.
         blind = ((written or name == "__setitem__") and not torch.is_grad_enabled()) or name == "__set__"
         for tensor in results:
             if tensor.is_floating_point() or tensor.is_complex():
@@ -109,7 +109,7 @@ class Following:
         return cut is True or (cut is False and tensor.grad_fn is None)
 
     def suspicion(self, output: Tensor, nodes: Iterable[Node]) -> str | None:
-        """Why the derivative of an output may not be autograd's; None where autograd knows of all that was done.
+        """Explain why the derivative of an output may differ from autograd's; None if autograd knows all that was done.
 
         Args:
             output: what the field returned.
@@ -142,7 +142,7 @@ def _name_of(func: Any) -> str:
 
 
 def _listed(causes: list[str]) -> str:
-    """All that there are: the first of them need not be the one that matters."""
+    """All causes, because the first need not be the one that matters."""
     return ", ".join(dict.fromkeys(causes))
 
 

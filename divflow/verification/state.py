@@ -1,4 +1,4 @@
-"""Does a field change itself when it is evaluated? One that does must not be evaluated more often than it is asked for."""
+"""Whether a field changes itself when it is evaluated, so that it must not be evaluated more often than requested."""
 
 import functools
 import types
@@ -12,7 +12,12 @@ __all__ = ["state_of"]
 
 
 def state_of(g: object, depth: int = 0) -> Hashable:
-    """Another after what a field holds has changed: versions of tensors, numbers, in modules, closures and containers."""
+    """Return a value that changes with what a field holds: versions of tensors, numbers, in modules, closures and containers.
+
+    Args:
+        g: the field.
+        depth: of the search so far.
+    """
     if isinstance(g, Tensor):
         return id(g), 0 if g.is_inference() else g._version
     if isinstance(g, (int, float, str, bool, type(None))):

@@ -1,4 +1,4 @@
-"""One verified evaluation of a user's function: what it did is watched, and its derivatives are then compared with differences."""
+"""One verified evaluation of a user's function: its operations are recorded, and then compared with what autograd sees."""
 
 import warnings
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from divflow.verification.severed import Following
 __all__ = ["Watch", "watch"]
 
 Function = Callable[[Tensor], Tensor]
-# After how many comparisons that found it right a suspicion is not looked into any more.
+# After so many comparisons that found a suspect field right, it is not compared again.
 _ENOUGH = 2
 _REMEDY = (
-    "Keep the graph (create_graph=True; no detach, no_grad or numpy between x and the value), or say that it is meant: by "
-    "detached=True, or within divflow.verification.severed_fields('allow')"
+    "Keep the graph (create_graph=True; no detach, no_grad or numpy between x and the value), or declare that this is intended, by "
+    "detached=True or within divflow.verification.severed_fields('allow')."
 )
 
 
 def watch(function: Function, x: Tensor) -> "Watch | None":
-    """What watches the evaluation of a function that is about to come, or None if this call is not verified.
+    """Return a watcher for the next evaluation of a function, or None if this call is not verified.
 
     Args:
         function: of the state alone.
@@ -55,7 +55,7 @@ class Watch:
         self._output: object = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The function's value at the state z, which requires grad."""
+        """Evaluate the function at the state z, which requires grad."""
         self._following = Following(z)
         with self._following.listening:
             output = self._function(z)
@@ -63,16 +63,16 @@ class Watch:
         return output
 
     def conclude(self, output: Tensor, point: Tensor, twice: bool) -> None:
-        """Check what was seen.
+        """Check what was observed.
 
         Args:
-            output: the value, as it was checked, with its graph.
-            point: the state that its graph starts from.
+            output: the checked value, with its graph.
+            point: the state from which its graph starts.
             twice: whether products with its Jacobian may be differentiated.
 
         Raises:
-            FieldError: samples are mixed; a kernel has no second derivatives that are needed; or something is severed,
-                where that is refused.
+            FieldError: samples are mixed; a kernel lacks the second derivatives that are needed; or something is severed, if
+                that is refused.
         """
         record = self._record
         names = (node.name() for node in graph_of(output, start=point)) if twice else ()
@@ -80,19 +80,19 @@ class Watch:
         if fused is not None:
             record.wrong = True
             raise FieldError(
-                f"the field takes a fused attention kernel, which has no second derivatives ({fused}), though the "
-                "divergence is to be differentiated: leave its sdpa_kernel context out, or let it have SDPBackend.MATH "
-                "alone; under torch.no_grad any kernel will do"
+                f"the field uses a fused attention kernel, which has no second derivatives ({fused}), but the divergence is to be "
+                "differentiated. Remove its sdpa_kernel context, or restrict it to SDPBackend.MATH; under torch.no_grad any "
+                "kernel works."
             )
         with verifying(), reentrant_refused():
             mixed = mixed_by(output, point, record.schedule.calls)
         if mixed is not None:
             record.wrong = True
             raise FieldError(
-                f"the field mixes the samples of a batch: of states of shape {tuple(point.shape)}, values at some samples depend "
-                f"on others (a gradient of {float(mixed):.2g} of their own), so a trace over the batch would be wrong. "
-                "Look for normalization (BatchNorm in training mode), attention, statistics or edges over dimension 0; "
-                "evaluate samples that belong together as one event"
+                f"the field mixes the samples of a batch: for states of shape {tuple(point.shape)}, values at some samples depend on "
+                f"others (with a gradient of {float(mixed):.2g} of their own), so its divergence would be wrong. Look for "
+                "normalization (BatchNorm in training mode), attention, statistics or edges over dimension 0, and evaluate samples "
+                "that belong together as one event."
             )
         record.wrong = False
         self._compare(output, point)

@@ -72,7 +72,7 @@ def test_anything_else_is_refused_with_what_is_there(batch, keys, message):
 
 def test_a_context_has_a_row_a_sample():
     with pytest.raises(
-        FieldError, match=r"the context\['label'\] needs one row a sample, \(4, \.\.\.\), but has shape \(3,\)"
+        FieldError, match=r"the context\['label'\] needs one row per sample, \(4, \.\.\.\), but has shape \(3,\)"
     ):
         parts_of((X, {"label": C[:3]}))
 

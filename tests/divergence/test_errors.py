@@ -76,7 +76,7 @@ def test_frozen_probes_know_their_batch():
 def test_inference_tensor_inside_the_field():
     with torch.inference_mode():
         captured = torch.ones(4, 3)
-        with pytest.raises(FieldError, match="clone"):
+        with pytest.raises(FieldError, match="Clone"):
             divergence(lambda t, x: x * captured, 0.0, X)
 
 

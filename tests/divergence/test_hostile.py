@@ -369,7 +369,7 @@ def test_after_inference_mode_a_field_can_be_trained():
 
 
 def test_forward_mode_without_a_rule_names_the_remedy():
-    with pytest.raises(FieldError, match=r"method='forward' does not apply.*use method='reverse'"):
+    with pytest.raises(FieldError, match=r"method='forward' does not apply.*Use method='reverse'"):
         divergence(lambda t, x: Double.apply(x) * x, 0.0, X, Exact("forward"))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):  # the field's own error stays what it is
         divergence(lambda t, x: x @ torch.zeros(3, 3), 0.0, X, Exact("forward"))

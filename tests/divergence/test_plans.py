@@ -169,7 +169,7 @@ def test_a_field_that_never_does_the_same_is_not_planned_for_ever():
         methods.append(Exact().explain(zoomed, t, x).method)
     # A plan at the first call, and after each surprise, until there are eight.
     assert methods == ["colored"] * 15 + ["reverse"] * 5
-    assert "other operations at every call" in Exact().explain(zoomed, t, x).why
+    assert "operations differ at every call" in Exact().explain(zoomed, t, x).why
 
 
 def test_a_first_point_at_which_nothing_can_be_verified_decides_nothing():

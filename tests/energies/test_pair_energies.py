@@ -125,7 +125,7 @@ def test_what_is_refused():
 )
 def test_parameters_are_finite_numbers(option):
     ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name} must be a number.*finite.*{value!r}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*finite number.*{value!r}"):
         DoubleWell(**option)
 
 

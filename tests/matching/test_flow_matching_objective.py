@@ -165,10 +165,10 @@ def test_events_and_batches_without_entries():
         ({"t": 1.5}, MatchingError, r"t must lie in \[0, 1\].*from 1.5 to 1.5"),
         ({"t": torch.tensor([0.1, -0.2, 0.3])}, MatchingError, "from -0.2 to 0.3"),
         ({"t": torch.tensor([0.1, float("nan"), 0.3])}, MatchingError, "reaches from nan"),
-        ({"t": torch.rand(2)}, FieldError, r"one time a sample \(3,\), but has shape \(2,\)"),
-        ({"noise": torch.randn(2, 2)}, FieldError, r"noise must be of x's shape.*\(3, 2\).*is of \(2, 2\)"),
+        ({"t": torch.rand(2)}, FieldError, r"one time per sample \(3,\), but has shape \(2,\)"),
+        ({"noise": torch.randn(2, 2)}, FieldError, r"noise must be of x's shape.*\(3, 2\).*has \(2, 2\)"),
         ({"noise": torch.randn(3, 2).double()}, FieldError, "torch.float32.*torch.float64"),
-        ({"context": torch.randn(2, 1)}, FieldError, r"context needs one row a sample, \(3, ...\)"),
+        ({"context": torch.randn(2, 1)}, FieldError, r"context needs one row per sample, \(3, ...\)"),
         ({"generator": 0}, TypeError, "torch.Generator or None, but is 0"),
     ],
 )

@@ -95,7 +95,7 @@ def test_the_variance_preserving_path_is_the_sde_backwards():
     [
         (lambda: LinearPath(-0.1), r"sigma_min must lie in \[0, 1\), but is -0.1"),
         (lambda: LinearPath(1.0), r"sigma_min must lie in \[0, 1\)"),
-        (lambda: LinearPath("0.1"), "sigma_min must be a number, and finite, but is '0.1'"),
+        (lambda: LinearPath("0.1"), "sigma_min must be a finite number, but is '0.1'"),
         (lambda: VariancePreservingPath(20.0, 0.1), "0 < beta_min < beta_max, but got 20.0 and 0.1"),
         (lambda: VariancePreservingPath(epsilon=0.0), r"epsilon must lie in \(0, 1\), but is 0.0"),
     ],

@@ -44,7 +44,10 @@ def test_dtype_and_empty_batches(dtype):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"std": 0.0}, "std must be a number, positive and finite, but is 0.0"), ({"mean": "0"}, "mean must be a number")],
+    [
+        ({"std": 0.0}, "std must be a positive, finite number, but is 0.0"),
+        ({"mean": "0"}, "mean must be a finite number"),
+    ],
 )
 def test_settings_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

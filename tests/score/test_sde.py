@@ -135,7 +135,7 @@ def test_an_sde_of_ones_own():
         ({"mean_scale": lambda self, t: 1 - t}, r"mean_scale\(t\).*positive.*0 at least"),
         (
             {"std": lambda self, t: t * (1.2 - t), "mean_scale": lambda self, t: 1 + 0 * t},
-            "squared diffusion.*must not fall",
+            "squared diffusion.*must not decrease",
         ),
         ({"std": lambda self, t: -t}, r"std\(t\) must be positive"),
     ],

@@ -179,7 +179,7 @@ def test_half_precision_and_empty_batches():
         (
             lambda o, x: TimeConditionalScoreMatching(o.sde, DenoisingScoreMatching(0.1)),
             ValueError,
-            r"sigma must be None.*0\.1",
+            r"needs sigma=None.*sigma=0\.1",
         ),
     ],
 )

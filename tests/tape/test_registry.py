@@ -272,7 +272,7 @@ async def waited(u):
 
 
 REFUSED = {
-    "no rule": (swish, lambda u: u, "a rule is an Elementwise"),
+    "no rule": (swish, lambda u: u, "rule must be an Elementwise"),
     "an object": (nn.Tanh(), Linear(0), "can't be registered"),
     "a coroutine": (waited, Linear(0), "a generator or a coroutine"),
     "a number": (3, Linear(0), "can't be registered"),
@@ -292,7 +292,7 @@ def test_registered_twice_or_not_at_all():
     with pytest.raises(FieldError, match="has a rule already; unregister it first"):
         register(swish, Linear(0))
     unregister(swish)
-    with pytest.raises(FieldError, match="has no rule that was registered"):
+    with pytest.raises(FieldError, match="has no registered rule"):
         unregister(swish)
 
 

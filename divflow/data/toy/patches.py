@@ -39,7 +39,7 @@ class RingOfGaussians(SmoothDensity):
 
 
 class Checkerboard:
-    """Uniform density on every second square of a checkerboard of 4 x 4 unit squares, centred; log p is -inf outside. It has edges, so no score."""
+    """Uniform on every second square of a centred checkerboard of 4 x 4 unit squares, -inf outside; its edges have no score."""
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         """Points `(count, 2)`."""

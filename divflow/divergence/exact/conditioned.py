@@ -1,4 +1,4 @@
-"""A function g(t, x, context) with its context bound: a field g(t, x) that is known again when only the context's numbers are others."""
+"""A function g(t, x, context) with its context bound: a field g(t, x) that keeps its plan when the context's numbers change."""
 
 import functools
 from collections.abc import Callable
@@ -15,31 +15,31 @@ __all__ = ["Conditioned", "given"]
 
 
 class Conditioned(nn.Module):
-    """The field `g(t, x, context)` of t and x alone; g gets a copy of the context.
+    """The field `g(t, x, context)` as a function of t and x alone; g gets a copy of the context.
 
-    Plans are kept by g and the structure of the context. A closure over a context is another function with each one, and is
-    planned anew.
+    Plans are kept by g and the structure of the context. A closure over a context is another function for each context,
+    and is planned anew.
 
     Args:
         g: called as `g(t, x, context)`.
         context: a tensor or a tree of tensors.
-        by_rows: whether each of these has one row a sample.
+        by_rows: whether each tensor has one row per sample.
     """
 
     def __init__(self, g: Callable[..., Tensor], context: Context, by_rows: bool = True) -> None:
         super().__init__()
         self.g, self.by_rows = g, by_rows
-        # In a tuple, so that a parameter, such as a learnt condition, is none of the field's module.
+        # In a tuple, so that a parameter in it, such as a learnt condition, is not registered with this module.
         self._held = (context,)
 
     @property
     def context(self) -> Context:
-        """What it is given."""
+        """The context that g receives."""
         return self._held[0]
 
     @functools.cached_property
     def divflow_identity(self) -> tuple[object, ...]:
-        """What this field is, for plans to be kept: not the context's numbers."""
+        """What identifies this field for plans: not the context's numbers."""
         return self.g, structure(self.context)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -53,12 +53,12 @@ class Conditioned(nn.Module):
         return None if own is None else functools.partial(self.call, own)
 
     def call(self, function: Callable[..., Any], t: Tensor, x: Tensor) -> Any:
-        """A function of g's, of t, x and a copy of the context."""
+        """Call a function of g's with t, x and a copy of the context."""
         return function(t, x, mapped(Tensor.clone, self.context))
 
     @property
     def divflow_rows(self) -> "Callable[[list[int]], Conditioned] | None":
-        """The field for some samples of the batch; None where its context is not one of rows."""
+        """Make the field for some samples of the batch; None if its context does not consist of rows."""
         return self._of_rows if self.by_rows else None
 
     def _of_rows(self, rows: list[int]) -> "Conditioned":
@@ -66,9 +66,16 @@ class Conditioned(nn.Module):
 
 
 def given(g: Callable[..., Tensor], context: Context | None, x: Tensor) -> Field:
-    """The field g(t, x), or g(t, x, context) where there is a context, which need not be of rows: nothing is evaluated in parts.
+    """Bind a context, if there is one, to a function.
+
+    The result is the field g(t, x), or g(t, x, context). The context need not have rows: nothing is evaluated in parts.
+
+    Args:
+        g: called as `g(t, x)` or `g(t, x, context)`.
+        context: a tensor or a tree of tensors, or None.
+        x: states `(k, *event)`.
 
     Raises:
-        FieldError: a leaf of the context that is no tensor.
+        FieldError: a leaf of the context that is not a tensor.
     """
     return g if context is None else Conditioned(g, context, has_rows(context, len(checked_state(x))))

@@ -1,4 +1,4 @@
-"""Dense products: rows of the Jacobian, of any field."""
+"""Dense products: rows of the Jacobian of any field."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from divflow.operators.plan import Plan
 
 __all__ = ["Dense"]
 
-# How much lighter a value between weighs, in how many products a pass holds, than an entry of x (measured on
-# MLPs, where weighing it fully costs a third of the time, and UNets, where not at all doubles it).
+# By which factor intermediate values count less than entries of x for the products of a pass. Measured: full weight
+# costs MLPs a third of the time, no weight doubles the time of UNets.
 _LIGHTER = 8
 
 
@@ -18,7 +18,7 @@ class Dense(Method):
     """Rows of the Jacobian from one evaluation of the field.
 
     Args:
-        why: the reason.
+        why: the reason for this method.
     """
 
     name = "reverse"
@@ -27,7 +27,7 @@ class Dense(Method):
         self._why = why
 
     def prepare(self, evaluation: Evaluation, kept: Any = None, verify: bool = True) -> Prepared:
-        """It serves every field; the plan is what is kept."""
+        """Prepare any field; the plan is kept."""
         plan = self.plan(evaluation) if kept is None else kept
         x = evaluation.x
 
@@ -38,9 +38,9 @@ class Dense(Method):
         return Prepared(lambda: plan, take, plan)
 
     def plan(self, evaluation: Evaluation) -> Plan:
-        """What it costs."""
+        """Estimate what it costs."""
         size, x, followed = evaluation.size, evaluation.x, evaluation.followed
-        # A pass holds the gradients of all values between: where these are large, a few products fill the cache.
+        # A pass holds the gradients of all intermediate values: if these are large, a few products fill the cache.
         between = 0 if followed is None else followed.tape.elements // max(1, x.numel())
         chunk = evaluation.products_per_pass(size, max(1, between // _LIGHTER))
         cost = 1 + size

@@ -1,4 +1,4 @@
-"""The exact divergence: which method, and why."""
+"""The exact divergence: the choice of the method, and its reason."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -32,30 +32,30 @@ from divflow.verification.watch import watch
 
 __all__ = ["Exact"]
 
-# In the order in which they are asked; any other field takes dense products.
+# In this order; a field that none of them serves takes dense products.
 _OWN = Own()
 _OF_STRUCTURE: tuple[Method, ...] = (Layered(), Colored())
 _METHODS = ("auto", _OWN.name, *(method.name for method in _OF_STRUCTURE), "forward", "reverse")
-# Relative cost at which a batch for each time, with its smaller matrix products, is worth it.
+# Relative cost from which a batch for each time pays, in spite of its smaller matrix products.
 _WORTH_SEPARATING = 0.5
-# Structures of one field that plans are made for, before it is taken for one that never does the same twice.
+# Plans for one field, after which it counts as one that never does the same twice.
 _MOST_STRUCTURES = 8
 
 
 class _Known(NamedTuple):
-    """Which method serves evaluations of a structure, and what it keeps for these."""
+    """The method for evaluations of one structure, and what it keeps for them."""
 
     method: Method
     kept: Any
 
 
 class _Structures:
-    """What is known of one field: by what it did, or under None, whatever it does.
+    """What is known of one field, by what it did; under None, whatever it does.
 
     Attributes:
         schedule: of its calls.
-        latest: the plan that was made last.
-        stateful: whether the field was seen to change itself, so that it must be evaluated once a call.
+        latest: the latest plan.
+        stateful: whether the field was seen to change itself, so that it must be evaluated only once per call.
     """
 
     def __init__(self) -> None:
@@ -90,31 +90,50 @@ _STRUCTURES: Plans[_Structures] = Plans()
 
 @dataclass(frozen=True)
 class Exact(Estimator):
-    """The exact divergence of any field.
+    """Compute the exact divergence of any field, by the cheapest method that applies.
 
         (div g)_b = sum_i e_i^T J_b e_i
 
-    Args:
-        method: "own" takes what the field says of itself, by a method `value_and_divergence(t, x)` that
-            returns `(k, *event)` and `(k,)`, and compares it with autograd (see `divflow.divergence.exact.own`);
-            "layered" has a closed form for networks of linear maps and elementwise functions, at the
-            price of about one probe whatever D is (see `divflow.divergence.exact.layered`); "colored" takes one
-            product for many dimensions of a local field, such as a convolutional network (see
-            `divflow.divergence.exact.colored.colors`), and two for each statistic of the normalizations in it, such as GroupNorm,
-            evaluating it three times (see `divflow.divergence.exact.colored.held`); "reverse" takes rows of the Jacobian from one evaluation of the
-            field; "forward" takes columns (`torch.func.jvp`), for fields with forward-mode rules, evaluating
-            once a pass; torch's rules for it are compared with products in reverse (see `divflow.divergence.exact.forward`). "auto" takes the cheapest that applies (`explain` says which and why): the choice is
-            made at the first call for a field and shape of x, which takes longer than the following ones.
-        chunk_size: basis vectors a pass; None takes what suits the device. Peak memory grows with it and
-            not with D; where it is given, that holds in training too: each chunk is then computed again
-            in the backward pass, at about a third more time.
+    The choice is made at the first call for a field and shape of x, which takes longer than the following ones. `explain`
+    reports the choice and its reason. All methods are differentiable in x, t and parameters, to any order that the field
+    supports.
 
-    All methods are differentiable in x, t and parameters, to any order that the field supports.
+    Args:
+        method: the way to the trace.
+
+            - "auto" takes the cheapest that applies.
+            - "own" takes the field's own formula, a method `value_and_divergence(t, x)` that returns `(k, *event)` and
+              `(k,)`, and compares it with autograd (see `divflow.divergence.exact.own`).
+            - "layered" has a closed form for networks of linear maps and elementwise functions. It costs about one probe
+              (one vector-Jacobian product), whatever D is (see `divflow.divergence.exact.layered`).
+            - "colored" takes one product for many dimensions of a local field, such as a convolutional network (see
+              `divflow.divergence.exact.colored.colors`). Each statistic of a normalization in it, such as GroupNorm, adds
+              two products, and the field is evaluated three times (see `divflow.divergence.exact.colored.held`).
+            - "reverse" takes rows of the Jacobian, from one evaluation of the field.
+            - "forward" takes columns by `torch.func.jvp`, for fields with forward-mode rules. It evaluates the field once
+              per pass. Torch's rules are compared with products in reverse (see `divflow.divergence.exact.forward`).
+        chunk_size: basis vectors per pass; None takes what suits the device.
+
+            - Peak memory grows with it and not with D.
+            - If it is given, the bound holds in training, too: the backward pass computes each chunk again, at about a
+              third more time.
 
     Raises:
         ValueError: an unknown method, or a chunk size below 1.
-        FieldError: by a call, where `method="own"`, `"layered"` or `"colored"` does not apply, or the field's own
-            divergence is wrong; the message says why.
+        FieldError: at a call, if `method="own"`, `"layered"` or `"colored"` does not apply, or the field's own divergence
+            is wrong; the message has the reason.
+
+    Example:
+        >>> import torch
+        >>> from divflow.divergence import divergence
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> def field(t, x):
+        ...     return net(x)
+        >>> x = torch.randn(5, 3)
+        >>> divergence(field, 0.0, x, Exact()).shape
+        torch.Size([5])
+        >>> torch.allclose(divergence(field, 0.0, x), divergence(field, 0.0, x, Exact("reverse")), atol=1e-5)
+        True
     """
 
     method: str = "auto"
@@ -130,11 +149,26 @@ class Exact(Estimator):
     def explain(
         self, g: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, context: Context | None = None
     ) -> Plan:
-        """What a call with these arguments does, why, and what it is expected to cost.
+        """Report what a call with these arguments does, why, and what it is expected to cost.
 
-        The field is evaluated, unless the choice for it has been made before. The reason says, too, where a field that is
-        suspect could not be compared with differences, as one that keeps a state (`divflow.verification`). With a context g is
-        called as in `divergence`.
+        The field is evaluated, unless its plan is known. The reason also says if a suspect field could not be compared with
+        central differences, such as one that keeps a state (`divflow.verification`).
+
+        Args:
+            g: the field, `g(t, x)`, or `g(t, x, context)` with a context.
+            t: time, a scalar or `(k,)`.
+            x: states `(k, *event)`.
+            context: as in `divergence`.
+
+        Returns:
+            A `Plan`: the method, the reason, the number of products, and costs in forward passes, probes and bytes.
+
+        Example:
+            >>> import torch
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+            >>> plan = Exact().explain(lambda t, x: net(x), 0.0, torch.randn(5, 3))
+            >>> plan.method, plan.products
+            ('layered', 0)
         """
         x = checked_state(x)
         t, g = as_time(t, x), given(g, context, x)
@@ -142,7 +176,7 @@ class Exact(Estimator):
         return plan._replace(why=f"{plan.why}; {note}") if note else plan
 
     def estimate(self, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
-        """The value, the exact divergence and a standard error of zero; `generator` is not used."""
+        """Return the value, the exact divergence and a standard error of zero; `generator` is not used."""
         x = checked_state(x)
         evaluation = self._evaluation(g, as_time(t, x), x)
         prepared = self._at_once(evaluation)
@@ -154,7 +188,7 @@ class Exact(Estimator):
         return Estimate(value, divergence, torch.zeros_like(divergence, requires_grad=False))
 
     def prefers_one_time(self, g: Field, t: Tensor, x: Tensor) -> bool:
-        """True where gates that depend on a scalar t alone can be folded into the matrices of a layered network."""
+        """True if gates that depend on a scalar t alone can be folded into the matrices of a layered network."""
         shared = self.explain(g, t, x)
         if shared.method != "layered":
             return False
@@ -173,7 +207,7 @@ class Exact(Estimator):
         return structures
 
     def _at_once(self, evaluation: Evaluation) -> Prepared | None:
-        """By a method that need not see what the field does, if one is asked for or serves."""
+        """Use a method that need not see what the field does, if one was requested or serves."""
         if self.method == "forward":
             return Forward().prepare(evaluation)
         if self.method == "reverse":
@@ -197,7 +231,7 @@ class Exact(Estimator):
             return prepared.plan()
 
     def _followed(self, evaluation: Evaluation, structures: _Structures) -> Prepared:
-        """Evaluate once; by what was chosen when the field did the same before, or a new choice."""
+        """Evaluate once; use the choice for an evaluation of the same structure, or make a new one."""
         g, t, x = evaluation.g, evaluation.t, evaluation.x
         verify, watcher = structures.schedule.due(), watch(AtTime(g, t), x)
         evaluation.states, before = rng_states(x), state_of(g) if verify else None
@@ -210,7 +244,7 @@ class Exact(Estimator):
         except Exception as error:
             if products:
                 return self._not_followed(evaluation, structures, error)
-            # Without products x needs no gradient, which a field may ask of it: below it is evaluated as autograd would.
+            # Without products x has no gradient, which a field may ask for: below it is evaluated as by autograd.
             evaluation.followed = prepared = None
         if prepared is not None:
             return prepared
@@ -224,20 +258,20 @@ class Exact(Estimator):
             except Exception as error:
                 return self._not_followed(evaluation, structures, error)
         if not verify:
-            # Right for this evaluation, whatever it did; a choice for the like of it is made at the next.
+            # Right for this evaluation, whatever it did; the next call makes a choice for this structure.
             structures.schedule.surprise()
-            return Dense("dense products: it did other operations than before").prepare(evaluation)
+            return Dense("dense products: its operations differ from those of earlier calls").prepare(evaluation)
         structures.stateful = evaluation.stateful = state_of(g) != before
         return self._new(evaluation, evaluation.followed, structures)
 
     def _not_followed(self, evaluation: Evaluation, structures: _Structures, error: Exception) -> Prepared:
-        """Evaluate plainly a field that fails where it is followed; what is wrong with the field itself is raised."""
+        """Evaluate a field plainly that fails while it is followed; an error of the field itself is raised."""
         set_rng_states(evaluation.states)
         evaluation.linearized()
         why = (
             str(error)
             if isinstance(error, CheckpointedError)
-            else f"where it is followed, it raises {type(error).__name__}"
+            else f"it raises {type(error).__name__} while it is followed"
         )
         dense = Dense(f"dense products: {why}")
         prepared = dense.prepare(evaluation)
@@ -254,10 +288,10 @@ class Exact(Estimator):
         return prepared
 
     def _chosen(self, evaluation: Evaluation, structures: int) -> tuple[Method, Prepared]:
-        """The first method that serves, in their order, or the cheapest where a later one may be cheaper."""
+        """The first method that serves, in their order, or the cheapest if a later one may be cheaper."""
         reasons, serving = [], list[tuple[Method, Prepared]]()
         if not evaluation.asked and structures >= _MOST_STRUCTURES:
-            reasons.append("it does other operations at every call")
+            reasons.append("its operations differ at every call")
         else:
             for method in _OF_STRUCTURE:
                 if self.method in ("auto", method.name):
@@ -272,8 +306,8 @@ class Exact(Estimator):
             return min(serving, key=lambda item: item[1].plan().cost_in_forward_passes)
         if evaluation.asked:
             raise FieldError(
-                f"method={self.method!r} does not apply to this field ({'; '.join(reasons)}); use "
-                "method='auto', which takes the cheapest that does"
+                f"method={self.method!r} does not apply to this field ({'; '.join(reasons)}). Use "
+                "method='auto', which takes the cheapest method that applies."
             )
         dense = Dense(f"dense products: {'; '.join(reasons)}")
         return dense, dense.prepare(evaluation)
@@ -286,7 +320,7 @@ def _always(evaluation: Evaluation, known: _Known) -> Prepared:
 
 
 def _as_before(evaluation: Evaluation, followed: Followed, structures: _Structures, verify: bool) -> Prepared | None:
-    """By what is known of this structure, verified if it is due; None if nothing is, or it is wrong."""
+    """Prepare from what is known of this structure, verified if due; None if nothing is known or it is wrong."""
     known = structures.get(followed.signature)
     if known is None:
         return None

@@ -1,4 +1,4 @@
-"""A field evaluated once, with what it did to its state."""
+"""A field evaluated once, with a record of what it did to its state."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -33,23 +33,23 @@ class Followed(NamedTuple):
 
     @property
     def signature(self) -> Hashable:
-        """Equal for evaluations of the same structure."""
+        """A value that is equal for evaluations of the same structure."""
         return tuple(self.tape.signature)
 
     @property
     def structure(self) -> Hashable:
-        """The signature without the size of the batch."""
+        """The signature without the batch size."""
         return tuple((name, *map(_without_batch, rest)) for name, *rest in self.tape.signature if name not in _RESHAPES)
 
     def hides(self) -> bool:
-        """Whether a part of it is hidden from torch functions, or does not lead from x to the output."""
+        """Whether a part of the field is hidden from torch functions, or does not lead from x to the output."""
         try:
             return self.tape.output(self.output) is None or bool(self.tape.hidden)
         except NoRule:
             return bool(self.tape.hidden)
 
 
-# Their arguments are shapes.
+# Operations whose arguments are shapes.
 _RESHAPES = {"view", "reshape", "expand", "repeat", "tile", "broadcast_to", "unflatten"}
 
 
@@ -68,16 +68,16 @@ def follow(
     watcher: Watch | None = None,
     read: bool = True,
 ) -> Followed:
-    """Evaluate a field at (t, x), following what it does to x.
+    """Evaluate a field at (t, x) and follow what it does to x.
 
     Args:
         g: the field.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
         products: whether the value's graph from x is needed, for a verification and for products with the Jacobian.
-        verify: whether what is known of each operation is compared with autograd.
+        verify: whether to compare the rule of each operation with autograd.
         watcher: of this evaluation, which then needs `products`.
-        read: whether Jacobians are wanted, or what was done alone.
+        read: whether to read Jacobians, or only what was done.
     """
     differentiable = products or torch.is_grad_enabled()
     at = AtTime(g, t) if watcher is None else watcher

@@ -1,8 +1,8 @@
-"""The exact divergence by forward mode, whose rules torch has wrong for some operations: compared with reverse mode.
+"""The exact divergence by forward mode, compared with reverse mode because torch has wrong rules for some operations.
 
-`cholesky_inverse`, for one, has another derivative forward than in reverse (torch 2.13). So u^T J v is taken both ways for
-fixed vectors u and v, and so is its gradient where one is asked for: at the first call for a field, shape and grad mode, and
-again at calls 2, 4, 8, ...
+`cholesky_inverse`, for example, has another derivative forward than in reverse (torch 2.13). So u^T J v is computed
+both ways for fixed vectors u and v, and so is its gradient if one is wanted: at the first call for a field, shape and
+grad mode, and again at calls 2, 4, 8, ...
 """
 
 import contextlib
@@ -48,12 +48,12 @@ _SCHEDULES: Plans[Schedule] = Plans()
 
 
 class Forward(Method):
-    """Columns of the Jacobian, of fields with forward-mode rules."""
+    """Columns of the Jacobian, for fields with forward-mode rules."""
 
     name = "forward"
 
     def prepare(self, evaluation: Evaluation, kept: Any = None, verify: bool = True) -> Prepared:
-        """The value is computed with the divergence: once a pass."""
+        """Prepare any field; each pass computes the value with its columns."""
         x, size = evaluation.x, evaluation.size
         chunk = evaluation.products_per_pass(size)
         plan = Plan("forward", "asked for", size, chunk, 1 + size, (1 + size) / 2, evaluation.memory(chunk))
@@ -61,11 +61,16 @@ class Forward(Method):
 
 
 def evaluate(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAndDivergence:
-    """Columns J e_i, `chunk_size` of them a pass, each pass with one evaluation of the field.
+    """Compute the divergence from columns J e_i, `chunk_size` per pass, each pass with one evaluation of the field.
 
-    A field that draws random numbers (dropout) draws the same ones in every pass. It keeps no graph of
-    the evaluation, which makes it the leanest where no gradient is wanted; the field needs forward-mode
-    and batching rules for all of its operations.
+    A field that draws random numbers (dropout) draws the same ones in every pass. No graph of the evaluation is kept, so
+    this needs the least memory if no gradient is wanted. All operations of the field need forward-mode and batching rules.
+
+    Args:
+        g: the field.
+        t: time, a scalar or `(k,)`.
+        x: states `(k, *event)`.
+        chunk_size: columns per pass.
 
     Raises:
         FieldError: an operation has no rule, or a wrong one.
@@ -82,7 +87,7 @@ def evaluate(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAn
         value, columns = _columns(g, t, x, basis(x, start, stop))
         divergence = divergence + trace_of_chunk(columns, start, stop)
         report("products", stop, event_size(x))
-    if transformed():  # where there are no numbers to compare
+    if transformed():  # there are no numbers to compare
         return ValueAndDivergence(value, divergence)
     schedule, after = _schedule(g, t, x), rng_states(x)
     if schedule.due():
@@ -114,39 +119,39 @@ def _columns(g: Field, t: Tensor, x: Tensor, vectors: Tensor) -> tuple[Tensor, T
         if not any(word in str(error) for word in ("forward", "vmap", "jvp", "functorch", "functional transform")):
             raise  # the field's own
         raise FieldError(
-            f"method='forward' does not apply to this field: {str(error).splitlines()[0]}; use method='reverse'"
+            f"method='forward' does not apply to this field: {str(error).splitlines()[0]}. Use method='reverse'."
         ) from error
 
 
 def _unhooked(create_graph: bool) -> contextlib.AbstractContextManager[None]:
-    """Within it a checkpoint is an error: its second computation would be without the dual numbers of the first."""
+    """Make a checkpoint an error inside: its second computation would lack the dual numbers of the first."""
     if not create_graph:
         return contextlib.nullcontext()
     return torch.autograd.graph.disable_saved_tensors_hooks("a graph of forward mode can't be checkpointed")
 
 
 class _WrittenOut:
-    """As a listener, normalizations have the derivatives of simpler operations, and torch's own value.
+    """A listener that gives normalizations the derivatives of simpler operations, and torch's own value.
 
-    To the derivative of their forward rules mean and deviation are constants (torch 2.13; pytorch#196700).
+    The derivative of torch's forward rules takes mean and deviation for constants (torch 2.13; pytorch#196700).
 
     Args:
-        needed: whether there is a derivative of the rules.
+        needed: whether the rules are differentiated.
     """
 
     def __init__(self, needed: bool) -> None:
         self._needed = needed
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a normalization both ways, and anything else as ever."""
+        """Compute a normalization both ways, and call anything else as it is."""
         value, name = func(*args, **kwargs), name_of(func)
         if not self._needed or name not in NORMALIZATIONS:
             return value
         try:
             written = NORMALIZATIONS[name](*args, **kwargs)
-        except (NoRule, RuntimeError, ValueError, TypeError, IndexError):  # what is wrong then is found by comparison
+        except (NoRule, RuntimeError, ValueError, TypeError, IndexError):  # the comparison finds what is wrong then
             return value
-        # The value bit for bit, minus a zero that has the derivative.
+        # The value bit for bit, less a zero that carries the derivative.
         return value.detach() - (written.detach() - written)
 
 
@@ -155,7 +160,7 @@ def _schedule(g: Field, t: Tensor, x: Tensor) -> Schedule:
 
 
 def _verify(g: Field, t: Tensor, x: Tensor, states: list[Tensor]) -> None:
-    """Compare u^T (J v) with (u^T J) v, and with a graph their gradients, too.
+    """Compare u^T (J v) with (u^T J) v and, with a graph, their gradients.
 
     Raises:
         FieldError: they differ.
@@ -171,7 +176,7 @@ def _verify(g: Field, t: Tensor, x: Tensor, states: list[Tensor]) -> None:
                 set_rng_states(states)
                 field = linearize_field(g, t, point)
             row = field.pullback(u[None])[0]
-        except (RuntimeError, WritesError):  # no derivative in reverse, or another one at every evaluation
+        except (RuntimeError, WritesError):  # no derivative in reverse, or another one at each evaluation
             return
         if not torch.allclose(value.detach(), field.value.detach(), rtol=1e-2):  # it keeps a state
             return
@@ -208,8 +213,8 @@ def _require(what: str, forward: Tensor, reverse: Tensor, scale: Tensor) -> None
         return
     worst = error.nan_to_num(torch.inf).flatten().argmax()
     raise FieldError(
-        f"method='forward' has another derivative than reverse mode: of the {what}, forward mode gives "
+        f"forward and reverse mode disagree on the {what}: forward mode gives "
         f"{forward.detach().flatten()[worst].item():.6g} and reverse mode {reverse.detach().flatten()[worst].item():.6g}. "
-        "Torch's forward rule of an operation is wrong, or the field detaches what it depends on, which forward mode "
-        "does not see; use method='reverse' or 'auto'"
+        "Torch's forward rule of an operation is wrong, or the field detaches something that depends on x, which forward mode "
+        "does not see; use method='reverse' or 'auto'."
     )

@@ -1,4 +1,4 @@
-"""What a way to the exact divergence is: asked whether it serves an evaluation, it is prepared for it, or says why not."""
+"""What a method of the exact divergence is: it prepares an evaluation that it serves, or refuses with a reason."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,19 +17,19 @@ __all__ = ["Evaluation", "Method", "Prepared", "Refusal"]
 
 
 class Refusal(NamedTuple):
-    """Why a method does not serve, such as "not layered: sort has no rule"."""
+    """Why a method does not serve a field, such as "not layered: sort has no rule"."""
 
     reason: str
 
 
 class Prepared(NamedTuple):
-    """A divergence that is ready to be taken.
+    """A divergence ready to be computed.
 
     Attributes:
         plan: what is done, why, and at what cost.
         take: computes it, with the value.
-        kept: what another evaluation of the same structure is prepared from.
-        settled: whether nothing cheaper is to be looked for.
+        kept: what the next evaluation of the same structure is prepared from.
+        settled: whether the search for a cheaper method ends here.
     """
 
     plan: Callable[[], Plan]
@@ -39,19 +39,19 @@ class Prepared(NamedTuple):
 
 
 class Evaluation:
-    """A field at a point, for which a divergence is asked.
+    """A field at a point whose divergence is wanted.
 
     Args:
         g: the field.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
-        chunk_size: basis vectors a pass, where it is given.
-        asked: whether a method was asked for by name: then it is taken at any price.
+        chunk_size: basis vectors per pass, if given.
+        asked: whether a method was requested by name, which is then used at any cost.
 
     Attributes:
         followed: the field's evaluation, once there is one.
-        states: of the random generators, before it was evaluated.
-        stateful: whether the field was seen to change itself, so that it must be evaluated once.
+        states: of the random generators, before the evaluation.
+        stateful: whether the field was seen to change itself, so that it must be evaluated only once.
     """
 
     def __init__(self, g: Field, t: Tensor, x: Tensor, chunk_size: int | None, asked: bool) -> None:
@@ -63,16 +63,16 @@ class Evaluation:
 
     @property
     def size(self) -> int:
-        """D."""
+        """D, the dimensions of an event."""
         return event_size(self.x)
 
     @property
     def recompute(self) -> bool:
-        """Whether the backward pass computes chunks again, too, so that memory is bounded there."""
+        """Whether the backward pass computes chunks again, so that its memory is bounded, too."""
         return self.chunk_size is not None
 
     def linearized(self) -> Linearization:
-        """The field's value, ready for products; evaluated, if that has not been done."""
+        """The field's value, ready for products; evaluated first, if necessary."""
         if self.followed is not None:
             return self.followed.field
         if self._linearized is None:
@@ -80,16 +80,16 @@ class Evaluation:
         return self._linearized
 
     def products_per_pass(self, count: int, activations: int = 1) -> int:
-        """How many of `count` products are taken in one pass.
+        """How many of `count` products one pass takes.
 
         Args:
             count: of the products.
-            activations: elements that the field makes of each of x's.
+            activations: elements that the field computes for each element of x.
         """
         return min(self.chunk_size or products_per_pass(self.x, activations), max(count, 1))
 
     def memory(self, products: int) -> int:
-        """Bytes: each product of a pass holds about what the value's evaluation does."""
+        """The bytes of a pass: each of its products holds about as much as the value's evaluation."""
         elements = self.x.numel() if self.followed is None else self.followed.tape.elements
         return products * elements * self.x.element_size()
 
@@ -101,10 +101,10 @@ class Method(ABC):
 
     @abstractmethod
     def prepare(self, evaluation: Evaluation, kept: Any = None, verify: bool = True) -> Prepared | Refusal:
-        """Prepare the divergence of an evaluation.
+        """Prepare the divergence of an evaluation, or refuse it.
 
         Args:
-            evaluation: of the field, followed where the method needs it.
-            kept: of an evaluation of the same structure before.
-            verify: whether what it is taken from is compared with autograd, as it is where nothing was kept.
+            evaluation: of the field, followed if the method needs that.
+            kept: of an earlier evaluation of the same structure.
+            verify: whether to compare with autograd what the divergence is computed from; always done if nothing was kept.
         """

@@ -1,7 +1,7 @@
-"""Fields that know their own divergence: objects with `value_and_divergence(t, x)`, compared with autograd before they are believed.
+"""Fields that know their own divergence: objects with `value_and_divergence(t, x)`, always compared with autograd.
 
 A structure that is known when the network is written, such as a sum over pairs or an output that does not see its own
-input but at the end, may have a closed form that no rule for single operations finds. It is the field's own, and is
+input until the end, may have a closed form that no rule for single operations finds. The field offers that form. It is
 verified like any plan: at the first call for a field, shape and grad mode, and again at calls 2, 4, 8, ...
 """
 
@@ -31,26 +31,30 @@ __all__ = ["Own", "OwnDivergence", "own_divergence"]
 OwnDivergence = Callable[..., tuple[Tensor, Tensor]]
 """`value_and_divergence(t, x)`: the value `(k, *event)` and its divergence `(k,)`, t being `()` or `(k,)`."""
 
-# Dimensions up to which the whole diagonal is compared; beyond, an estimate by this many probes is.
+# Dimensions up to which the whole diagonal is compared; above, an estimate by this many probes.
 _LARGEST_DIAGONAL, _PROBES = 2**12, 64
 
 
 def own_divergence(g: Field) -> OwnDivergence | None:
-    """What a field offers as `value_and_divergence`; None if it offers none, or None."""
+    """Return a field's method `value_and_divergence`, or None if it has none.
+
+    Args:
+        g: the field.
+    """
     own = getattr(g, "value_and_divergence", None)
     return own if callable(own) else None
 
 
 def _owner(g: Field) -> str:
-    """The class of what a field's own divergence is a method of, which may be a part of the field."""
+    """The class whose method a field's own divergence is, which may be that of a part of the field."""
     own = own_divergence(g)
-    if isinstance(own, functools.partial):  # of what is made from another's, whose it is
+    if isinstance(own, functools.partial):  # made from the own divergence of another field
         own = own.args[0]
     return type(getattr(own, "__self__", g)).__name__
 
 
 class _Known:
-    """What is known of a field's own divergence: when it is compared, and its plan once that was asked for."""
+    """What is known of a field's own divergence: when it is compared, and its plan once someone asked for it."""
 
     def __init__(self) -> None:
         self.schedule = Schedule()
@@ -61,29 +65,30 @@ _KNOWN: Plans[_Known] = Plans()
 
 
 class Own(Method):
-    """What a field says of itself."""
+    """The divergence that a field computes itself."""
 
     name = "own"
 
     def prepare(self, evaluation: Evaluation, kept: Any = None, verify: bool = True) -> Prepared | Refusal:
-        """Ask the field, and verify what it says where that is due.
+        """Call the field's own divergence, and verify it if that is due.
 
         Raises:
-            FieldError: it must be asked, and has no own divergence; or returns no value and divergence, or wrong ones.
+            FieldError: method="own" was requested and the field has none; or it returns no value and divergence, or wrong
+                ones.
         """
         g, t, x = evaluation.g, evaluation.t, evaluation.x
         if own_divergence(g) is None:
             if evaluation.asked:
                 raise FieldError(
                     f"method='own' needs a field with a method value_and_divergence(t, x), but {type(g).__name__} has "
-                    "none; write one, or use method='auto', which does without"
+                    "none. Write one, or use method='auto', which works without."
                 )
             return Refusal("not own: the field has no value_and_divergence")
         return Prepared(lambda: _plan(g, t, x), lambda: _evaluate(g, t, x))
 
 
 def _evaluate(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
-    """What the field says of itself, verified at calls 1, 2, 4, 8, ...
+    """Compute the field's own value and divergence, verified at calls 1, 2, 4, 8, ...
 
     Args:
         g: a field with an own divergence.
@@ -91,7 +96,7 @@ def _evaluate(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
         x: states `(k, *event)`, not empty.
 
     Raises:
-        FieldError: it returns no value and divergence, or others than autograd finds.
+        FieldError: it returns no value and divergence, or other ones than autograd.
     """
     schedule, found = _KNOWN.of(_Known, g, *conditions(t, x)).schedule, _call(g, t, x)
     if schedule.due():
@@ -101,7 +106,7 @@ def _evaluate(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
 
 
 def _plan(g: Field, t: Tensor, x: Tensor) -> Plan:
-    """The plan for a field with an own divergence: its cost is counted, in one evaluation of the field and one of its own."""
+    """The plan for a field with an own divergence, whose cost is counted in one evaluation of each."""
     known = _KNOWN.of(_Known, g, *conditions(t, x))
     if known.plan is None:
         with torch.no_grad():
@@ -114,7 +119,7 @@ def _plan(g: Field, t: Tensor, x: Tensor) -> Plan:
 
 
 def _call(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
-    """The own value and divergence, in the caller's grad mode but outside of inference mode, and checked."""
+    """The own value and divergence, checked, in the caller's grad mode but outside of inference mode."""
     own, differentiable = own_divergence(g), torch.is_grad_enabled()
     assert own is not None
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
@@ -134,14 +139,14 @@ def _call(g: Field, t: Tensor, x: Tensor) -> ValueAndDivergence:
         got: object = tuple(divergence.shape) if isinstance(divergence, Tensor) else type(divergence).__name__
         got = f"{divergence.dtype}" if isinstance(divergence, Tensor) and divergence.is_complex() else got
         raise FieldError(
-            f"value_and_divergence must return one real divergence a sample, of shape ({len(x)},) on {x.device}, but returned "
-            f"{got}; sum over all event dimensions"
+            f"value_and_divergence must return one real divergence per sample, of shape ({len(x)},) on {x.device}, but returned "
+            f"{got}. Sum over all event dimensions."
         )
     return ValueAndDivergence(value, divergence.to(accumulation_dtype(x)))
 
 
 class _Point(NamedTuple):
-    """Where an own divergence is verified: the first sample and the last, or all, as leaves."""
+    """Where an own divergence is verified: the first and the last sample, or all, as leaves."""
 
     g: Field
     t: Tensor
@@ -150,7 +155,7 @@ class _Point(NamedTuple):
     @staticmethod
     def of(g: Field, t: Tensor, x: Tensor) -> "_Point":
         rows, of_rows = sorted({0, len(x) - 1}), getattr(g, "divflow_rows", lambda rows: g)
-        if of_rows is None:  # it knows something of the batch as a whole
+        if of_rows is None:  # it holds something that belongs to the batch as a whole
             rows, of_rows = list(range(len(x))), lambda rows: g
         few, graph = of_rows(rows), torch.is_grad_enabled()
         t = (t[rows] if t.ndim else t).detach().clone()
@@ -165,7 +170,7 @@ def _verify(g: Field, t: Tensor, x: Tensor) -> None:
         set_rng_states(states)
         field = linearize_field(*point)
         set_rng_states(states)
-        if field.value.isfinite().all():  # nothing can be told of others
+        if field.value.isfinite().all():  # nothing can be compared at others
             _require(
                 point,
                 "the value",
@@ -178,7 +183,7 @@ def _verify(g: Field, t: Tensor, x: Tensor) -> None:
 
 
 def _verify_trace(point: _Point, own: ValueAndDivergence, field: Linearization) -> None:
-    """Compare the divergence with the trace, and with a graph the gradients of both and of the values."""
+    """Compare the divergence with the trace and, with a graph, the gradients of both and of the values."""
     leaves = _leaves(point, field.value, *own) if torch.is_grad_enabled() else []
     trace, scale, gradients = _trace(field, point.x, leaves)
     _require(point, "the divergence", own.divergence, trace, agreement.tolerance(point.x.dtype) * scale)
@@ -192,7 +197,7 @@ def _verify_trace(point: _Point, own: ValueAndDivergence, field: Linearization) 
 
 
 def _verify_estimate(point: _Point, own: ValueAndDivergence, field: Linearization) -> None:
-    """Compare with an estimate, by its standard error: where there are too many dimensions for more."""
+    """Compare with an estimate, in units of its standard error, if there are too many dimensions for more."""
     noise = torch.Generator().manual_seed(0)
     probes = torch.randint(0, 2, (_PROBES, *point.x.shape), generator=noise, device="cpu").to(point.x) * 2 - 1
     samples = flatten_event(torch.cat([field.pullback(v[None], constant=True) for v in probes]) * probes, 2).sum(dim=2)
@@ -210,10 +215,10 @@ def _verify_gradients(point: _Point, whose: str, own: list[Tensor], true: list[T
 
 
 def _require(point: _Point, what: str, own: Tensor, true: Tensor, tolerance: Tensor) -> None:
-    """That they agree.
+    """Require that two results agree.
 
     Raises:
-        FieldError: naming the entries that differ most.
+        FieldError: with the entries that differ most.
     """
     error = (own.detach() - true.detach()).abs() - tolerance
     if (error <= 0).all() or not true.isfinite().all():
@@ -222,14 +227,14 @@ def _require(point: _Point, what: str, own: Tensor, true: Tensor, tolerance: Ten
     raise FieldError(
         f"the own divergence of {_owner(point.g)} is wrong: of {what}, value_and_divergence gives "
         f"{own.detach().flatten()[worst].item():.6g} where autograd finds {true.detach().flatten()[worst].item():.6g}, at "
-        f"t = {point.t.detach().flatten()[0].item():.3g}; correct it, or set value_and_divergence = None, to go without"
+        f"t = {point.t.detach().flatten()[0].item():.3g}. Correct it, or set value_and_divergence = None to do without it."
     )
 
 
 def _trace(field: Linearization, x: Tensor, leaves: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor] | None]:
-    """The trace `(k,)` by rows of the Jacobian, what its rounding is relative to, and the gradients of its weighted sum.
+    """The trace `(k,)` from rows of the Jacobian, the scale of its rounding, and the gradients of its weighted sum.
 
-    These are None where no gradient is asked for, or the field has no second derivatives.
+    The gradients are None if none are wanted, or if the field has no second derivatives.
     """
     size, step = event_size(x), products_per_pass(x)
     trace = x.new_zeros(len(x), dtype=accumulation_dtype(x))
@@ -245,7 +250,7 @@ def _trace(field: Linearization, x: Tensor, leaves: list[Tensor]) -> tuple[Tenso
         if gradients is not None:
             try:
                 found = _gradients(entries.sum(dim=0), leaves)
-            except RuntimeError:  # of a custom Function that is differentiable once
+            except RuntimeError:  # a custom Function that is differentiable once
                 gradients = None
             else:
                 gradients = [a + b for a, b in zip(gradients, found, strict=True)]
@@ -253,7 +258,7 @@ def _trace(field: Linearization, x: Tensor, leaves: list[Tensor]) -> tuple[Tenso
 
 
 def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Those of a sum in which the samples and entries have different weights."""
+    """The gradients of a sum in which samples and entries have different weights."""
     if not output.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype, device=output.device).view_as(output)

@@ -23,7 +23,7 @@ Scalar = Callable[[Tensor, Tensor], Tensor]
 
 
 class SeveralNumbersError(FieldError):
-    """A function has several numbers a sample where one is needed.
+    """A function returns several numbers per sample where one is needed.
 
     Attributes:
         shape: of its value.
@@ -91,19 +91,24 @@ class Followed(NamedTuple):
 
 
 def one_number_a_sample(value: Tensor, x: Tensor) -> Tensor:
-    """Return the value of a scalar function of each sample, or raise `FieldError` unless it is `(k,)`."""
+    """Return the value of a scalar function of each sample, or raise `FieldError` unless it is `(k,)`.
+
+    Args:
+        value: of the function.
+        x: states `(k, *event)`.
+    """
     if isinstance(value, Tensor) and value.shape == x.shape[:1]:
         return value
-    must = f"f must return one number a sample, shape ({x.shape[0]},), but returned "
+    must = f"f must return one number per sample, shape ({x.shape[0]},), but returned "
     if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:1] == x.shape[:1]:
         several = SeveralNumbersError(
-            f"{must}a tensor of shape {tuple(value.shape)}; take one of its outputs, such as f(x)[:, 0]. Of all of them there are "
-            "jacobian, hessian and laplacian"
+            f"{must}a tensor of shape {tuple(value.shape)}. Select one of its outputs, such as f(x)[:, 0], or use jacobian, hessian or "
+            "laplacian for all of them."
         )
         several.shape = value.shape
         raise several
     found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise FieldError(f"{must}{found}; sum over the event dimensions, not over the samples")
+    raise FieldError(f"{must}{found}. Sum over the event dimensions, not over the samples.")
 
 
 def evaluated(f: Scalar, t: Tensor, x: Tensor, products: bool, verify: bool = False, recorded: bool = True) -> Followed:

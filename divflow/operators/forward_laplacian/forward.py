@@ -35,9 +35,14 @@ _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**18, 2**26
 
 
 class ValueGradientLaplacian(NamedTuple):
-    """A scalar function of each sample: f of shape `(k,)`, its gradient `(k, *event)`, its Laplacian `(k,)`.
+    """A scalar function of each sample, with its gradient and its Laplacian.
 
-    Of a complex function all three are complex: the derivatives of its real part, and i times those of its imaginary one.
+    Of a complex function all three are complex: the derivatives of its real part, plus i times those of its imaginary part.
+
+    Attributes:
+        value: f, `(k,)`.
+        gradient: `(k, *event)`.
+        laplacian: `(k,)`.
     """
 
     value: Tensor
@@ -64,19 +69,19 @@ _RIGHT: Cache[bool] = Cache(4096)
 
 @eagerly
 def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGradientLaplacian:
-    """f(t, x), its gradient and its Laplacian in x, from one evaluation.
+    """Compute f(t, x), its gradient and its Laplacian in x, from one evaluation.
 
-    Where all of its operations have rules, they are carried forward together: D tangents through each operation, and
-    one second derivative for all of them (Li et al. 2023, arXiv 2307.08214). Every operation, and every structure, is
-    compared with autograd where it is first seen. Anything else takes D products with the Jacobian of the gradient.
+    If all operations have rules, D tangents are carried forward through each operation, and one second derivative for all
+    of them (Li et al. 2023, arXiv 2307.08214). Every operation, and every structure, is compared with autograd when it is
+    first seen. Any other function takes D products with the Jacobian of the gradient.
 
     Args:
-        f: called as f(t, x), returns `(k,)`, real or complex.
+        f: `f(t, x) -> (k,)`, real or complex.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
 
     Raises:
-        FieldError: f does not return one number a sample, or mixes samples, or t or x is not what it should be.
+        FieldError: f does not return one number per sample, or mixes samples, or t or x is invalid.
     """
     x = checked_state(x)
     t = as_time(t, x)
@@ -90,9 +95,14 @@ def value_gradient_laplacian(f: Scalar, t: Tensor | float, x: Tensor) -> ValueGr
 
 @eagerly
 def explain(f: Scalar, t: Tensor | float, x: Tensor) -> Plan:
-    """What `value_gradient_laplacian` does with these arguments, why, and what it is expected to cost.
+    """Report what `value_gradient_laplacian` does with these arguments, why, and what it is expected to cost.
 
-    The function is evaluated, unless that is known already. Costs are relative to its value.
+    The function is evaluated, unless its plan is known. Costs are relative to its value.
+
+    Args:
+        f: `f(t, x) -> (k,)`.
+        t: time, `()` or `(k,)`.
+        x: states `(k, *event)`.
     """
     x = checked_state(x)
     t = as_time(t, x)
@@ -133,7 +143,7 @@ def _forward_or_dense(f: Scalar, t: Tensor, x: Tensor, kept: _Kept, thorough: bo
         if products:
             return _not_followed(f, t, x, kept, states, error)
         followed = None
-    reason = "it did other operations than before"
+    reason = "its operations differ from those of earlier calls"
     try:
         if followed is not None and (thorough or _RIGHT.get(followed.structure())):
             return _forward(followed, x, kept, thorough)
@@ -152,13 +162,11 @@ def _forward_or_dense(f: Scalar, t: Tensor, x: Tensor, kept: _Kept, thorough: bo
 def _not_followed(
     f: Scalar, t: Tensor, x: Tensor, kept: _Kept, states: list[Tensor], error: Exception
 ) -> ValueGradientLaplacian:
-    """Of a function that fails where it is followed; what is wrong with the function itself is raised."""
+    """Evaluate a function that fails while it is followed; an error of the function itself is raised."""
     set_rng_states(states)
     result = _dense(evaluated(f, t, x, products=True, recorded=False), x)
     why = (
-        str(error)
-        if isinstance(error, CheckpointedError)
-        else f"where it is followed, it raises {type(error).__name__}"
+        str(error) if isinstance(error, CheckpointedError) else f"it raises {type(error).__name__} while it is followed"
     )
     kept.plan = dense_plan(x, why)
     return result

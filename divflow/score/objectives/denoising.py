@@ -19,14 +19,16 @@ __all__ = ["DenoisingScoreMatching"]
 
 @dataclass(frozen=True)
 class DenoisingScoreMatching(Objective):
-    """|s(t, x + sigma n) + n / sigma|^2 / 2, n standard normal (Vincent 2011, equation 9).
+    """Train a score to point from noisy data back to the data, without derivatives of s.
 
-    Its minimiser is the score of the data with noise of standard deviation sigma, not that of the data; in
-    expectation it is the implicit objective at x + sigma n plus D / (2 sigma^2). It needs no derivative of s, and its
-    variance grows as 1 / sigma^2.
+        |s(t, x + sigma n) + n / sigma|^2 / 2,    n standard normal
 
-    With several levels each sample draws one, uniformly, and s is given it as its time (Song & Ermon 2019, equations 5 and 6).
-    Over an SDE (`TimeConditionalScoreMatching`) the level is sigma(t), so that it takes none of its own.
+    (Vincent 2011, equation 9). Its minimiser is the score of the data with noise of standard deviation sigma, not that of
+    the data. In expectation it is the implicit objective at x + sigma n plus D / (2 sigma^2). Its variance grows as
+    1 / sigma^2.
+
+    With several levels each sample draws one, uniformly, which s receives as its time (Song & Ermon 2019, equations 5 and
+    6). Over an SDE (`TimeConditionalScoreMatching`) the level is sigma(t), so the objective takes none of its own.
 
     Args:
         sigma: standard deviation of the noise, or several; None for use over an SDE.
@@ -34,6 +36,10 @@ class DenoisingScoreMatching(Objective):
 
     Raises:
         ValueError: a level that is not positive and finite, none at all, or an unknown weighting.
+
+    Example:
+        >>> DenoisingScoreMatching(sigma=0.1)(lambda t, x: -x, torch.zeros(4, 2)).shape
+        torch.Size([4])
     """
 
     sigma: float | Sequence[float] | None = None
@@ -43,7 +49,7 @@ class DenoisingScoreMatching(Objective):
         if isinstance(self.sigma, Sequence) and not isinstance(self.sigma, str):
             object.__setattr__(self, "sigma", tuple(self.sigma))
             if not self.sigma:
-                raise ValueError("sigma must have at least one noise level, but is empty")
+                raise ValueError("sigma must contain at least one noise level, but is empty")
         if self.sigma is not None:
             for level in self.sigma if isinstance(self.sigma, tuple) else (self.sigma,):
                 check_positive("a noise level, sigma,", level)
@@ -53,7 +59,7 @@ class DenoisingScoreMatching(Objective):
     def __call__(
         self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
     ) -> Tensor:
-        """See `Objective`; with several levels the time is the level, and must be left out.
+        """Compute the losses of a batch, as `Objective`; with several levels the time is the level, and must be left out.
 
         Raises:
             FieldError: the score's value, x or t has a wrong type, shape, dtype or device.
@@ -61,12 +67,12 @@ class DenoisingScoreMatching(Objective):
         """
         if self.sigma is None:
             raise ValueError(
-                "DenoisingScoreMatching has no noise level: build it with sigma=0.1, or over an SDE by "
-                "TimeConditionalScoreMatching(sde)"
+                "DenoisingScoreMatching has no noise level. Build it with a level, such as sigma=0.1, or use it over an SDE, by "
+                "TimeConditionalScoreMatching(sde)."
             )
         x, several = checked_state(x), isinstance(self.sigma, tuple)
         if several and t is not None:
-            raise ValueError(f"with several noise levels, {self.sigma}, the score's time is the level; leave t out")
+            raise ValueError(f"with several noise levels, {self.sigma}, the score's time is the level. Leave t out.")
         level = torch.as_tensor(self.sigma, dtype=x.dtype, device=x.device)
         if several:
             level = level[integers_like(x, len(level), generator)]
@@ -83,13 +89,13 @@ class DenoisingScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """|s(t, x) - conditional_score|^2 / 2; see `Objective.loss`.
+        """Compute |s(t, x) - conditional_score|^2 / 2, as `Objective.loss`.
 
         Raises:
-            ValueError: no conditional score, which this objective compares with.
+            ValueError: no conditional score, with which this objective compares.
         """
         if conditional_score is None:
             raise ValueError(
-                "denoising needs the conditional_score of the noisy x; call the objective, which adds the noise"
+                "denoising needs the conditional_score of the noisy x. Call the objective itself, which adds the noise."
             )
         return half_squared_norm(evaluate(score, t, x) - conditional_score)

@@ -1,4 +1,4 @@
-"""Implicit score matching: the score of the data is never needed, the divergence of the model's is."""
+"""Implicit score matching: it needs the divergence of the model's score, and never the score of the data."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,21 @@ _EXACT = Exact()
 
 @dataclass(frozen=True)
 class ImplicitScoreMatching(Objective):
-    """div s(t, x) + |s(t, x)|^2 / 2 (Hyvarinen 2005, theorem 1).
+    """Train a score on the data themselves, through its divergence (Hyvarinen 2005, theorem 1).
 
-    Integration by parts turns the product of s with the data's score into a divergence; it supposes a density that is
-    differentiable and vanishes at infinity, as uniform densities with edges do not. With `Exact()` the objective has no
-    variance beyond that of the data, at about the price of one probe on networks that the layered method follows.
+        div s(t, x) + |s(t, x)|^2 / 2
+
+    Integration by parts turns the product of s with the data's score into a divergence. It assumes a density that is
+    differentiable and vanishes at infinity, which excludes uniform densities with edges. With `Exact()` the objective has
+    no variance beyond that of the data, at about the cost of one probe on networks that the layered method follows.
 
     Args:
         estimator: of the divergence; any of `divflow.divergence`.
+
+    Example:
+        >>> import torch
+        >>> ImplicitScoreMatching()(lambda t, x: -x, torch.zeros(2, 3))
+        tensor([-3., -3.])
     """
 
     estimator: Estimator = _EXACT
@@ -34,6 +41,6 @@ class ImplicitScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """See `Objective.loss`; differentiating it once takes the second derivatives of s."""
+        """Compute the losses, as `Objective.loss`; differentiating them once takes the second derivatives of s."""
         value, divergence = self.estimator(score, t, x, generator)
         return divergence + half_squared_norm(value)

@@ -12,24 +12,25 @@ __all__ = ["Objective", "half_squared_norm"]
 
 
 class Objective(ABC):
-    """A loss whose mean over data is half the score's Fisher divergence, up to a constant without parameters.
+    """Base class of losses whose mean over data is half of the score's Fisher divergence, up to a constant.
 
         E[loss] = E[|s(t, x) - grad_x log p(x)|^2] / 2 + constant
 
-    so that all objectives agree in expectation, and in their gradients. Losses have the units of 1 / x^2.
+    The constant has no parameters, so all objectives agree in expectation, and in their gradients. Losses have the units
+    of 1 / x^2.
 
-    One of your own implements `loss`; `TimeConditionalScoreMatching` then takes it, too.
+    Your own objective implements `loss`; `TimeConditionalScoreMatching` then takes it, too.
     """
 
     def __call__(
         self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
     ) -> Tensor:
-        """The losses of a batch, `(k,)`, differentiable in the score's parameters.
+        """Compute the losses of a batch, `(k,)`, differentiable in the score's parameters.
 
         Args:
             score: `score(t, x)`, or `score(x)`; returns a tensor of x's shape, and treats samples independently.
             x: data `(k, *event)`, of a floating dtype.
-            t: what the score is given as time, a scalar or one a sample; 0 if None.
+            t: passed to the score as its time, a scalar or one per sample; 0 if None.
             generator: of everything that is drawn; torch's default one if None.
 
         Raises:
@@ -47,17 +48,21 @@ class Objective(ABC):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """The losses `(k,)` at states x `(k, *event)` of time t.
+        """Compute the losses `(k,)` at states x of time t.
 
         Args:
             score: `score(t, x)`.
             t: `()` or `(k,)`.
-            x: states.
+            x: states `(k, *event)`.
             generator: of everything that is drawn.
-            conditional_score: where x is a datum with noise, the score of x given that datum, `(k, *event)`.
+            conditional_score: if x is a datum with noise, the score of x given that datum, `(k, *event)`.
         """
 
 
 def half_squared_norm(values: Tensor) -> Tensor:
-    """|v|^2 / 2 over the event, `(k,)`, in float32 at least."""
+    """Compute |v|^2 / 2 over the event, `(k,)`, in float32 at least.
+
+    Args:
+        values: v, `(k, *event)`.
+    """
     return flatten_event(values).to(accumulation_dtype(values)).square().sum(dim=1) / 2

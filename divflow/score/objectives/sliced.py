@@ -16,13 +16,16 @@ __all__ = ["FiniteDifferenceScoreMatching", "SlicedScoreMatching"]
 
 @dataclass(frozen=True)
 class SlicedScoreMatching(Objective):
-    """The mean over slices v of v^T J v + (v^T s)^2 / 2, J the Jacobian of s (Song et al. 2019, equation 8).
+    """Train a score along random directions, the slices v (Song et al. 2019, equation 8).
 
-    With variance reduction v^T J v + |s|^2 / 2 (equation 9): since E[v v^T] = I the expectation is the same, and what
-    the norm varied by is gone. That is `ImplicitScoreMatching(Hutchinson(num_slices, distribution))`, number for number.
+        mean over v of v^T J v + (v^T s)^2 / 2,    J the Jacobian of s
+
+    With variance reduction it is v^T J v + |s|^2 / 2 (equation 9): since E[v v^T] = I the expectation is the same, without
+    the variance of the sliced norm. That is `ImplicitScoreMatching(Hutchinson(num_slices, distribution))`, number for
+    number.
 
     Args:
-        num_slices: directions a sample, each a vector-Jacobian product; at least 1.
+        num_slices: directions per sample, each a vector-Jacobian product; at least 1.
         distribution: "rademacher", "gaussian" or "sphere" (of norm sqrt(D)); the first varies least.
         variance_reduction: take the norm itself, not its slice.
 
@@ -36,7 +39,7 @@ class SlicedScoreMatching(Objective):
 
     def __post_init__(self) -> None:
         check_count("num_slices", self.num_slices)
-        Hutchinson(self.num_slices, self.distribution)  # which knows the distributions
+        Hutchinson(self.num_slices, self.distribution)  # which checks the distribution
 
     def loss(
         self,
@@ -46,7 +49,7 @@ class SlicedScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """See `Objective.loss`; differentiating it once takes the second derivatives of s."""
+        """Compute the losses, as `Objective.loss`; differentiating them once takes the second derivatives of s."""
         slices = Hutchinson(self.num_slices, self.distribution).freeze(x, generator)
         value, divergence = slices(score, t, x)
         norm = half_squared_norm(value) if self.variance_reduction else _sliced_norm(value, slices.probes)
@@ -55,18 +58,16 @@ class SlicedScoreMatching(Objective):
 
 @dataclass(frozen=True)
 class FiniteDifferenceScoreMatching(Objective):
-    """Sliced score matching without derivatives of s (Pang et al. 2020).
+    """Train a score along random directions by finite differences, without derivatives of s (Pang et al. 2020).
 
-    With s+- = s(t, x +- step v),
+        mean over slices v of v^T (s+ - s-) / (2 step) + (v^T (s+ + s-) / 2)^2 / 2,    s+- = s(t, x +- step v)
 
-        the mean over slices v of v^T (s+ - s-) / (2 step) + (v^T (s+ + s-) / 2)^2 / 2
-
-    or |(s+ + s-) / 2|^2 / 2 with variance reduction. It converges to `SlicedScoreMatching` of the same slices as step^2
-    and costs two evaluations a slice. Training takes one derivative less than the sliced objective: first ones
-    of s, and second ones where s is itself the gradient of an energy.
+    or |(s+ + s-) / 2|^2 / 2 as the second term, with variance reduction. It converges to `SlicedScoreMatching` of the same
+    slices as step^2 and costs two evaluations per slice. Training takes one derivative less than the sliced objective:
+    first derivatives of s, and second ones if s is itself the gradient of an energy.
 
     Args:
-        num_slices: directions a sample, at least 1.
+        num_slices: directions per sample, at least 1.
         distribution: "rademacher", "gaussian" or "sphere" (of norm sqrt(D)).
         variance_reduction: take the norm itself, not its slice.
         step: distance in each entry of x, in x's units; below the length over which s bends. In float32 rounding adds an
@@ -94,13 +95,13 @@ class FiniteDifferenceScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """See `Objective.loss`.
+        """Compute the losses, as `Objective.loss`.
 
         Raises:
-            FieldError: x is of a half precision, in which the differences would be noise.
+            FieldError: x has a half precision, in which the differences would be noise.
         """
         if torch.finfo(x.dtype).bits < 32:
-            raise FieldError(f"finite differences of {x.dtype} values are noise; use float32, or SlicedScoreMatching")
+            raise FieldError(f"finite differences of {x.dtype} values are noise. Use float32, or SlicedScoreMatching.")
         probes = Hutchinson(self.num_slices, self.distribution).freeze(x, generator).probes
         total = x.new_zeros(len(x), dtype=accumulation_dtype(x))
         for probe in probes:

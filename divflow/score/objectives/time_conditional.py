@@ -25,29 +25,40 @@ _DENOISING = DenoisingScoreMatching()
 
 @dataclass(frozen=True)
 class TimeConditionalScoreMatching(Objective):
-    """The integral over the times of an SDE of a weighted objective at x_t (Song et al. 2021, arXiv:2101.09258, eq. 7).
+    """Train a score at all times of an SDE at once, as diffusion models are trained.
 
         E over t of lambda(t) / p(t) * loss(s, t, x_t),   x_t = alpha(t) x + sigma(t) n,   t ~ p on [epsilon, T]
 
-    whose expectation is the integral of lambda(t) times the expected loss at t, whatever p is. With the likelihood's
-    weighting, lambda = g^2, it bounds the Kullback-Leibler divergence of the SDE's samples from the data, up to
-    a constant, in nats (theorem 1 there). The inner objective is denoising, analytic in the noise, or implicit or
-    sliced at the perturbed data; the latter vary less at small t, where denoising's target is as 1 / sigma.
+    (Song et al. 2021, arXiv:2101.09258, eq. 7). The expectation is the integral of lambda(t) times the expected loss at t,
+    whatever p is. With the likelihood's weighting, lambda = g^2, it bounds the Kullback-Leibler divergence of the SDE's
+    samples from the data, up to a constant, in nats (theorem 1 there).
+
+    The inner objective is denoising, analytic in the noise, or implicit or sliced at the perturbed data. The latter vary
+    less at small t, where denoising's target is as 1 / sigma.
 
     Args:
         sde: which perturbs the data.
         objective: at each time.
-        weighting: lambda: "uniform", 1; "sigma2", sigma(t)^2, by which all times weigh alike for the noise's
-            prediction; "likelihood", g(t)^2.
-        stratified: draw the k times of a batch from k equal parts of p, one each, in random order: every one is
-            distributed as p, but their mean varies far less (as Kingma et al. 2021, appendix I.1).
-        importance: draw t from p proportional to lambda / sigma^2, which is where a denoising loss of an
-            accurate score varies most; else p is uniform. With the "sigma2" weighting that is the same.
+        weighting: lambda.
+
+            - "uniform" is 1.
+            - "sigma2" is sigma(t)^2, by which all times have equal weight for predicting the noise.
+            - "likelihood" is g(t)^2.
+        stratified: draw the k times of a batch from k equal parts of p, one each, in random order. Each time still follows
+            p, but their mean varies far less (as Kingma et al. 2021, appendix I.1).
+        importance: draw t from p proportional to lambda / sigma^2, where a denoising loss of an accurate score varies
+            most; otherwise p is uniform. With the "sigma2" weighting both are the same.
 
     Raises:
-        ValueError: an unknown weighting, a denoising objective with levels or weights of its own, or what is no SDE or
-            objective at all.
-        SDEError: an SDE of one's own whose functions are not those of an SDE.
+        ValueError: an unknown weighting, a denoising objective with levels or weights of its own, or arguments that are not
+            an SDE or an objective.
+        SDEError: an SDE of your own whose functions are not those of an SDE.
+
+    Example:
+        >>> from divflow.score import VariancePreserving
+        >>> objective = TimeConditionalScoreMatching(VariancePreserving(), weighting="likelihood")
+        >>> objective(lambda t, x: -x, torch.randn(4, 2)).shape
+        torch.Size([4])
     """
 
     sde: SDE
@@ -60,11 +71,12 @@ class TimeConditionalScoreMatching(Objective):
         if not isinstance(self.sde, SDE):
             raise ValueError(f"sde must be an SDE, such as VariancePreserving(), but is {self.sde!r}")
         if not isinstance(self.objective, Objective) or isinstance(self.objective, TimeConditionalScoreMatching):
-            raise ValueError(f"objective must be one at a single time, but is {self.objective!r}")
+            raise ValueError(f"objective must be an objective at a single time, but is {self.objective!r}")
         if isinstance(self.objective, DenoisingScoreMatching) and self.objective != _DENOISING:
             raise ValueError(
-                f"noise and weights are the SDE's: sigma must be None, but is {self.objective.sigma!r}, and its weighting "
-                f"'uniform', but is {self.objective.weighting!r}; use DenoisingScoreMatching(), and this class's weighting"
+                f"the SDE sets noise and weights, so the objective needs sigma=None and weighting='uniform', but has "
+                f"sigma={self.objective.sigma!r} and weighting={self.objective.weighting!r}. Use DenoisingScoreMatching(), and the "
+                "weighting of TimeConditionalScoreMatching."
             )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, but is {self.weighting!r}")
@@ -73,12 +85,12 @@ class TimeConditionalScoreMatching(Objective):
     def __call__(
         self, score: Score, x: Tensor, t: Tensor | float | None = None, generator: Generator | None = None
     ) -> Tensor:
-        """The losses of a batch of data, `(k,)`, differentiable in the score's parameters.
+        """Compute the losses of a batch of data, `(k,)`, differentiable in the score's parameters.
 
         Args:
             score: `score(t, x)`.
             x: data `(k, *event)`, without noise.
-            t: times in (0, T], a scalar or one a sample, for lambda(t) loss(s, t, x_t) at these; drawn from p if None.
+            t: times in (0, T], a scalar or one per sample, for lambda(t) loss(s, t, x_t) at these; drawn from p if None.
             generator: of times, noise and slices; torch's default one if None.
 
         Raises:
@@ -101,14 +113,14 @@ class TimeConditionalScoreMatching(Objective):
         generator: Generator | None = None,
         conditional_score: Tensor | None = None,
     ) -> Tensor:
-        """The weighted losses of data x, perturbed to time t; see `Objective.loss`."""
+        """Compute the weighted losses of data x, perturbed to time t, as `Objective.loss`."""
         noise, std = normal_like(x, generator), self.sde.std(t)
         noisy = self.sde.perturb(x, t, noise)
         losses = self.objective.loss(score, t, noisy, generator, -noise / broadcast(std, x))
         return losses * _weights(self.sde, self.weighting, t).to(losses)
 
     def draw_times(self, x: Tensor, generator: Generator | None = None) -> "DrawnTimes":
-        """A time for each row of x, and the density that it was drawn from."""
+        """Draw a time for each row of x, with its density."""
         u = uniform_times_like(x, generator, stratified=self.stratified)
         low, high = self.sde.epsilon, self.sde.T
         if self.importance:
@@ -121,7 +133,7 @@ class TimeConditionalScoreMatching(Objective):
         return DrawnTimes(t.to(x.dtype).clamp(low, high), density.to(accumulation_dtype(x)))
 
     def _importance_table_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The table on a device, to which it is copied once: the host waits for the copy."""
+        """The table on a device, to which it is copied once, because the host waits for the copy."""
         if device not in self._importance_tables:
             knots, cumulative = self._importance_table
             self._importance_tables[device] = knots.to(device), cumulative.to(device)
@@ -135,8 +147,8 @@ class TimeConditionalScoreMatching(Objective):
     def _importance_table(self) -> tuple[Tensor, Tensor]:
         """Knots from epsilon to T, and the distribution function there of a density that is constant in between.
 
-        The density follows lambda / sigma^2 at the middle of each cell. Losses are divided by this density itself, so
-        they are unbiased however coarse the table is. The knots are geometric, since 1 / sigma^2 rises as 1 / t or faster.
+        The density follows lambda / sigma^2 at the middle of each cell. Losses are divided by this density itself, so they are
+        unbiased however coarse the table is. The knots are geometric, because 1 / sigma^2 rises as 1 / t or faster.
         """
         low, high = self.sde.epsilon, self.sde.T
         knots = torch.logspace(math.log10(low), math.log10(high), _KNOTS, dtype=torch.float64, device="cpu")

@@ -1,1 +1,1 @@
-"""The coloured method: `method` says when it serves, `colors` finds them, `held` and `statistics` hold what normalizations share."""
+"""The coloured method: `method` applies it, `colors` finds the colours, `held` and `statistics` hold what normalizations share."""

@@ -42,11 +42,11 @@ class Coloring(NamedTuple):
 
 
 def find(g: Field, t: Tensor, x: Tensor, field: Linearization) -> Coloring:
-    """Find what sees what, and colour it.
+    """Find which entries see each other, and colour them.
 
-    It is found from NaNs, which pass through any weight, zeros included, and is then tried on random vectors. A field
-    that chooses by masks, indices or values what it sees is not for this: at another point it may see something else.
-    Neither is one that keeps a state in tensors, such as running statistics: a NaN would stay in them.
+    The structure is found with NaNs, which pass through any weight, including zero, and is then tested on random vectors.
+    Fields that choose by masks, indices or values what they see are excluded, because they may see something else at
+    another point; so are fields that keep a state in tensors, such as running statistics, where a NaN would stay.
 
     Args:
         g: the field, evaluated about D / k times.

@@ -65,7 +65,7 @@ def _plan(evaluation: Evaluation, coloring: Coloring, at: Held | None) -> Plan:
 
 
 def _evaluated(evaluation: Evaluation, coloring: Coloring, verify: bool) -> Held | None:
-    """The field with its normalizations' statistics held, if it is coloured so; verified if told to.
+    """Evaluate the field with its normalizations' statistics held, if it is coloured so; verify it on request.
 
     Raises:
         NotLocal: the field is not what was coloured.
@@ -74,7 +74,7 @@ def _evaluated(evaluation: Evaluation, coloring: Coloring, verify: bool) -> Held
     assert followed is not None
     at = held.hold(g, t, x, evaluation.states, verify) if coloring.statistics else None
     if at is not None and at.total != coloring.statistics:
-        raise NotLocal("it has other statistics than before")
+        raise NotLocal("its statistics differ from those of earlier calls")
     if verify and at is not None:
         held.check(at, followed.field, x)
     if verify:

@@ -32,11 +32,20 @@ _KEPT: ContextVar[dict[Hashable, tuple[object, Tensor]] | None] = ContextVar("ke
 
 @contextlib.contextmanager
 def shared_products() -> Iterator[None]:
-    """Within it, the products of a layered network's matrices are computed once, for all divergences.
+    """Compute the matrix products of a layered network once, for all divergences inside.
 
-    They depend on parameters alone, which are taken not to change but by operations that autograd notices (a change
-    of `parameter.data` it does not). It must end before anything is differentiated, since the products' graph is shared
-    by all divergences within.
+    The products depend on parameters alone, which must not change except by operations that autograd notices (it does not
+    notice a change of `parameter.data`). The context must end before anything is differentiated, because all divergences
+    inside share the graph of the products.
+
+    Example:
+        >>> import torch
+        >>> from divflow.divergence import divergence
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> def field(t, x):
+        ...     return net(x)
+        >>> with shared_products():
+        ...     divergences = [divergence(field, t, torch.randn(5, 3)) for t in (0.0, 0.5, 1.0)]
     """
     if _KEPT.get() is not None:
         yield

@@ -195,7 +195,7 @@ def _width(network: Network) -> int:
 
 
 def memory(network: Network, base: Base, batch: int, like: Tensor) -> int:
-    """Elements that `through` makes, one bundle of rows at a time, without a graph."""
+    """Count the elements that `through` makes, one bundle of rows at a time, without a graph."""
     width = batch * _width(network)
     return 3 * min(base.size * width, max(_limit(like), width))
 

@@ -32,12 +32,14 @@ __all__ = ["Cycle", "Origin", "bases_of", "chains", "cycles", "number_of_paths"]
 
 
 class Cycle(NamedTuple):
-    """A cyclic product D_1 M_1 ... D_p M_p; a diagonal is None for ones, else one a sample, `(k, n)`.
+    """A cyclic product D_1 M_1 ... D_p M_p; a diagonal is None for ones, else one per sample, `(k, n)`.
 
-    Where there are no matrices, the only diagonal is a whole vector of diagonal entries, of any kind.
+    If there are no matrices, the only diagonal is a whole vector of diagonal entries, of any kind.
 
     Attributes:
-        numbers: factors of the whole, one number a sample, `(k, 1)`.
+        diagonals: D_1, ..., D_p.
+        matrices: M_1, ..., M_p.
+        numbers: factors of the whole, one number per sample, `(k, 1)`.
         origins: of the matrices.
     """
 
