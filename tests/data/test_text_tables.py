@@ -161,7 +161,7 @@ WARNED = {
     "whole numbers": (lambda n: {"visits": np.arange(n) % 7}, r"column visits .*data\.discrete=\[visits\]"),
     "ids": (
         lambda n: {"id": [12345678901234567890 + 10_007 * i for i in range(n)]},
-        r"column id .*more digits.*\[a,b\]",
+        r"column id .*more than the 15 digits.*\[a,b\]",
     ),
 }
 
