@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from run import ROOT
 from test_layers import files
 
 Callable = ast.FunctionDef | ast.ClassDef
@@ -77,6 +78,10 @@ def fields(node: ast.ClassDef) -> list[str]:
     ]
 
 
+PACKAGES = [name for name in FILES if (ROOT / name.replace(".", "/")).is_dir()]
+OFFERED = {name for package in PACKAGES for name in exported(FILES[package])}
+
+
 def faults(node: Callable, bound: bool) -> Iterator[str]:
     """What is wrong with a docstring; of a method that is bound `self` and `cls` are no arguments."""
     docstring = ast.get_docstring(node)
@@ -90,6 +95,8 @@ def faults(node: Callable, bound: bool) -> Iterator[str]:
     if explained and sorted(explained) != sorted(known):
         yield f"Args has {explained}, and the signature {known}"
     named = section(docstring, "Attributes")
+    if known and not (explained or named) and node.name in OFFERED and not bound:
+        yield f"no Args, though a package offers it: {known}"
     tuples = isinstance(node, ast.ClassDef) and "NamedTuple" in [ast.unparse(it) for it in node.bases]
     if tuples and named and sorted(named) != sorted(fields(node)):
         yield f"Attributes has {named}, and the tuple {fields(node)}"

@@ -41,7 +41,11 @@ class Times(ABC):
 
 @dataclass(frozen=True)
 class UniformTimes(Times):
-    """Draw all times alike: the objective of Lipman et al. (2023, arXiv:2210.02747, equation 9)."""
+    """Draw all times alike: the objective of Lipman et al. (2023, arXiv:2210.02747, equation 9).
+
+    Args:
+        stratified: as of `Times`.
+    """
 
     def quantile(self, u: Tensor) -> Tensor:
         """Return u itself."""

@@ -61,7 +61,11 @@ class CurveDensity(SmoothDensity):
 
 
 def two_moons(noise: float = 0.1) -> CurveDensity:
-    """Two interleaved half circles of radius 1, as scikit-learn's `make_moons`, centred."""
+    """Two interleaved half circles of radius 1, as scikit-learn's `make_moons`, centred.
+
+    Args:
+        noise: standard deviation of the Gaussian noise around the curve.
+    """
 
     def upper(u: Tensor) -> Tensor:
         return torch.stack([torch.cos(math.pi * u) - 0.5, torch.sin(math.pi * u) - 0.25], dim=1)
@@ -73,7 +77,11 @@ def two_moons(noise: float = 0.1) -> CurveDensity:
 
 
 def circles(noise: float = 0.1) -> CurveDensity:
-    """Two concentric circles of radius 1 and 2."""
+    """Two concentric circles of radius 1 and 2.
+
+    Args:
+        noise: standard deviation of the Gaussian noise around the curve.
+    """
 
     def circle(radius: float) -> Curve:
         return lambda u: radius * torch.stack([torch.cos(2 * math.pi * u), torch.sin(2 * math.pi * u)], dim=1)
@@ -82,7 +90,11 @@ def circles(noise: float = 0.1) -> CurveDensity:
 
 
 def two_spirals(noise: float = 0.1) -> CurveDensity:
-    """Two arms of a spiral of one and a half turns, of radius up to 3, sparser outside, as FFJORD's."""
+    """Two arms of a spiral of one and a half turns, with radius up to 3; sparser outside, as FFJORD's.
+
+    Args:
+        noise: standard deviation of the Gaussian noise around the curve.
+    """
 
     def arm(sign: float) -> Curve:
         def point(u: Tensor) -> Tensor:
@@ -95,7 +107,11 @@ def two_spirals(noise: float = 0.1) -> CurveDensity:
 
 
 def swiss_roll(noise: float = 0.1) -> CurveDensity:
-    """The plane section of scikit-learn's `make_swiss_roll`, an arm of one and a half turns, with radius up to 3."""
+    """The plane section of scikit-learn's `make_swiss_roll`, an arm of one and a half turns, with radius up to 3.
+
+    Args:
+        noise: standard deviation of the Gaussian noise around the curve.
+    """
 
     def roll(u: Tensor) -> Tensor:
         angle = 1.5 * math.pi * (1 + 2 * u)

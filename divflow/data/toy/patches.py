@@ -112,7 +112,11 @@ def _rotate(points: Tensor, angle: Tensor) -> Tensor:
 
 
 def eight_gaussians(noise: float = 0.2) -> RingOfGaussians:
-    """Eight Gaussians on a circle of radius 2."""
+    """Eight Gaussians on a circle of radius 2.
+
+    Args:
+        noise: standard deviation of each.
+    """
     return RingOfGaussians(8, 2.0, noise)
 
 

@@ -122,7 +122,12 @@ class Made(Base):
 
 
 class Linear(Made):
-    """A matrix `(n, m)`, the same for the whole batch, applied to a value of m entries."""
+    """A matrix, the same for the whole batch, applied to a value.
+
+    Args:
+        matrix: `(n, m)`.
+        source: the terms of that value, of m entries.
+    """
 
     sampled = False
 
