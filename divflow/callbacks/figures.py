@@ -24,7 +24,7 @@ __all__ = ["Figures", "log_figure"]
 
 
 class Figures(L.Callback):
-    """Draw figures of the density: `figures/step_000100.png`, ... in training, `figures/final.png` after the test, and the learning curve.
+    """Draw figures of the density in training and after the test, and the learning curve.
 
     | data | figure |
     |---|---|

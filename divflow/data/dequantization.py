@@ -92,7 +92,7 @@ class TruncatedNormalDequantization(Dequantization):
 def dequantize(
     values: Tensor, levels: int, dequantization: Dequantization, generator: Generator | None = None
 ) -> Tensor:
-    """Make values n = 0, ..., levels - 1 continuous, y = (n + u) / levels in the unit cube; float32, or float64 for more than 256 levels."""
+    """Make values n = 0, ..., levels - 1 continuous, y = (n + u) / levels, in float32, or float64 above 256 levels."""
     noise = dequantization.draw(values, generator).clamp(_EDGE, 1 - _EDGE)
     return (values + (noise if levels <= _LEVELS_OF_FLOAT32 else noise.double())) / levels
 

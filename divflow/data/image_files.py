@@ -21,7 +21,7 @@ _LOSSLESS = {"1": "L", "P": "RGB"}
 
 
 def read_images(path: str | Path, key: str | None = None, mode: str | None = None) -> Tensor:
-    """Read all images under a path, uint8 or uint16 `(n, channels, height, width)`, with one channel (grey) or three (colours).
+    """Read all images under a path, uint8 or uint16 `(n, channels, height, width)`, with one or three channels.
 
     Args:
         path: folder, whose image files are read in the order of their paths, including those of subfolders; or an `.npy` or

@@ -133,7 +133,7 @@ class TensorDataModule(L.LightningDataModule):
         return None if self.levels is None else math.prod(self.event_shape) * math.log(2)
 
     def bits_per_dim(self, log_prob: Tensor, x: Tensor) -> Tensor | None:
-        """Bits per dimension of discrete data n, an upper bound of -log2 P(n) / D from their log-density at x; None for other data.
+        """An upper bound of -log2 P(n) / D for discrete data n, from their log-density at x; None for other data.
 
             -(log p(x) - log q(u)) / (D log 2) + log2(levels)      (see `Dequantization`)
 

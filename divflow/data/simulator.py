@@ -22,7 +22,7 @@ Prior = Ranges | Distribution
 
 
 class Simulator(TensorDataModule):
-    """Your own simulator: parameters drawn from a prior, each with its simulation as context; the density of the flow is the posterior.
+    """Parameters drawn from a prior, each with its simulation as context, for flows whose density is the posterior.
 
     A conditional flow that is trained on these pairs, by maximum likelihood or flow matching, estimates the posterior for every
     observation at once (neural posterior estimation, Papamakarios and Murray 2016). Parameters and simulations are in

@@ -16,7 +16,7 @@ _MOST_TRIED = 256
 
 
 class Hollow(nn.Module):
-    """Base of hollow networks, f_i = tau(x_i, h_i), with h_i a function of all parts of x but x_i (Chen & Duvenaud 2019, arXiv:1912.03579).
+    """Base of hollow networks f_i = tau(x_i, h_i), h_i of all parts but x_i (Chen & Duvenaud 2019, arXiv:1912.03579).
 
     The diagonal of the Jacobian is that of tau at fixed h, whatever the depth of h and the number of parts. The first divergence
     tests that h is hollow: changing a part must leave its own h unchanged.

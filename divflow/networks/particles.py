@@ -51,7 +51,7 @@ def check_particles(x: Tensor, event_shape: tuple[int, int]) -> None:
 
 
 def distances(difference: Float[Tensor, "*pairs dimensions"]) -> tuple[Tensor, Tensor]:
-    """Squared distances r^2 and smooth distances u = sqrt(1 + r^2) of differences, `(*pairs, 1)`; u is smooth where particles meet."""
+    """Squared distances r^2 of differences, and u = sqrt(1 + r^2), which is smooth where particles meet, `(*pairs, 1)`."""
     squared = difference.square().sum(dim=-1, keepdim=True)
     return squared, (1 + squared).sqrt()
 

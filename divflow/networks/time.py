@@ -12,7 +12,7 @@ __all__ = ["GaussianFourierEmbedding", "SinusoidalEmbedding"]
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Embed time as time itself and waves of fixed frequencies in geometric progression (as the positions of Vaswani et al. 2017).
+    """Embed time as time itself and waves of fixed frequencies, in geometric progression (Vaswani et al. 2017).
 
         [t, sin(w_2 t), ..., sin(w_m t), cos(w_1 t), ..., cos(w_m t)],   w_i = max_frequency^((i - 1) / (m - 1))
 

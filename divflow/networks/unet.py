@@ -18,7 +18,7 @@ _WAVES = SinusoidalEmbedding(32)
 
 
 class UNet(nn.Module):
-    """UNet as score or velocity: residual blocks down to low resolution and up again (Ronneberger et al. 2015; Ho et al. 2020).
+    """UNet as score or velocity: residual blocks down and up again (Ronneberger et al. 2015; Ho et al. 2020).
 
         block(h) = h + conv(activation(norm(conv(activation(norm(h))) + W c))),   c = mlp([embedding(t), context])
 

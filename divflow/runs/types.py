@@ -43,7 +43,7 @@ def check_targets_arguments(settings: Any, name: str = "") -> None:
 
 
 def check_arguments(called: Any, settings: Mapping[str, Any], name: str) -> None:
-    """Check settings against the arguments of a class or function and their annotations; those without annotation, or with a `_target_`, are skipped.
+    """Check settings against the arguments and annotations of a class or function; those with a `_target_` are skipped.
 
     Raises:
         ConfigError: naming the setting, its value, and what it must be; or an argument that is not taken.

@@ -16,7 +16,7 @@ _SHOWN = 1e-4
 
 
 class QuadratureWarning(UserWarning):
-    """A likelihood is less certain than its standard error states, because the trajectory or the integral along it is too coarse."""
+    """A likelihood is less certain than its standard error states, since its trajectory or integral is too coarse."""
 
 
 class Average(NamedTuple):

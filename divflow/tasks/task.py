@@ -108,7 +108,7 @@ class Task(Trainable):
         """
 
     def check_evaluation(self, batch: Batch) -> None:
-        """Check the evaluated density in evaluation mode, before the first step: it may hide derivatives that it shows in training."""
+        """Check the evaluated density in evaluation mode, where it may hide derivatives that it shows in training."""
         self.check(batch)
 
     @abstractmethod
@@ -280,7 +280,7 @@ class Task(Trainable):
         return torch.full((), float(number), device=self.device)
 
     def likelihood_values(self, density: FlowDensity, batch: Batch) -> dict[str, Tensor | None]:
-        """Values of `evaluate_batch` from the log-density of a batch; in the test over as many draws of noise as the data module asks for."""
+        """Values of `evaluate_batch` from a batch's log-density; in the test over the data module's number of noise draws."""
         data = self.data
         draws = data.num_draws if data is not None and self.trainer.testing else 1
         return likelihood_values(density, self.parts(batch), data, draws)

@@ -15,7 +15,7 @@ Curve = Callable[[Tensor], Tensor]
 
 
 class CurveDensity(SmoothDensity):
-    """Density of points on curves with Gaussian noise, c(u) + noise * n, u uniform on [0, 1], n standard normal, c a random curve.
+    """Density of points c(u) + noise * n on a random curve c, with u uniform on [0, 1] and n standard normal.
 
         p(x) = mean over curves of integral from 0 to 1 of N(x; c(u), noise^2 I) du
 
