@@ -2,7 +2,11 @@
 
 import ast
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from itertools import pairwise
+from urllib.parse import urlsplit
 
 import pytest
 from covering import thinned
@@ -155,3 +159,54 @@ def test_troubleshooting_names_every_error_and_warning():
     needed = derived("DivflowError", "Warning", "UserWarning") - CAUGHT
     assert {"FieldError", "RuleError", "QuadratureWarning"} <= needed
     assert needed <= explained, needed - explained
+
+
+class Loaded(HTMLParser):
+    """The addresses that a browser loads with a page: all but those of links to follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag != "a" and given.get("rel") not in ("canonical", "next", "prev"):
+            self.addresses += [given[name] for name in ("src", "srcset", "href", "data") if given.get(name)]
+        self.addresses += loaded_by_style(given.get("style") or "")
+
+    def handle_data(self, text):
+        if self.lasttag == "style":
+            self.addresses += loaded_by_style(text)
+
+
+def loaded_by_style(text):
+    return [
+        address
+        for pair in re.findall(r"""url\(["']?([^"')]+)|@import\s+["']([^"']+)""", text)
+        for address in pair
+        if address
+    ]
+
+
+@pytest.mark.slow
+def test_the_site_is_complete_without_the_internet(tmp_path):
+    """Scripts, stylesheets, fonts and images are files of the site, and so is MathJax, which a script loads."""
+    for module in ("mkdocs", "material", "mkdocstrings", "mathjax"):
+        pytest.importorskip(module)
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    asked = {sheet: loaded_by_style(sheet.read_text()) for sheet in tmp_path.rglob("*.css")}
+    for page in tmp_path.rglob("*.html"):
+        reader = Loaded()
+        reader.feed(page.read_text())
+        assert any(address.endswith("javascripts/mathjax.js") for address in reader.addresses), page
+        asked[page] = reader.addresses
+    assert len(asked) > len(PAGES)
+    for file, addresses in asked.items():
+        for address in map(urlsplit, addresses):
+            if address.scheme != "data":
+                assert address[:2] == ("", ""), (file, address)
+                folder = tmp_path if address.path.startswith("/") else file.parent
+                assert (folder / address.path.lstrip("/")).is_file(), (file, address)
+    assert (tmp_path / "javascripts" / "tex-svg.js").is_file()
