@@ -91,9 +91,10 @@ def test_lines_that_differ_are_seen(printed):
         check_printed(printed, "1.0000 nats\n")
 
 
-def test_a_block_without_its_library_is_left_out(tmp_path):
+def test_a_block_without_its_library_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcfm", None)
     page = tmp_path / "page.md"
-    page.write_text("```python\nimport torchcfm.none\n```\n\n```python\nleft = 1\n```\n")
+    page.write_text("```python\nimport torchcfm\n```\n\n```python\nleft = 1\n```\n")
     names = run_python(page)
     assert (names["missing"], names["left"]) == ({"torchcfm"}, 1)
     page.write_text("```python\nimport no_library_of_ours\n```\n")
