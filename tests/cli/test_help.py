@@ -59,8 +59,12 @@ def test_three_examples_are_commands(command):
     assert all(name == command if command else name in COMMANDS for name, *_ in given)
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(it, marks=pytest.mark.slow) for it in (1, 2))])
-@pytest.mark.parametrize("command", ["", *(name for name in COMMANDS if name != "compare")])
+COMPOSED = [(name, number) for name in ("train", "", "evaluate", "sample") for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("command", "number"), [COMPOSED[0], *(pytest.param(*it, marks=pytest.mark.slow) for it in COMPOSED[1:])]
+)
 def test_an_example_composes(command, number):
     _, name, *settings = shlex.split(examples(command)[number])
     assert composed(name, *settings)
