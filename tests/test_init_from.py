@@ -86,7 +86,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*nowhere\.ckpt"):
         run(tmp_path, "init_from=nowhere.ckpt")
     torch.save({"weights": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match=r"other\.ckpt is no checkpoint of a run: its global_step is 'missing'"):
+    with pytest.raises(
+        CheckpointError, match=r"other\.ckpt is not the checkpoint of a run: its global_step is 'missing'"
+    ):
         run(tmp_path, f"init_from={tmp_path}/other.ckpt")
 
 

@@ -203,7 +203,9 @@ def test_another_number_of_processes_says_what_changes(tmp_path):
     assert saved["callbacks"]["Processes"] == {"world_size": 1}
     saved["callbacks"]["Processes"]["world_size"] = 2
     torch.save(saved, last)
-    with pytest.warns(UserWarning, match=r"2 processes, and 1 go.*from 32 to 16 rows \(data.batch_size=32 keeps it\)"):
+    with pytest.warns(
+        UserWarning, match=r"2 processes, but 1 resumes.*from 32 to 16 rows \(data.batch_size=32 keeps it\)"
+    ):
         train(config(*SMALL, f"ckpt_path={last}", f"output_dir={tmp_path}"))
 
 

@@ -50,7 +50,7 @@ def test_another_training_is_refused_before_anything_is_lost(stopped, settings, 
 def test_another_objective_is_refused(tmp_path):
     settings = ["task=score", "sampler=annealed_langevin", "sde=none", "callbacks.best.monitor=val/loss"]
     run(tmp_path / "a", *settings, "objective=implicit")
-    with pytest.raises(ResumeError, match=r"by the objective \S+ImplicitScoreMatching, and not by \S+Sliced"):
+    with pytest.raises(ResumeError, match=r"by the objective \S+ImplicitScoreMatching, not by \S+Sliced"):
         run(tmp_path / "b", *settings, "objective=sliced", f"ckpt_path={tmp_path}/a/checkpoints/last.ckpt")
 
 
@@ -58,11 +58,11 @@ def test_settings_that_the_checkpoint_overrules_are_reported(stopped, tmp_path, 
     last, _, _ = stopped
     run(tmp_path / "same", last, "task=flow_matching", "task.scheduler=null")
     assert not [it for it in recwarn if "goes on with" in str(it.message)]
-    with pytest.warns(UserWarning, match=r"optimizer goes on with lr=0\.02, as .* and not with lr=0\.5;"):
+    with pytest.warns(UserWarning, match=r"optimizer goes on with lr=0\.02 of the checkpoint, not with lr=0\.5\."):
         run(tmp_path / "rate", last, "task=flow_matching", "task.scheduler=null", "task.optimizer.lr=0.5")
     run(tmp_path / "annealed", "task=flow_matching")
     annealed = f"ckpt_path={tmp_path}/annealed/checkpoints/last.ckpt"
-    with pytest.warns(UserWarning, match=r"schedule goes on with T_max=4, as .* and not with T_max=6;"):
+    with pytest.warns(UserWarning, match=r"schedule goes on with T_max=4 of the checkpoint, not with T_max=6\."):
         run(tmp_path / "longer", annealed, "task=flow_matching", "trainer.max_steps=6")
 
 

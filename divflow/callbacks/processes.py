@@ -156,7 +156,7 @@ def _changes(trainer: L.Trainer, was: int) -> str:
     batch = f"the global batch from {was * rows * accumulated} to {now * rows * accumulated} rows " if rows else ""
     keep = f"(data.batch_size={was * rows // now} keeps it)" if rows and was * rows % now == 0 else ""
     return (
-        f"the checkpoint was written by {was} process{'es' if was > 1 else ''}, but {now} resume from it. This changes "
+        f"the checkpoint was written by {was} process{'es' if was > 1 else ''}, but {now} resume{'s' if now == 1 else ''} from it. This changes "
         f"{batch}{keep}{', ' if rows else ''}the order of the rows and the noise of each process: "
         f"the result will differ from that of an uninterrupted run. To avoid this, keep device.devices * device.num_nodes = {was}"
     )

@@ -103,4 +103,6 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         elsewhere = Path(tempfile.mkdtemp(prefix="divflow-")) / path.name
         write(elsewhere)
-        raise OutputError(f"{path} could not be written ({error.strerror or error}); it is in {elsewhere}") from error
+        raise OutputError(
+            f"{path} could not be written ({error.strerror or error}). It is saved as {elsewhere}"
+        ) from error

@@ -92,7 +92,7 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
         if set(map(str, numbers)) != set(columns or ()):
             raise ConfigError(
                 f"context={numbers} names {', '.join(map(str, numbers))}, but the columns of the context are "
-                f"{', '.join(columns or ()) or 'not known by names: give a list'}"
+                f"{', '.join(columns or ()) or 'unnamed. Give a list'}"
             )
         by_name = {str(name): number for name, number in numbers.items()}
         numbers = [by_name[name] for name in columns or ()]

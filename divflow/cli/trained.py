@@ -277,7 +277,7 @@ def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
         made.watch_units = not isinstance(made.flow, AdaptedFlow)  # which watches them by itself
     if not isinstance(made, FlowDensity | UnnormalizedDensity):
         raise ConfigError(
-            f"model._target_={model._target_} made a {type(made).__name__}; it must make a ContinuousFlow or a density of "
+            f"model._target_={model._target_} made a {type(made).__name__}. It must make a ContinuousFlow or a density of "
             "divflow.flow or divflow.score"
         )
     return made

@@ -179,7 +179,7 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 4 or array.shape[3] in _CHANNELS.values() or array.shape[1] not in _CHANNELS.values():
         raise DataError(
-            f"{name} has shape {array.shape}; images are (n, height, width), (n, height, width, channels) or (n, channels, "
+            f"{name} has shape {array.shape}, but images are (n, height, width), (n, height, width, channels) or (n, channels, "
             "height, width) with 1 or 3 channels, on one side only. Leave an alpha channel out"
         )
     return torch.from_numpy(np.ascontiguousarray(array))

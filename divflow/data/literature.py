@@ -87,7 +87,7 @@ def _read(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} could not be read as .npy: {error}; {expected}") from error
+        raise DataError(f"{path} could not be read as .npy: {error}. {expected}") from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} holds several arrays, as an .npz file does, but {expected}")
     if array.shape != shape or array.dtype.kind != "f":

@@ -100,8 +100,8 @@ class SplitData(TensorDataModule):
         if how != own:
             asked = [f"{name}={own[name]}" for name in _SPLIT if own[name] != how[name]]
             warnings.warn(
-                f"the split is that of the training, by {', '.join(f'{name}={how[name]}' for name in _SPLIT)}, because "
-                f"{', '.join(asked)} would test rows that were trained on. Train another density for another split",
+                f"the split is that of the training, by {', '.join(f'{name}={how[name]}' for name in _SPLIT)}, not by "
+                f"{', '.join(asked)}, which would test rows that were trained on. Train another density for another split",
                 stacklevel=2,
             )
         self._divided = {"digests": state["digests"], **how}

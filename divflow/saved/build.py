@@ -120,7 +120,7 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], conte
     network = make()
     if not isinstance(network, nn.Module):
         raise ConfigError(
-            f"network._target_={config['_target_']} made a {type(network).__name__}; it must name an nn.Module, called as "
+            f"network._target_={config['_target_']} made a {type(network).__name__}. It must name an nn.Module, called as "
             "net(t, x)"
         )
     _materialize(network, event_shape, context_features)

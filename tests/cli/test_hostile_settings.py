@@ -79,7 +79,7 @@ def test_any_value_of_any_setting(run, number, tmp_path, monkeypatch, capsys):
         (["trainer.gradient_clip_val=abc"], "trainer.gradient_clip_val must be .*float.*, but is 'abc'"),
         (["device.accelerator=foo"], "settings of trainer, device, logger or callbacks are refused: .*'foo'"),
         (["device.precision=foo"], "device.precision must be .*'bf16-mixed'.*, but is 'foo'"),
-        (["callbacks=null"], "callbacks must hold settings by name, but is None"),
+        (["callbacks=null"], "callbacks must be a mapping of settings, but is None"),
         (["callbacks.best.monitor=val/foo"], "could not find the monitored key .*val/nll"),
         (["callbacks.last.every_n_minutes=abc"], "every_n_minutes must be float | null, but is 'abc'"),
         (["network.hidden=64"], r"network.hidden must be Sequence\[int\], but is 64"),

@@ -87,7 +87,7 @@ def test_columns_are_those_of_the_training_by_their_names(best, tmp_path):
         np.testing.assert_allclose(read(name)[1][:, 0], expected, rtol=1e-5)
     (tmp_path / "other.csv").write_text("height,mass\n151,55\n160,52\n")
     table = ["evaluate", f"ckpt_path={best}", "data=table", "data.path=other.csv"]
-    assert "other.csv has no column weight; it has height, mass" in refused(*table)
+    assert "other.csv has no column weight. Choose from height, mass" in refused(*table)
     assert "mass, weight in one of them only" in refused(*table, "data.columns=[height,mass]")
     main(["sample", f"ckpt_path={best}", "num_samples=3"])
     assert read("samples.csv")[0] == ["height", "weight"]
@@ -297,10 +297,10 @@ MISTAKES = {
     "no checkpoint": (["evaluate", "ckpt_path=there.csv"], r"there\.csv is not a checkpoint of plain tensors"),
     "no data": (["evaluate", "{best}", "+data.path=none"], "there is no file or folder none"),
     "context": (["sample", "{best}", "context=[1,2]"], "0 context features, but got 2"),
-    "split": (["evaluate", "{best}", "split=tset"], "no split 'tset'; it must be one of train, val, test, all"),
-    "suffix": (["evaluate", "{best}", "out=a.txt"], r"'\.txt'; it must end in \.csv or \.npy"),
-    "figure suffix": (["sample", "{best}", "out=a"], r"\(none\).*\.csv or \.npy or \.png"),
-    "there already": (["evaluate", "{best}", "out=there.csv"], "there.csv exists;.*overwrite=true"),
+    "split": (["evaluate", "{best}", "split=tset"], "split must be one of train, val, test, all, but is 'tset'"),
+    "suffix": (["evaluate", "{best}", "out=a.txt"], r"must end in \.csv or \.npy, but .*'\.txt'"),
+    "figure suffix": (["sample", "{best}", "out=a"], r"\.csv or \.npy or \.png, but .*\(none\)"),
+    "there already": (["evaluate", "{best}", "out=there.csv"], "there.csv exists.*overwrite=true"),
     "other data": (["evaluate", "{best}", "data=digits"], r"shape \(64,\).* trained on \(2,\)"),
     "batch size": (["evaluate", "{best}", "batch_size=0"], "batch_size must be a whole number of at least 1, but is 0"),
     "samples": (["sample", "{best}", "num_samples=0"], "num_samples must be a whole number of at least 1, but is 0"),
@@ -337,7 +337,7 @@ def test_checkpoints_of_another_architecture_or_with_code_are_refused(best, run_
     shutil.copytree(run_folder, tmp_path / "moved")
     saved = tmp_path / "moved" / "config.yaml"
     saved.write_text(saved.read_text().replace("divflow.data.Table", "os.system"))
-    assert "asks for 'os.system'" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
+    assert "names 'os.system'" in refused("evaluate", "ckpt_path=moved/checkpoints/best.ckpt")
     changed["divflow"]["network"] |= {"_target_": "own.Net", "activation": {"_target_": "own.Act"}}
     torch.save(changed, "moved/checkpoints/own.ckpt")
     assert "allow=[own.Net,own.Act,os.system]" in refused("evaluate", "ckpt_path=moved/checkpoints/own.ckpt")

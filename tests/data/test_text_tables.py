@@ -77,19 +77,19 @@ def test_decimal_commas(tmp_path):
         DataError, match=r"""separated by ';'.*"data\.separator=';'", and the decimal comma by "data\.decimal=','"""
     ):
         Table(tmp_path / "t.csv")
-    with pytest.raises(DataError, match=r"""not numbers: a .*Set "data\.decimal=','" """):
+    with pytest.raises(DataError, match=r"""not numbers: a .*set "data\.decimal=','" """):
         Table(tmp_path / "t.csv", separator=";")
     same(tmp_path / "t.csv", separator=";", decimal=",")
 
 
 def test_digits_in_groups(tmp_path):
     (tmp_path / "t.csv").write_text(text('"{:,.3f}"'))
-    with pytest.raises(DataError, match=r"""not numbers: b .*Set "data\.thousands=','" """):
+    with pytest.raises(DataError, match=r"""not numbers: b .*set "data\.thousands=','" """):
         Table(tmp_path / "t.csv")
     same(tmp_path / "t.csv", thousands=",")
     (tmp_path / "t.csv").write_text(text("{:,.3f}", ";", change=german))
     same(tmp_path / "t.csv", separator=";", decimal=",", thousands=".")
-    with pytest.raises(DataError, match=r"""not numbers: a.*Set "data\.decimal=','" "data\.thousands='\.'" \("""):
+    with pytest.raises(DataError, match=r"""not numbers: a.*set "data\.decimal=','" "data\.thousands='\.'" \("""):
         Table(tmp_path / "t.csv", separator=";", thousands=" ")
 
 
@@ -108,7 +108,7 @@ def test_a_first_row_of_decimal_commas_is_data(tmp_path):
 def test_a_mark_among_numbers_is_what_is_named(tmp_path):
     (tmp_path / "t.csv").write_text(text() + "?,3\n1,2\n")
     with pytest.raises(
-        DataError, match=r"'\?' among the numbers of column 'a', and 1 of 42 .*row 40 \(counted from 0\)"
+        DataError, match=r"'\?' among the numbers of column 'a', and 1 of its 42 .*row 40 \(counted from 0\)"
     ):
         Table(tmp_path / "t.csv")
 
@@ -141,8 +141,8 @@ def test_no_rows(tmp_path, kind):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decimal": ",,"}, "decimal must be one sign.*',,'"),
-        ({"thousands": "5"}, "thousands must be one sign.*'5'"),
+        ({"decimal": ",,"}, "decimal must be one character.*',,'"),
+        ({"thousands": "5"}, "thousands must be one character.*'5'"),
         ({"decimal": ",", "thousands": ","}, "both are ','"),
         ({"encoding": "utf-9"}, "no encoding 'utf-9'"),
     ],
@@ -161,7 +161,7 @@ WARNED = {
     "whole numbers": (lambda n: {"visits": np.arange(n) % 7}, r"column visits .*data\.discrete=\[visits\]"),
     "ids": (
         lambda n: {"id": [12345678901234567890 + 10_007 * i for i in range(n)]},
-        r"column id .*more digits.*\[a,b\]",
+        r"column id .*more than the 15 digits.*\[a,b\]",
     ),
 }
 

@@ -217,7 +217,7 @@ def test_lightnings_own_checkpoint_is_named(tmp_path):
                 TimeConditionalScoreMatching(VarianceExploding(event_shape=2)),
             ),
             ValueError,
-            "over VariancePreserving.*objective over VarianceExploding",
+            "over VariancePreserving.*objective is over VarianceExploding",
         ),
         (
             lambda: UnnormalizedDensity(nn.Linear(2, 2), Affine(), AnnealedLangevin(2, [1.0, 0.3]), [1.0, 0.1]),
