@@ -163,7 +163,7 @@ def test_no_such_density_is_refused():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=score", "times=power"], "PowerTimes is for the times of flow matching; task=score takes times=sde"),
+        (["task=score", "times=power"], "PowerTimes is for the times of flow matching. Use times=sde with task=score"),
         (["task=flow_matching", "times=sde"], "times=sde is for task=score. Use times=uniform, power"),
     ],
 )

@@ -147,7 +147,7 @@ def test_what_can_not_be_written_at_the_end_is_kept_elsewhere(runs, tmp_path, mo
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", "out=there/log_prob.csv"])
-    kept = re.search(r"could not be written \(No space left on device\); It is saved as (\S+)", ended.value.code)
+    kept = re.search(r"could not be written \(No space left on device\)\. It is saved as (\S+)", ended.value.code)
     assert len(pd.read_csv(kept[1])) == 30
     assert list((tmp_path / "there").iterdir()) == []
 

@@ -299,7 +299,7 @@ MISTAKES = {
     "context": (["sample", "{best}", "context=[1,2]"], "0 context features, but got 2"),
     "split": (["evaluate", "{best}", "split=tset"], "split must be one of train, val, test, all, but is 'tset'"),
     "suffix": (["evaluate", "{best}", "out=a.txt"], r"must end in \.csv or \.npy, but .*'\.txt'"),
-    "figure suffix": (["sample", "{best}", "out=a"], r"\(none\).*\.csv or \.npy or \.png"),
+    "figure suffix": (["sample", "{best}", "out=a"], r"\.csv or \.npy or \.png, but .*\(none\)"),
     "there already": (["evaluate", "{best}", "out=there.csv"], "there.csv exists.*overwrite=true"),
     "other data": (["evaluate", "{best}", "data=digits"], r"shape \(64,\).* trained on \(2,\)"),
     "batch size": (["evaluate", "{best}", "batch_size=0"], "batch_size must be a whole number of at least 1, but is 0"),
