@@ -51,7 +51,6 @@ _MOVED = {
     "divflow.step_control": ["divflow.solver.step_control", "divflow.solver.norms"],
     "divflow.support": ["divflow.distributions.support"],
     "divflow.sweeps": ["divflow.runs.sweeps"],
-    "divflow.tasks.flow_density": ["divflow.tasks.judged_flow"],
     "divflow.transform": ["divflow.flow.transform"],
     "divflow.transforms": ["divflow.flow.transforms"],
     "divflow.units": ["divflow.flow.units"],

@@ -21,3 +21,14 @@ def _seeded():
         torch.manual_seed(0)
     else:  # the same, without a trace of the stack for each kind of device that is not there
         torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def without_validation():
+    """As importing zuko leaves torch's distributions, for everyone; here for a test. Importing Pyro changes them, too."""
+    from torch.distributions import Distribution
+
+    before = Distribution._validate_args, Distribution.__dict__.get("arg_constraints")
+    Distribution._validate_args, Distribution.arg_constraints = False, {}
+    yield
+    Distribution._validate_args, Distribution.arg_constraints = before

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -359,3 +360,43 @@ def test_what_torch_computed_before_is_not_saved(name):
         with contextlib.suppress(NotImplementedError, RuntimeError):
             getattr(part, attribute, None)
     assert flow_of(used).state_dict().keys() == flow_of(base(name)).state_dict().keys()
+
+
+class ByANetwork(D.Transform):
+    """x + net(0), by a function that is bound to the network, as zuko's transforms are."""
+
+    domain = codomain = D.constraints.real_vector
+    bijective = True
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def _call(self, x):
+        return x + self.shift()
+
+    def _inverse(self, y):
+        return y - self.shift()
+
+    def log_abs_det_jacobian(self, x, y):
+        return x.new_zeros(x.shape[:-1])
+
+
+def test_networks_in_functions_are_parts_of_a_base():
+    net = nn.Linear(2, 2)
+    for shift in (functools.partial(net.forward, torch.zeros(2)), functools.partial(net, torch.zeros(2))):
+        base = D.TransformedDistribution(Independent(D.Normal(torch.zeros(2), 1.0), 1), [ByANetwork(shift)])
+        net.requires_grad_(True)
+        with pytest.raises(BaseError, match="require grad"):
+            flow_of(base)
+        net.requires_grad_(False)
+        flow, x = flow_of(base), torch.randn(3, 2)
+        expected = base.log_prob(x)
+        torch.testing.assert_close(flow.base.log_prob(x), expected)
+        other = flow_of(base)
+        for tensor in other.base.state_dict().values():
+            tensor.add_(1.0)
+        assert not torch.allclose(other.base.log_prob(x), expected)
+        other.load_state_dict(flow.state_dict())
+        for again in (other, copy.deepcopy(flow), pickle.loads(pickle.dumps(flow.base))):
+            torch.testing.assert_close(getattr(again, "base", again).log_prob(x), expected)

@@ -1,4 +1,4 @@
-"""Checkpoints that runs wrote before modules had rooms: they load, are judged and go on as they did then.
+"""Checkpoints that runs wrote before modules had rooms: they load, are evaluated and go on as they did then.
 
 Made by `python train.py` of version 0.1.0, four steps each with the settings below; the numbers are those that the code of then gave for them.
 """

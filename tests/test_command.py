@@ -109,7 +109,7 @@ def test_compiled_network_trains_to_the_same_result(tmp_path, eager, code):
     np.testing.assert_allclose(float(rows[-1].split(",")[header.split(",").index("test/nll")]), eager, rtol=1e-3)
 
 
-def test_what_compiling_costs_is_said_before(tmp_path, monkeypatch, capsys):
+def test_what_compiling_costs_is_reported_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nn.Module, "compile", lambda module: None)
     train(config(*SMALL, "compile=true", f"output_dir={tmp_path}"))
     assert "compile=true: torch compiles the network once for each way" in capsys.readouterr().out

@@ -265,8 +265,8 @@ def test_samples_of_a_flow(device, source):
     samples, log_prob = flow.rsample_and_log_prob(4, generator=Generator(source).manual_seed(1))
     close(flow.log_prob(samples), log_prob.detach().cpu(), rtol=1e-3, atol=1e-3)
     close(flow.decode(flow.encode(first)), first.cpu(), rtol=1e-3, atol=1e-3)
-    judged = flow.replace(estimator=Hutchinson(2)).evaluate(first, generator=Generator(source).manual_seed(1))
-    assert judged.standard_error.device.type == judged.quadrature_error.device.type == device
+    result = flow.replace(estimator=Hutchinson(2)).evaluate(first, generator=Generator(source).manual_seed(1))
+    assert result.standard_error.device.type == result.quadrature_error.device.type == device
 
 
 @each_device

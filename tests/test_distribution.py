@@ -243,11 +243,8 @@ def test_a_stochastic_estimator_is_the_flows_own():
 
 
 @pytest.fixture
-def zuko():
-    """Importing zuko turns torch's validation off for everyone; here for as long as it is used."""
-    before = Distribution._validate_args, Distribution.__dict__.get("arg_constraints")
-    yield pytest.importorskip("zuko")
-    Distribution._validate_args, Distribution.arg_constraints = before
+def zuko(without_validation):
+    return pytest.importorskip("zuko")
 
 
 def test_as_the_base_of_a_flow_of_zuko(zuko):

@@ -16,7 +16,7 @@ from divflow.flow import ContinuousFlow, cost, evaluation_time
 from divflow.flow.cost import evaluation_cost
 from divflow.flow.evaluation_time import EvaluationTimeError
 from divflow.likelihood import Quadrature
-from divflow.operators.progress import tell, watched
+from divflow.operators.progress import report, watched
 from divflow.runs.experiment import train
 from divflow.solver import Solver
 
@@ -24,7 +24,7 @@ X = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 
 
 class Slow(nn.Module):
-    """A velocity without closed form, of which each evaluation takes a while once it is told to."""
+    """A velocity without closed form, of which each evaluation takes a while once it is asked to."""
 
     pause = 0.0
 
@@ -80,7 +80,7 @@ def test_a_validation_that_would_take_too_long_is_refused_before_the_first_step(
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_it_is_said_where_it_is_allowed(tmp_path, monkeypatch, capsys):
+def test_it_is_reported_where_it_is_allowed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation_time, "_SAID", 0.5)
     run(tmp_path, "trainer.max_steps=1", "trainer.val_check_interval=1", pause=0.01)
     printed = capsys.readouterr().out
@@ -115,16 +115,16 @@ def test_who_watches_may_stop_watching_in_any_order():
     first, second = watched(lambda *part: seen.append((1, *part))), watched(lambda *part: seen.append((2, *part)))
     first.__enter__()
     second.__enter__()
-    tell("nodes", 1, 3)
+    report("nodes", 1, 3)
     first.__exit__(None, None, None)
-    tell("nodes", 2, 3)
+    report("nodes", 2, 3)
     second.__exit__(None, None, None)
-    tell("nodes", 3, 3)
+    report("nodes", 3, 3)
     assert seen == [(1, "nodes", 1, 3), (2, "nodes", 1, 3), (2, "nodes", 2, 3)]
 
 
 @pytest.mark.parametrize("method", ["reverse", "forward"])
-def test_products_are_told(method):
+def test_products_are_reported(method):
     seen = []
     with watched(lambda *part: seen.append(part)):
         Exact(method, chunk_size=15)(lambda t, x: x.cumsum(1).sin(), 0.0, X)

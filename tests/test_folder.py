@@ -57,7 +57,7 @@ def test_a_config_names_no_folder_of_the_run_and_files_by_their_whole_path(tmp_p
     assert str(tmp_path / "run") not in "".join(line for line in text.splitlines() if not line.startswith("#"))
 
 
-def test_results_of_another_run_are_kept_unless_told(tmp_path):
+def test_results_of_another_run_are_kept_unless_asked(tmp_path):
     train(config(*SMALL, f"output_dir={tmp_path}", "seed=1"))
     before = contents(tmp_path)
     with pytest.raises(
@@ -94,7 +94,7 @@ def test_a_run_goes_on_in_its_own_folder_only(tmp_path):
 def test_a_folder_is_one_runs_at_a_time(tmp_path):
     with (
         claim(tmp_path / "run", None, 0, overwrite=False),
-        pytest.raises(ConfigError, match="another run is writing in .*run at this moment"),
+        pytest.raises(ConfigError, match="another run is writing to .*run now"),
         claim(tmp_path / "run", None, 0, overwrite=True),
     ):
         pass
@@ -171,7 +171,7 @@ def test_sweeps_name_their_folders_by_what_differs(tmp_path, monkeypatch):
         ("evaluation.solver.method=dopri9", "unknown solver method 'dopri9'"),
     ],
 )
-def test_what_is_wrong_is_told_before_lightning_is_there(override, message):
+def test_what_is_wrong_is_reported_before_lightning_is_there(override, message):
     with pytest.raises((ConfigError, InstantiationException)) as caught:
         check_settings(config(override, "output_dir=x"))
     assert re.search(message, f"{caught.value} {caught.value.__cause__}")

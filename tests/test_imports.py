@@ -68,7 +68,6 @@ MOVED = {
     "divflow.step_control": "ADAPTIVE COARSELY_INTERPOLATED DEFAULT_STEPS FIXED METHODS METHOD_ORDERS StepTimes Tolerances adaptive_options adjoint_options after_jump check_options fixed_options limit_step steps_for_one worst_sample",
     "divflow.support": "log_density without_volume",
     "divflow.sweeps": "swept",
-    "divflow.tasks.flow_density": "FlowDensityTask",
     "divflow.transform": "Transform at_least_float32",
     "divflow.transforms": "Affine Bounded Compose Logit MeanFreeScale Transform",
     "divflow.units": "UnitsWarning warn_of_far_data warn_of_range",

@@ -27,7 +27,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.mark.parametrize("task", ["flow", "flow_matching"])
 def test_starts_from_the_averaged_weights(pretrained, tmp_path, task, capsys):
-    """At a learning rate of zero it ends where the other ended, by the likelihood that judged that one."""
+    """At a learning rate of zero it ends where the other ended, by the likelihood that evaluated that one."""
     checkpoint, results = pretrained
     settings = [f"task={task}", "network=mlp_deep", f"init_from={checkpoint}", "task.optimizer.lr=0"]
     assert run(tmp_path, *settings)["test/nll"] == results["test/nll"]
@@ -43,7 +43,7 @@ def test_starts_from_the_averaged_weights(pretrained, tmp_path, task, capsys):
     assert f"({numbers} numbers in {tensors} tensors);" in printed
 
 
-def test_a_standardization_of_other_data_is_said(tmp_path, capsys):
+def test_a_standardization_of_other_data_is_reported(tmp_path, capsys):
     weights = f"init_from={tmp_path}/0/checkpoints/best.ckpt"
     for i, (factor, more) in enumerate([(1, []), (1, [weights]), (100, [weights])]):
         rows = "".join(f"{j + 0.5},{factor * (j * j + 0.5)}\n" for j in range(40))
@@ -86,7 +86,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*nowhere\.ckpt"):
         run(tmp_path, "init_from=nowhere.ckpt")
     torch.save({"weights": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match=r"other\.ckpt is no checkpoint of a run: its global_step is 'missing'"):
+    with pytest.raises(
+        CheckpointError, match=r"other\.ckpt is not the checkpoint of a run: its global_step is 'missing'"
+    ):
         run(tmp_path, f"init_from={tmp_path}/other.ckpt")
 
 
@@ -104,6 +106,6 @@ def test_a_run_goes_on_from_its_own_weights_by_the_command_that_started_it(pretr
         assert torch.equal(value, parts["current_model_state"][name])
 
 
-def test_a_file_that_is_not_there_is_told_at_once(tmp_path):
+def test_a_file_that_is_not_there_is_reported_at_once(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no file nowhere\.ckpt .*init_from"):
         check_settings(config("init_from=nowhere.ckpt", f"output_dir={tmp_path}"))

@@ -26,7 +26,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        WriteError, match=r"could not be written \(No space left on device\); the one of before is kept"
+        WriteError, match=r"could not be written \(No space left on device\); the previous file is kept"
     ):
         run(tmp_path, f"ckpt_path={last}", "trainer.max_steps=8", "task.scheduler.T_max=4")
     assert last.read_bytes() == before

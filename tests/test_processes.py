@@ -53,7 +53,7 @@ def test_a_killed_process_ends_the_others_with_a_message(tmp_path, rank, stage):
         print(f"rank {rank} killed in {stage}: the others ended after {time.monotonic() - started:.1f} s")
     message = log.read_text()
     assert re.search(rf"error: rank {rank} of 2 \(process {dead} on \S+\) died at step \d+", message), message
-    assert f"go on with ckpt_path={last}" in message
+    assert f"Go on with ckpt_path={last}" in message
 
 
 LEAVES_LATE = """
@@ -80,7 +80,7 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, number)
         wait_for(lambda: process.poll() is not None, 60)
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], log.read_text()
         wait_for(lambda: not members(process.pid), 30)
-    assert f"go on with ckpt_path={last}" in log.read_text()
+    assert f"Go on with ckpt_path={last}" in log.read_text()
     assert checkpoint(tmp_path / "run")["callbacks"]["Processes"] == {"world_size": 2}
 
 
@@ -203,7 +203,9 @@ def test_another_number_of_processes_says_what_changes(tmp_path):
     assert saved["callbacks"]["Processes"] == {"world_size": 1}
     saved["callbacks"]["Processes"]["world_size"] = 2
     torch.save(saved, last)
-    with pytest.warns(UserWarning, match=r"2 processes, and 1 go.*from 32 to 16 rows \(data.batch_size=32 keeps it\)"):
+    with pytest.warns(
+        UserWarning, match=r"2 processes, but 1 resumes.*from 32 to 16 rows \(data.batch_size=32 keeps it\)"
+    ):
         train(config(*SMALL, f"ckpt_path={last}", f"output_dir={tmp_path}"))
 
 
@@ -268,9 +270,9 @@ def test_the_slurm_script_sets_what_lightning_takes(monkeypatch):
 @pytest.mark.parametrize(
     ("there", "overrides", "message"),
     [
-        (0, [], r"devices=auto asks for GPUs.*torch sees none.*use device=cpu or device=multi_process_cpu"),
+        (0, [], r"devices=auto asks for GPUs.*torch sees none.*Use device=cpu or device=multi_process_cpu"),
         (0, ["device.devices=4"], "devices=4 asks for GPUs.*torch sees none"),
-        (2, ["device.devices=4"], "devices=4 asks for GPUs.*torch sees 2.*use device.devices=2"),
+        (2, ["device.devices=4"], "devices=4 asks for GPUs.*torch sees 2.*Use device.devices=2"),
         (2, ["device.devices=[0,5]"], r"devices=\[0, 5\] asks for GPUs.*torch sees 2"),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from covering import thinned
-from documents import blocks, commands, judgements, overrides, run_python, unknown
+from documents import blocks, commands, evaluations, overrides, run_python, unknown
 from PIL import Image
 from processes import process_group
 from run import DRAWN, FAST, ROOT, SMALL_TOY, config
@@ -27,7 +27,7 @@ BLOCKS = blocks(README)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 LINES = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 COMMANDS = commands(BLOCKS)
-# Experiments, particles, conditions, simulators, modules and loaders of one's own and ways to write a table need data or
+# Experiments, particles, conditions, simulators, modules and loaders of one's own, W&B and ways to write a table need data or
 # packages; they, and schedules, are trained by the tests of each. tests/test_docs.py composes these commands, too.
 TRAINED_BY_OTHERS = (
     "experiment=",
@@ -39,6 +39,7 @@ TRAINED_BY_OTHERS = (
     "data.weight",
     "data.separator",
     "data.encoding",
+    "logger=wandb",
     "scheduler",
 )
 TRAINED = list(
@@ -67,13 +68,14 @@ WIDEST = [
         if j != i
     )
 ]
-# Conditional densities, and simulators, are trained and judged by tests/data/test_contexts.py and tests/data/test_simulator.py.
-OF_OTHERS = ("context=", "allow=my_module.simulate")
-JUDGEMENTS = sorted(
+# Conditional densities, simulators and a package of one's own are trained and evaluated by tests/data/test_contexts.py,
+# tests/data/test_simulator.py and tests/test_own_package.py.
+OF_OTHERS = ("context=", "allow=my_module.simulate", "rings.", "outputs/sweeps")
+EVALUATIONS = sorted(
     {
         line
         for page in (README, *GUIDE)
-        for line in judgements(blocks(page))
+        for line in evaluations(blocks(page))
         if not any(part in line for part in OF_OTHERS)
     }
 )
@@ -199,23 +201,25 @@ def outputs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", JUDGEMENTS)
-def test_judgements_run(command, outputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", EVALUATIONS)
+def test_evaluations_run(command, outputs, tmp_path, monkeypatch):
     """In one process."""
-    judge(command, outputs, tmp_path, monkeypatch, lambda words: main([w for w in words if "multi_process" not in w]))
+    evaluate(
+        command, outputs, tmp_path, monkeypatch, lambda words: main([w for w in words if "multi_process" not in w])
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", JUDGEMENTS)
-def test_judgements_run_in_processes_of_their_own(command, outputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", EVALUATIONS)
+def test_evaluations_run_in_processes_of_their_own(command, outputs, tmp_path, monkeypatch):
     def started(words):
         with process_group([sys.executable, "-m", "divflow", *words], "log.txt") as process:
             assert process.wait(timeout=300) == 0, Path("log.txt").read_text()
 
-    judge(command, outputs, tmp_path, monkeypatch, started)
+    evaluate(command, outputs, tmp_path, monkeypatch, started)
 
 
-def judge(command, outputs, tmp_path, monkeypatch, run):
+def evaluate(command, outputs, tmp_path, monkeypatch, run):
     (tmp_path / "my_module.py").write_text(
         "from divflow.flow import ContinuousFlow\ndef make_flow():\n    return ContinuousFlow(lambda t, x: -x, 2)\n"
         "class MyData: ...\nclass Velocity: ...\n"

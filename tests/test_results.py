@@ -69,9 +69,14 @@ def test_errors_over_rows_and_seeds_are_told_apart(monkeypatch):
     assert mean == pytest.approx(1.2)
     assert over_rows == pytest.approx(0.03)
     assert over_seeds == pytest.approx(np.std([1.0, 1.2, 1.4], ddof=1) / math.sqrt(3))
-    lines = table.markdown(found[::-1]).splitlines()
-    assert "| divflow | 1.200 nats | 0.030 | 0.115 |  | 3 | 40 + 31 | 60 | 500 | 1,234 |" in lines[2]
-    assert "| zuko_nsf | 0.900 nats | 0.020 |  |  | 1 |  |" in lines[3]
+    lines = [line.partition("rows |")[2] for line in table.markdown(found[::-1]).splitlines()]
+    ours, theirs = (
+        lines.index(" divflow | 1.200 nats | 0.030 | 0.115 (3) |"),
+        lines.index(" zuko_nsf | 0.900 nats | 0.020 | (1) |"),
+    )
+    assert ours < theirs
+    assert " divflow | 40 + 31 |  |  |" in lines  # and none of one pass
+    assert {" divflow | 60 | 500 | 1,234 |", " zuko_nsf | 60 | 500 | 1,234 |"} < set(lines)
 
 
 def test_measures_have_the_errors_of_one_seed_beside_their_mean(monkeypatch):
@@ -79,9 +84,24 @@ def test_measures_have_the_errors_of_one_seed_beside_their_mean(monkeypatch):
     more = [{"c2st": 0.6, "c2st_standard_error": 0.03}, {"c2st": 0.8, "c2st_standard_error": 0.04}]
     found = [result("uci_ccpp", "divflow", seed, 1.0, 0.1, **values) for seed, values in enumerate(more)]
     text = table.markdown(found)
-    assert f"| C2ST, ± over observations | 0.7 ± {np.sqrt((0.03**2 + 0.04**2) / 2):.2g} |" in text
-    assert "log-probabilities" not in text
-    assert "- CCPP, D = 5, 9,568 rows: the spline flow takes" in text
+    assert "| data | C2ST, ± over observations | log-probabilities per second |" in text
+    assert f"| CCPP, D = 5, 9,568 rows | 0.7 ± {np.sqrt((0.03**2 + 0.04**2) / 2):.2g} |  |" in text
+    assert "| CCPP, D = 5, 9,568 rows | zuko_nsf takes five times as many steps" in text
+    assert "Particles" not in text
+    found.append(result("uci_ccpp", "zuko_nsf", 0, 1.0, 0.1, c2st=0.5))
+    assert "| CCPP, D = 5, 9,568 rows | zuko_nsf | 0.5 |  |" in table.markdown(found)
+
+
+def test_measures_of_particles_are_lines_of_an_experiment_each(monkeypatch):
+    table = load(monkeypatch, "results_table")
+    more = {
+        "dw4_flow_matching": {"log_normalizer": 29.6},
+        "lj13_likelihood": {"log_normalizer": 59.8, "likelihoods_seconds": 9.0},
+    }
+    text = table.markdown([result(row, "divflow", 0, 1.0, 0.1, **values) for row, values in more.items()])
+    assert "|  | `dw4_flow_matching` | `lj13_likelihood` |" in text
+    assert "| log Z by exact weights, ± by their spread | 29.6 | 59.8 |" in text
+    assert "| 10,000 exact likelihoods, s |  | 9 |" in text
 
 
 def test_a_quadrature_error_is_in_the_units_of_the_result_and_noted_where_it_is_more_than_the_error_beside_it(
@@ -104,10 +124,11 @@ def test_a_quadrature_error_is_in_the_units_of_the_result_and_noted_where_it_is_
         result("uci_casp", "divflow", 0, 1.0, 0.03, quadrature_error=0.001),
     ]
     text, line = table.markdown(found), "| MNIST, 28 x 28, score matching, UNet |"
-    assert f"{line} divflow | 1.300 bits/dim | 0.020 | 0.000 | 0.03 |" in text
-    assert "| 1.000 nats | 0.030 |  | 0.001 |" in text
-    assert "- MNIST, 28 x 28, score matching, UNet: its quadrature error, 0.03 bits/dim, is more" in text
-    assert text.count("is more than its ±") == 1
+    assert f"{line} divflow | 1.300 bits/dim | 0.020 | 0.000 (2) |" in text
+    assert f"{line} divflow | 40 + 31 | 0.03 |  |" in text
+    assert "| divflow | 40 + 31 | 0.001 |  |" in text
+    assert f"{line} quadrature error 0.03 bits/dim: more than its ±" in text
+    assert text.count("more than its ±") == 1
     assert f"{line} 1.30 ± 0.02 bits/dim, quadrature error 0.03 |" in table.short(found)
     assert "nats, quadrature" not in table.short(found)
 
@@ -165,7 +186,7 @@ def test_a_peer_has_the_size_of_ours_and_the_density_of_the_data(monkeypatch, na
     assert peers.parameters(peer.model) == pytest.approx(size, rel=0.35)
     assert peers.train(peer, peers.endless(data), 0.2, 0.9) > 0
     assert peer.evaluations == 0
-    peer.judging()
+    peer.evaluating()
     axis = torch.linspace(-8, 8, 121, dtype=torch.float64)
     cell = (axis[1] - axis[0]) ** 2 * scales.prod()
     with torch.no_grad():
@@ -204,7 +225,7 @@ def test_flow_matching_learns_the_velocity_of_its_paths(monkeypatch):
         assert peer.loss(rows[:400], None) > best + 0.1
 
 
-def test_particles_are_judged_as_a_trace_by_products_would(monkeypatch, tmp_path):
+def test_particles_are_evaluated_as_a_trace_by_products_would(monkeypatch, tmp_path):
     from divflow.data import Particles
     from divflow.distributions import MeanFreeNormal
     from divflow.energies import DoubleWell, Tempering

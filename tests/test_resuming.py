@@ -50,19 +50,19 @@ def test_another_training_is_refused_before_anything_is_lost(stopped, settings, 
 def test_another_objective_is_refused(tmp_path):
     settings = ["task=score", "sampler=annealed_langevin", "sde=none", "callbacks.best.monitor=val/loss"]
     run(tmp_path / "a", *settings, "objective=implicit")
-    with pytest.raises(ResumeError, match=r"by the objective \S+ImplicitScoreMatching, and not by \S+Sliced"):
+    with pytest.raises(ResumeError, match=r"by the objective \S+ImplicitScoreMatching, not by \S+Sliced"):
         run(tmp_path / "b", *settings, "objective=sliced", f"ckpt_path={tmp_path}/a/checkpoints/last.ckpt")
 
 
-def test_settings_that_the_checkpoint_overrules_are_said(stopped, tmp_path, recwarn):
+def test_settings_that_the_checkpoint_overrules_are_reported(stopped, tmp_path, recwarn):
     last, _, _ = stopped
     run(tmp_path / "same", last, "task=flow_matching", "task.scheduler=null")
     assert not [it for it in recwarn if "goes on with" in str(it.message)]
-    with pytest.warns(UserWarning, match=r"optimizer goes on with lr=0\.02, as .* and not with lr=0\.5;"):
+    with pytest.warns(UserWarning, match=r"optimizer goes on with lr=0\.02 of the checkpoint, not with lr=0\.5\."):
         run(tmp_path / "rate", last, "task=flow_matching", "task.scheduler=null", "task.optimizer.lr=0.5")
     run(tmp_path / "annealed", "task=flow_matching")
     annealed = f"ckpt_path={tmp_path}/annealed/checkpoints/last.ckpt"
-    with pytest.warns(UserWarning, match=r"schedule goes on with T_max=4, as .* and not with T_max=6;"):
+    with pytest.warns(UserWarning, match=r"schedule goes on with T_max=4 of the checkpoint, not with T_max=6\."):
         run(tmp_path / "longer", annealed, "task=flow_matching", "trainer.max_steps=6")
 
 
@@ -96,7 +96,7 @@ def test_results_have_both_weights(stopped, tmp_path, capsys):
 ODD = {
     "a plain state": (
         lambda checkpoint: checkpoint["state_dict"],
-        r"state of a module alone \(\d+ tensors, such as 'density",
+        r"only the state of a module \(\d+ tensors, such as 'density",
     ),
     "a list": (lambda checkpoint: [1, 2], "holds a list"),
     "a tensor": (lambda checkpoint: torch.zeros(3), "holds a Tensor"),
@@ -107,11 +107,11 @@ ODD = {
     "no settings": (lambda checkpoint: checkpoint | {"divflow": "a"}, "its divflow is a, not settings"),
     "weights alone": (
         lambda checkpoint: checkpoint.pop("optimizer_states") and checkpoint,
-        "not what training goes on from .optimizer",
+        "not what training resumes from .optimizer",
     ),
     "another optimizer's groups": (
         lambda checkpoint: checkpoint | {"optimizer_states": [{"param_groups": [{"params": [0]}], "state": {}}]},
-        r"groups of \[1\] parameters, and not of \[\d+\]",
+        r"groups of \[1\] parameters, but this one has groups of \[\d+\]",
     ),
 }
 
@@ -139,7 +139,7 @@ def test_an_incomplete_description_is_typed(stopped, tmp_path):
         described = dict(checkpoint["divflow"])
         change(described)
         torch.save(checkpoint | {"divflow": described}, tmp_path / "odd.ckpt")
-        with pytest.raises(CheckpointError, match=f"no whole description of a density: {message}"):
+        with pytest.raises(CheckpointError, match=f"an incomplete description of a density: {message}"):
             divflow.load(tmp_path / "odd.ckpt")
 
 

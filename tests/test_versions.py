@@ -29,6 +29,9 @@ def test_the_lower_bound_is_the_oldest_version_tried(needed):
     assert Version(bound.version) == Version(_pins("constraints-oldest.txt")[canonicalize_name(needed.name)])
 
 
-@pytest.mark.parametrize("needed", NEEDED, ids=lambda needed: needed.name)
+COMPARED = [Requirement(line) for name in ("bench", "peers", "partners") for line in EXTRAS[name]]
+
+
+@pytest.mark.parametrize("needed", [*NEEDED, *COMPARED], ids=lambda needed: needed.name)
 def test_the_newest_version_tried_is_allowed(needed):
     assert needed.specifier.contains(_pins("constraints.txt")[canonicalize_name(needed.name)], prereleases=True)

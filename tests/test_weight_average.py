@@ -1,4 +1,4 @@
-"""The average of the weights: its decay, which warms up, and what a short run is judged by."""
+"""The average of the weights: its decay, which warms up, and what a short run is evaluated by."""
 
 import functools
 
@@ -53,6 +53,6 @@ def test_the_decay_warms_up(tmp_path, decay):
     np.testing.assert_allclose(cold, expected(30, lambda n: decay), rtol=1e-6)
 
 
-def test_training_leaves_what_it_is_told_to(tmp_path):
+def test_training_leaves_what_it_is_asked_to(tmp_path):
     assert averaged(tmp_path, 30, leaves="current", use_buffers=False) == 30
     assert 25 < averaged(tmp_path, 30, use_buffers=False) < 30

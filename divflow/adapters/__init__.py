@@ -1,7 +1,7 @@
-"""Models trained elsewhere as flows: log p with error bars, of what other libraries trained.
+"""Models trained elsewhere as flows: their log-densities, with error bars.
 
-Each function takes a model as its library gives it, and returns a `divflow.flow.ContinuousFlow`. None of the libraries
-is imported: a model is called, and a scheduler read, in the way that the function's docstring states.
+Each function takes a model as its library provides it, and returns a `divflow.flow.ContinuousFlow`. None of the libraries
+is imported. The docstring of each function states how the model is called and how a scheduler is read.
 """
 
 from divflow.adapters.denoiser import from_denoiser

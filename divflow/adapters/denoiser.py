@@ -1,4 +1,4 @@
-"""Denoisers, which tell data from noise at every noise level: the ODE of their marginals."""
+"""Denoisers D(x, sigma), which estimate data from noisy data, as flows along the noise level."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -31,44 +31,46 @@ PREDICTIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 @dataclass(frozen=True)
 class Scaling:
-    """The scale r(s) of noisy data y = x + sigma n, s = log sigma, at which z = r y hardly changes in size.
+    """Scale r(s) of noisy data y = x + sigma n, s = log sigma, at which z = r y hardly changes in size.
 
         w = c^2 / (c^2 + sigma^2),   r(s)^2 = w(s) / w(log sigma_min)
 
-    Solvers take about twice the evaluations for y itself, which grows with sigma. At sigma_min the two are one.
+    Solvers take about twice as many evaluations for y itself, which grows with sigma. At sigma_min, z = y.
 
     Args:
         std: c, about the standard deviation of the data.
-        log_sigma_min: where r = 1.
+        log_sigma_min: s at which r = 1.
     """
 
     std: float
     log_sigma_min: float
 
     def share(self, s: Tensor) -> Tensor:
-        """The signal's share w of the variance, of s's shape."""
+        """Share w of the signal in the variance, of s's shape."""
         return torch.sigmoid(2 * (math.log(self.std) - s))
 
     def factor(self, s: Tensor) -> Tensor:
-        """The factor r, of s's shape."""
+        """Factor r, of s's shape."""
         return (self.share(s) / self.share(torch.full_like(s, self.log_sigma_min))).sqrt()
 
 
 class DenoisingVelocity(nn.Module):
-    """The velocity dz/ds of noisy data z = r y over s = log sigma, r a `Scaling` (Karras et al. 2022, equation 4).
+    """Velocity dz/ds of noisy data z = r y over s = log sigma, r a `Scaling` (Karras et al. 2022, equation 4).
 
         dz/ds = w z - r D(z / r, sigma) = (w - p) z - r q f,   D = p y + q f
         div dz/ds = (w - p) dim - r q tr df/dz
 
-    It vanishes for normal data of the scaling's standard deviation, whose D is w y: what is left to estimate is how the
-    data differ from those. (To estimate f alone, and add the first term, has the same variance with Rademacher probes,
-    and with Gaussian ones or Hutch++ several times more, since the two terms nearly cancel.)
+    For normal data of the scaling's standard deviation D is w y, and the velocity vanishes. An estimator of the divergence thus sees
+    only how the data differ from those. (Estimating f alone, and adding the first term, has the same variance with Rademacher
+    probes. With Gaussian ones or Hutch++ it has a variance several times larger, because the two terms nearly cancel.)
 
     Args:
-        model: f, of s and z.
-        prediction: what f predicts, of `PREDICTIONS`: "sample", D itself, with p = 0 and q = 1; "epsilon", the noise
-            n = (y - D) / sigma, with p = 1 and q = -sigma; "v_prediction", (n - sigma D) / sqrt(1 + sigma^2), with
-            p = 1 / (1 + sigma^2) and q = -sigma / sqrt(1 + sigma^2).
+        model: f, a function of s and z.
+        prediction: what f predicts, one of `PREDICTIONS`:
+
+            - "sample": D itself, p = 0 and q = 1;
+            - "epsilon": the noise n = (y - D) / sigma, p = 1 and q = -sigma;
+            - "v_prediction": (n - sigma D) / sqrt(1 + sigma^2), p = 1 / (1 + sigma^2) and q = -sigma / sqrt(1 + sigma^2).
         scaling: r and w.
     """
 
@@ -77,11 +79,11 @@ class DenoisingVelocity(nn.Module):
         self.model, self.prediction, self.scaling = model, prediction, scaling
 
     def finest_scale(self, t: Tensor) -> Tensor:
-        """R sigma, what noise has blurred at t = log sigma: a solver's tolerances are of this size."""
+        """Size r sigma of the details that noise leaves at t = log sigma; the tolerances of a solver should be of this size."""
         return self.scaling.factor(t) * t.exp()
 
     def forward(self, t: Tensor, x: Tensor, context: Context | None = None) -> Tensor:
-        """The velocity at t = log sigma, `()` or `(k,)`, and scaled data x `(k, *event)`."""
+        """Velocity at t = log sigma, `()` or `(k,)`, and scaled data x `(k, *event)`."""
         p, q = PREDICTIONS[self.prediction](t)
         linear, factor = self.scaling.share(t) - p, -self.scaling.factor(t) * q
         return broadcast(linear, x) * x + broadcast(factor, x) * self.model(t, x, context)
@@ -114,38 +116,43 @@ def from_denoiser(
     solver: Solver | None = None,
     data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
-    """The density of a denoiser D(x, sigma), the mean of the data given noisy ones (Karras et al. 2022, arXiv:2206.00364).
+    """Make a flow of a denoiser D(x, sigma), the mean of the data given noisy data x (Karras et al. 2022, arXiv:2206.00364).
 
         dx/dsigma = (x - D(x, sigma)) / sigma,   data at sigma_min, noise at sigma_max     (equations 1 and 3)
 
-    It is solved over s = log sigma, the flow's time, for z = r x with r^2 = (c^2 + sigma_min^2) / (c^2 + sigma^2), which
-    hardly changes in size, and is x itself at sigma_min (c is data_std, or 1):
+    The time of the flow is s = log sigma. Its state is z = r x with r^2 = (c^2 + sigma_min^2) / (c^2 + sigma^2), which hardly
+    changes in size and equals x at sigma_min (c is data_std, or 1):
 
         dz/ds = c^2 / (c^2 + sigma^2) z - r D(z / r, sigma)
+        div dz/ds = dim c^2 / (c^2 + sigma^2) - r tr dD/dz
 
-    whose divergence is dim c^2 / (c^2 + sigma^2) - r tr dD/dz. The density is that of the data with noise of sigma_min; the
-    base is N(0, (sigma_max^2 + data_std^2) r^2 I), which leaves out the data's mean, of a relative size of
-    mean / sigma_max, and where data_std is not given their variance.
+    - The density is that of the data with noise of sigma_min.
+    - The base is N(0, (sigma_max^2 + data_std^2) r^2 I). It neglects the mean of the data, of relative size mean / sigma_max, and
+      their variance if data_std is not given.
 
     Args:
-        D: `D(x, sigma)`, sigma `()` or `(k,)`, with its preconditioning, such as EDM's `EDMPrecond`; a conditional one
-            takes the context, such as class labels, as its third argument, or by name.
+        D: `D(x, sigma)`, sigma `()` or `(k,)`, including its preconditioning, such as EDM's `EDMPrecond`. A conditional one takes
+            the context, such as class labels, as its third argument or by name.
         event_shape: shape of one sample, without the batch; an int for vectors.
-        sigma_min: noise of the data, in their units, 0.002 in EDM.
-        sigma_max: noise at which nothing of them is left, 80 in EDM.
-        data_std: standard deviation of the data, if known, which the base then has besides the noise.
-        context_name: the model's argument that the context is, as "class_labels".
+        sigma_min: least noise, in units of the data; 0.002 in EDM.
+        sigma_max: noise at which nothing of the data is left; 80 in EDM.
+        data_std: standard deviation of the data, if known, which the base includes.
+        context_name: name of the model's argument for the context, such as "class_labels".
         estimator: of the divergence; `Exact()` if None.
         likelihood: `Quadrature(tolerance=1e-3)` if None.
         solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
-        data_range: least and largest values of the data that the model was trained on, (-1, 1) for most models of images; kept as
-            `flow.data_range`, by which data of other units are warned of, and `divflow evaluate` takes images to the model's.
-            `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data from 0 to 1.
+        data_range: least and largest values of the training data, (-1, 1) for most models of images.
+
+            - It is kept as `flow.data_range`; data in other units raise a warning, and `divflow evaluate` converts images to it.
+            - `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data in [0, 1].
+
+    Returns:
+        The flow, from noise at t_base = log sigma_max to data at t_data = log sigma_min.
 
     Raises:
-        ValueError: a data_range that is none.
-        AdapterError: not 0 < sigma_min < sigma_max, a negative data_std, the other order of arguments, a value of
-            another shape, or dropout or batch normalization in training mode.
+        ValueError: data_range is not a range.
+        AdapterError: not 0 < sigma_min < sigma_max, or data_std is negative; the model takes its arguments in the other order,
+            returns another shape, or has dropout or batch normalization in training mode.
 
     Example:
         >>> flow = from_denoiser(lambda x, sigma: x / (1 + sigma**2), 2, 0.01, 80.0, data_std=1.0)  # standard normal data
@@ -154,10 +161,10 @@ def from_denoiser(
     """
     if not (isinstance(sigma_min, Real) and isinstance(sigma_max, Real) and 0 < sigma_min < sigma_max < math.inf):
         raise AdapterError(
-            f"need 0 < sigma_min < sigma_max, but got sigma_min={sigma_min!r} and sigma_max={sigma_max!r}"
+            f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, but got sigma_min={sigma_min!r} and sigma_max={sigma_max!r}"
         )
     if not (isinstance(data_std, Real) and 0 <= data_std < math.inf):
-        raise AdapterError(f"data_std must be zero, for unknown, or positive and finite, but is {data_std!r}")
+        raise AdapterError(f"data_std must be positive and finite, or 0 if it is unknown, but is {data_std!r}")
     times = math.log(sigma_min), math.log(sigma_max)
     scaling = Scaling(data_std or 1.0, times[0])
     return denoising_flow(
@@ -185,7 +192,7 @@ def denoising_flow(
     solver: Solver | None,
     data_range: tuple[float, float] | None,
 ) -> ContinuousFlow:
-    """The flow of a model over the log sigma that it knows, from noisy data y of standard deviation `base_std`."""
+    """Make the flow of a model over the log sigma that it knows, from noisy data y of standard deviation `base_std`."""
     t_data, t_base = model.times
     std = base_std * scaling.factor(torch.tensor(t_base, dtype=torch.float64, device="cpu")).item()
     device = tensor_settings(model.model).get("device")

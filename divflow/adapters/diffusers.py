@@ -1,4 +1,4 @@
-"""Networks trained with a noise schedule of Hugging Face's diffusers: unet(sample, timestep)."""
+"""Networks trained with a noise schedule of Hugging Face's diffusers, called as unet(sample, timestep)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,58 +33,63 @@ def from_diffusers(
     solver: Solver | None = None,
     data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
-    """The density of a network trained with a scheduler of diffusers, as `unet(sample, timestep, context)`.
+    """Make a flow of a network trained with a scheduler of diffusers, called as `unet(sample, timestep, context)`.
 
-    Of a scheduler with `alphas_cumprod` (DDPM, DDIM, DPM-Solver, Euler, ...; Ho et al. 2020, arXiv:2006.11239), step i has
-    noise of sigma_i = sqrt((1 - abar_i) / abar_i) in y = sample / sqrt(abar_i). The flow's time is s = log sigma:
+    **Schedulers with `alphas_cumprod`** (DDPM, DDIM, DPM-Solver, Euler, ...; Ho et al. 2020, arXiv:2006.11239): step i has noise
+    sigma_i = sqrt((1 - abar_i) / abar_i) in y = sample / sqrt(abar_i). The time of the flow is s = log sigma:
 
-        dy/ds = y - D,   sample = y / sqrt(1 + sigma^2),   timestep = the fraction i at which log sigma_i is s
+        dy/ds = y - D,   sample = y / sqrt(1 + sigma^2),   timestep = the fractional i at which log sigma_i is s
 
-    log sigma being linear between steps, as in diffusers' `EulerDiscreteScheduler`; networks embed times as floats. D, the
-    mean of the data given y, follows from the network's output f by the scheduler's `prediction_type` (Ho et al., equation
+    log sigma is linear between steps, as in diffusers' `EulerDiscreteScheduler`; networks embed times as floats. D, the mean of
+    the data given y, follows from the network's output f by the scheduler's `prediction_type` (Ho et al., equation
     15; Salimans & Ho 2022, arXiv:2202.00512, section 4):
 
         epsilon         D = y - sigma f                                        dy/ds = sigma f
         v_prediction    D = y / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) f    dy/ds = (sigma^2 y + sigma sqrt(1 + sigma^2) f) / (1 + sigma^2)
         sample          D = f                                                  dy/ds = y - f
 
-    It is solved for y scaled as in `from_denoiser`. The density is that of the data with noise of sigma_0 (0.01 with DDPM's
-    linear betas), in their own scale; the base, at the last step, is what samplers start from: a standard normal sample,
-    y ~ N(0, (1 + sigma_T^2) I). A last step without any signal is left out. Samplers that clip or threshold have another
-    density, or none.
+    - The flow is solved for y scaled as in `from_denoiser`.
+    - The density is that of the data with noise of sigma_0 (0.01 with DDPM's linear betas), in their own scale.
+    - The base, at the last step, is where samplers start: a standard normal sample, y ~ N(0, (1 + sigma_T^2) I). A last step
+      without any signal is left out.
+    - Samplers that clip or threshold have another density, or none.
 
-    Of a scheduler that matches flows (`FlowMatchEulerDiscreteScheduler`; Esser et al. 2024, arXiv:2403.03206), the
-    sample is (1 - sigma) data + sigma noise, and the flow's time sigma itself, from a standard normal at 1 to the data at 0:
+    **Schedulers of flow matching** (`FlowMatchEulerDiscreteScheduler`; Esser et al. 2024, arXiv:2403.03206): the sample is
+    (1 - sigma) data + sigma noise. The time of the flow is sigma itself, from a standard normal at 1 to the data at 0:
 
         dx/dsigma = f,   timestep = num_train_timesteps * sigma
 
     whatever `shift` a sampler chooses its sigmas by. (With `invert_sigmas` noise is at 0 and data at 1.)
 
-    The context is the network's third argument: class labels for `UNet2DModel`, the hidden states of an encoder for
-    `UNet2DConditionModel`. Latents have a density of their own, which is not that of the images decoded from them.
+    **The context** is the network's third argument: class labels for `UNet2DModel`, the hidden states of an encoder for
+    `UNet2DConditionModel`. The density of latents is not that of the images decoded from them.
 
     Args:
-        unet: a network of diffusers, or any `unet(sample, timestep)` that returns a tensor or an object with `.sample`.
-        scheduler: of its training.
+        unet: network of diffusers, or any `unet(sample, timestep)` that returns a tensor or an object with `.sample`.
+        scheduler: scheduler of its training.
         event_shape: `(channels, height, width)`.
         guidance_scale: w of classifier-free guidance, f(no condition) + w (f(condition) - f(no condition)) (Ho & Salimans
-            2022, arXiv:2207.12598). Unless it is 1 this field is that of no noisy data: the density is the one that
-            guided samples of this ODE have, neither the model's conditional density nor one sharpened to a power.
-        unconditional: context of one row, `(1, ...)`, of no condition.
-        context_name: the network's argument that the context is, if it is not the third.
-        estimator: of the divergence; `Exact()` if None, of as many products as dimensions: `Hutchinson(1)` for images of
-            more than some hundred.
+            2022, arXiv:2207.12598). For w other than 1 the density is that of guided samples of this ODE. It is neither the
+            model's conditional density nor a power of it, because no noisy data have the guided field.
+        unconditional: context of one row, `(1, ...)`, for no condition.
+        context_name: name of the network's argument for the context, if it is not the third.
+        estimator: of the divergence; `Exact()` if None, which takes as many products as dimensions. Use `Hutchinson(1)` for images
+            of more than a few hundred.
         likelihood: `Quadrature(tolerance=1e-3)` if None.
         solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
-        data_range: least and largest values of the data that the model was trained on, (-1, 1) for most models of images; kept as
-            `flow.data_range`, by which data of other units are warned of, and `divflow evaluate` takes images to the model's.
-            `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data from 0 to 1.
+        data_range: least and largest values of the training data, (-1, 1) for most models of images.
+
+            - It is kept as `flow.data_range`; data in other units raise a warning, and `divflow evaluate` converts images to it.
+            - `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data in [0, 1].
+
+    Returns:
+        The flow, from noise at t_base to data at t_data.
 
     Raises:
-        ValueError: a data_range that is none.
-        AdapterError: a scheduler or prediction type of another kind, the other order of arguments, another number of
-            channels, a value of another shape, guidance without `unconditional`, or dropout or batch normalization in
-            training mode.
+        ValueError: data_range is not a range.
+        AdapterError: the scheduler or its prediction type is not supported; the network has another number of channels, takes its
+            arguments in the other order, returns another shape, or has dropout or batch normalization in training mode;
+            or guidance is asked for without `unconditional`.
     """
     shape = checked_event_shape(event_shape)
     settings: dict[str, Any] = {
@@ -106,18 +111,18 @@ def from_diffusers(
     return denoising_flow(model, prediction, scaling, shape, base_std, **settings)
 
 
-# What Euler's, DPM-Solver's and UniPC's schedulers write in place of zero, by which they would divide, at a last step without any
-# signal (rescale_betas_zero_snr); it is more than what is left a step before.
+# Value that Euler's, DPM-Solver's and UniPC's schedulers use in place of zero, by which they would divide, at a last step without
+# any signal (rescale_betas_zero_snr); it exceeds the signal of the step before.
 _FOR_ZERO = 2**-24
 
 
 class _NoiseLevels(nn.Module):
-    """The noise levels of a schedule's steps, sigma_i = sqrt((1 - abar_i) / abar_i), and its steps as a function of them.
+    """Noise levels of a schedule's steps, sigma_i = sqrt((1 - abar_i) / abar_i), and its steps as a function of them.
 
-    Steps without any noise or any signal have no place on the scale of log sigma.
+    Steps without any noise or any signal have no log sigma and are left out.
 
     Args:
-        alphas_cumprod: abar_i, `(steps,)`, the share of the signal in the variance at step i, falling.
+        alphas_cumprod: abar_i, `(steps,)`, the share of the signal in the variance at step i, decreasing.
     """
 
     log_sigmas: Tensor
@@ -130,8 +135,8 @@ class _NoiseLevels(nn.Module):
         steps = ((signal > 0) & (signal < 1)).nonzero().flatten()
         if signal.ndim != 1 or len(steps) < 2 or not bool((signal.diff() < 0).all()):
             raise AdapterError(
-                "the scheduler's alphas_cumprod must be one falling row of numbers in [0, 1], the share of the signal at "
-                f"each step, but it is {alphas_cumprod!r}"
+                "the scheduler's alphas_cumprod must be a decreasing vector of numbers in [0, 1], the share of the signal at "
+                f"each step, but is {alphas_cumprod!r}"
             )
         self.first_step = int(steps[0])
         self.register_buffer("log_sigmas", ((1 - signal[steps]) / signal[steps]).log() / 2, persistent=False)
@@ -185,14 +190,16 @@ class _UNet(Foreign):
         super().__init__(model, schedule.times, context_name)
         channels = _setting(model, "in_channels")
         if channels is not None and event_shape[:1] != (channels,):
-            raise AdapterError(f"the network takes {channels} channels, but the event shape is {event_shape}")
+            raise AdapterError(
+                f"the network takes {channels} channels, but the event shape is {event_shape}. Give the event shape ({channels}, height, width)"
+            )
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise AdapterError(f"guidance_scale must be a number, 1 for no guidance, but is {guidance_scale!r}")
         given = isinstance(unconditional, Tensor) and unconditional.shape[:1] == (1,)
         if not given and (guidance_scale != 1 or unconditional is not None):
             raise AdapterError(
-                "guidance needs unconditional=, a context of one row (1, ...) for no condition, such as the null class or "
-                f"the embedding of an empty prompt, but got {unconditional!r}"
+                f"guidance needs a context that stands for no condition, one row (1, ...), but unconditional is {unconditional!r}. Give the "
+                "null class or the embedding of an empty prompt"
             )
         self.schedule, self.guidance_scale = schedule, guidance_scale
         self.register_buffer("unconditional", unconditional, persistent=False)
@@ -200,11 +207,11 @@ class _UNet(Foreign):
         self.learns_variance = str(_setting(scheduler, "variance_type")).startswith("learned")
 
     def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the schedule says."""
+        """Sample and timestep by the schedule."""
         return self.schedule.arguments(t, x)
 
     def known_context(self, count: int) -> Tensor | None:
-        """That of no condition, if it is given."""
+        """The unconditional context, if it is given."""
         return None if self.unconditional is None else self.unconditional.expand(count, *self.unconditional.shape[1:])
 
     def call(self, state: Tensor, time: Tensor, context: Context | None) -> Tensor:
@@ -212,7 +219,9 @@ class _UNet(Foreign):
         if self.guidance_scale == 1:
             return self._prediction(state, time, context)
         if context is None:
-            raise AdapterError("guidance needs a condition: give one, as log_prob(x, context)")
+            raise AdapterError(
+                "guidance needs a condition, but no context was given. Give one, as log_prob(x, context)"
+            )
         conditional = self._prediction(state, time, context)
         plain = self._prediction(state, time, self.known_context(len(state)))
         return plain + self.guidance_scale * (conditional - plain)
@@ -226,7 +235,7 @@ class _UNet(Foreign):
 
 
 def _prediction_type(scheduler: Any) -> str:
-    """What networks of this scheduler predict: of `PREDICTIONS`, or "flow_prediction"."""
+    """What networks of this scheduler predict: one of `PREDICTIONS`, or "flow_prediction"."""
     prediction = _setting(scheduler, "prediction_type")
     matches_flows = hasattr(scheduler, "sigmas") and not hasattr(scheduler, "alphas_cumprod")
     if prediction == "flow_prediction" or (matches_flows and _setting(scheduler, "shift") is not None):
@@ -234,7 +243,7 @@ def _prediction_type(scheduler: Any) -> str:
     if not hasattr(scheduler, "alphas_cumprod"):
         raise AdapterError(
             f"a {type(scheduler).__name__} has neither alphas_cumprod, as DDPMScheduler has, nor the sigmas of a "
-            "FlowMatchEulerDiscreteScheduler; for EDM's and other networks give from_denoiser the function D(x, sigma) of them"
+            "FlowMatchEulerDiscreteScheduler. For EDM and other networks, give the function D(x, sigma) to from_denoiser"
         )
     if prediction not in PREDICTIONS:
         raise AdapterError(
@@ -243,8 +252,8 @@ def _prediction_type(scheduler: Any) -> str:
         )
     if _setting(scheduler, "timestep_type") == "continuous":
         raise AdapterError(
-            "timestep_type='continuous' stands for EDM's preconditioning, with log sigma / 4 for a timestep; give "
-            "from_denoiser the function D(x, sigma) of such a network"
+            "timestep_type='continuous' means EDM's preconditioning, whose timestep is log sigma / 4. Give the function "
+            "D(x, sigma) of such a network to from_denoiser"
         )
     return str(prediction)
 

@@ -1,4 +1,4 @@
-"""Velocity models as flow_matching calls them: model(x, t, **extras)."""
+"""Velocity models of flow_matching, called as model(x, t, **extras)."""
 
 from collections.abc import Callable, Sequence
 
@@ -30,31 +30,35 @@ def from_flow_matching(
     solver: Solver | None = None,
     data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
-    """The density of a model trained by flow_matching (Lipman et al. 2022, arXiv:2210.02747; 2024, arXiv:2412.06264).
+    """Make a flow of a model trained by flow_matching (Lipman et al. 2022, arXiv:2210.02747; 2024, arXiv:2412.06264).
 
         dx/dt = model(x, t),   noise at t = 0, data at t = 1
 
-    which is its own convention (`flow_matching.solver.ODESolver`), so that nothing is converted:
+    This is flow_matching's own convention (`flow_matching.solver.ODESolver`), so nothing is converted:
 
         log p(x) = log N(x_0; 0, I) - integral from 0 to 1 of (div model)(x_t, t) dt
 
     Args:
-        model: `model(x, t)`, such as a `flow_matching.utils.ModelWrapper`; a conditional one takes the context as its
-            third argument, `model(x, t, context)`, or by name. It must predict the velocity.
+        model: `model(x, t)`, such as a `flow_matching.utils.ModelWrapper`, which must predict the velocity. A conditional one takes
+            the context as its third argument, `model(x, t, context)`, or by name.
         event_shape: shape of one sample, without the batch; an int for vectors.
-        context_name: the extra that the context is, as "label" in `model(x, t, label=context)`.
-        base: the source distribution that the model was trained with; the standard normal if None.
+        context_name: name of the extra for the context, such as "label" in `model(x, t, label=context)`.
+        base: source distribution that the model was trained with; the standard normal if None.
         estimator: of the divergence; `Exact()` if None.
         likelihood: `Quadrature(tolerance=1e-3)` if None.
         solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
-        data_range: least and largest values of the data that the model was trained on, (-1, 1) for most models of images; kept as
-            `flow.data_range`, by which data of other units are warned of, and `divflow evaluate` takes images to the model's.
-            `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data from 0 to 1.
+        data_range: least and largest values of the training data, (-1, 1) for most models of images.
+
+            - It is kept as `flow.data_range`; data in other units raise a warning, and `divflow evaluate` converts images to it.
+            - `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data in [0, 1].
+
+    Returns:
+        The flow, from noise at t_base = 0 to data at t_data = 1.
 
     Raises:
-        ValueError: a data_range that is none.
-        AdapterError: the other order of arguments, a value of another shape, or dropout or batch normalization in
-            training mode.
+        ValueError: data_range is not a range.
+        AdapterError: the model takes its arguments in the other order, returns another shape, or has dropout or batch
+            normalization in training mode.
 
     Example:
         >>> import torch

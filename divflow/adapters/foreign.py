@@ -1,4 +1,4 @@
-"""A model trained elsewhere as a field f(t, x): called as its own library calls it, and refused where that fails."""
+"""A model trained elsewhere as a field f(t, x), called as its own library calls it."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -23,27 +23,27 @@ __all__ = ["AdaptedFlow", "AdapterError", "Foreign", "adapted_flow"]
 
 # Names of a time among a model's arguments.
 _TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
-# What a model may raise that is called with what it does not take.
+# Errors of a model that does not take its arguments.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 class AdapterError(DivflowError, ValueError):
-    """A model, or what came with it, is not what an adapter takes; the message says what was expected."""
+    """A model, or an argument given with it, is not what an adapter takes; the message gives what it expects."""
 
 
 class Foreign(nn.Module):
-    """A model as f(t, x), or f(t, x, context), for times of the flow and states of the flow.
+    """Call a model as f(t, x), or f(t, x, context), for times and states of the flow.
 
-    The model is evaluated as it is; dropout or batch normalization in training mode are refused. It is given times as
-    they come, `()` or `(k,)`; one that takes no scalar gets one time a sample, as is found at its first call.
+    The model is evaluated as it is, so dropout or batch normalization in training mode are refused. Times are passed as they come,
+    `()` or `(k,)`. A model that takes no scalar time gets one time a sample, as its first call finds out.
 
     Args:
-        model: what the library calls.
-        times: the range of the flow's times that it was trained for.
-        context_name: the model's argument that the context is handed to; its third one if None.
+        model: model as its library calls it.
+        times: range of the flow's times that the model was trained for.
+        context_name: name of the model's argument for the context; its third argument if None.
 
     Raises:
-        AdapterError: no callable. By a call: a time outside of the range, or what the model does not take.
+        AdapterError: the model is no callable. In a call: a time is outside of the range, or the model refuses its arguments.
     """
 
     signature: str
@@ -60,17 +60,17 @@ class Foreign(nn.Module):
         self._scalar_times: bool | None = None
 
     def arguments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """State and time in the model's own scale and units, for those of the flow; the same, unless it has its own."""
+        """State and time in the scale and units of the model, for those of the flow; the same by default."""
         return x, t
 
     def known_context(self, count: int) -> Tensor | None:
-        """A context of `count` rows that the model is known to take, or None."""
+        """Context of `count` rows that the model is known to take, or None."""
         return None
 
     def forward(self, t: Tensor, x: Tensor, context: Context | None = None) -> Tensor:
         """The model's value at time t, `()` or `(k,)`, and state x `(k, *event)`."""
         if len(x) == 0:
-            return x.clone()  # many a network can't reshape a batch of none
+            return x.clone()  # many networks can't reshape an empty batch
         self._check_times(t)
         _refuse_training(self.model)
         if self._scalar_times is None:
@@ -78,12 +78,12 @@ class Foreign(nn.Module):
         return self._value(t if self._scalar_times else t.expand(len(x)), x, context)
 
     def check(self, event_shape: tuple[int, ...]) -> None:
-        """Call the model once, at random, and refuse it where that tells that it is another than expected.
+        """Call the model once at random, and refuse it if the result shows that it is not what the adapter expects.
 
-        One that raises an error may have missed a context, or a dtype, which only its first use can tell.
+        A model that raises an error may only lack a context or a dtype, which its first use shows.
 
         Raises:
-            AdapterError: the other order of arguments, training mode, or a value of another shape.
+            AdapterError: the arguments are in the other order, a module is in training mode, or the value has another shape.
         """
         self._check_names()
         _refuse_training(self.model)
@@ -100,10 +100,10 @@ class Foreign(nn.Module):
                     raise  # a shape: the model's own errors are causes, and a dtype is a FieldError
 
     def call(self, state: Tensor, time: Tensor, context: Context | None) -> Tensor:
-        """The model's output for its own state and time.
+        """Output of the model for its own state and time.
 
         Raises:
-            AdapterError: in place of what the model raised.
+            AdapterError: in place of an error of the model.
         """
         state, time = state.clone(), time.clone()  # which a model may write to
         context = mapped(Tensor.clone, context)
@@ -128,8 +128,8 @@ class Foreign(nn.Module):
         value = self.call(*self.arguments(t, x), context)
         if isinstance(value, Tensor) and value.shape != x.shape:
             raise AdapterError(
-                f"{self.signature} returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}; expected a model "
-                "that returns x's shape, called in this order"
+                f"{self.signature} returned shape {tuple(value.shape)} for x of shape {tuple(x.shape)}. Give a model "
+                "that returns x's shape and takes its arguments in this order"
             )
         return checked_value(value, x)
 
@@ -144,7 +144,7 @@ class Foreign(nn.Module):
             else:
                 self._scalar_times = scalar
                 return
-        # That it returned something wrong says more than that it raised something itself.
+        # A wrong value is more informative than an error of the model itself.
         raise next((error for error in errors if error.__cause__ is None), errors[0])
 
     def _takes_the_other_order(self, t: Tensor, x: Tensor) -> bool:
@@ -160,7 +160,7 @@ class Foreign(nn.Module):
         return False
 
     def _check_names(self) -> None:
-        """Arguments that say by their names that the order is another, which broadcasting would hide."""
+        """Refuse arguments whose names show the other order, which broadcasting would hide."""
         names = [p.name for p in parameters_of(self.model) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         place = 0 if self.time_first else 1
         if len(names) > 1 and names[1 - place] in _TIMES and names[place] not in _TIMES:
@@ -171,20 +171,20 @@ class Foreign(nn.Module):
         slack = 1e-5 * (high - low)  # for rounding
         if bool(((t.detach() < low - slack) | (t.detach() > high + slack)).any()):
             raise AdapterError(
-                f"the model is known for times in [{low:g}, {high:g}] of the flow, but was asked for "
-                f"{t.min().item():g} to {t.max().item():g}; solve between flow.t_base and flow.t_data"
+                f"the model is known for times of the flow in [{low:g}, {high:g}], but was evaluated at "
+                f"{t.min().item():g} to {t.max().item():g}. Solve between flow.t_base and flow.t_data"
             )
 
     def _other_order(self, reason: str) -> str:
         mine, other = ("t, x", "x, t") if self.time_first else ("x, t", "t, x")
         adapter = "from_flow_matching" if self.time_first else "from_torchcfm"
         return (
-            f"expected a model called as {self.signature}, but it takes its arguments in the other order ({reason}); wrap "
-            f"it, as lambda {mine}: model({other}), or if it is a velocity from noise at 0 to data at 1, use {adapter}"
+            f"expected a model called as {self.signature}, but it takes its arguments in the other order ({reason}). Wrap "
+            f"it, as lambda {mine}: model({other}), or use {adapter} for a velocity from noise at 0 to data at 1"
         )
 
     def _refusal(self, error: Exception, state: Tensor, time: Tensor, context: Context | None) -> str:
-        said = str(error).splitlines()[0] if str(error) else "no message"
+        text = str(error).splitlines()[0] if str(error) else "no message"
         handed = "as its third argument" if self.context_name is None else f"as {self.context_name}="
         given = (
             "and no context (log_prob(x, context) gives one)"
@@ -192,9 +192,9 @@ class Foreign(nn.Module):
             else f"and {_described(context)} {handed} (context_name= names another)"
         )
         return (
-            f"the model could not be called: {type(error).__name__}: {said}. Expected {self.signature}; it was given a "
-            f"state of shape {tuple(state.shape)} and {state.dtype}, a time of shape {tuple(time.shape)} {given}. Order, "
-            f"context, image size and dtype (module.to({state.dtype})) are what to look at"
+            f"the model could not be called: {type(error).__name__}: {text}. Expected {self.signature}, given a "
+            f"state of shape {tuple(state.shape)} and {state.dtype}, a time of shape {tuple(time.shape)} {given}. Check order, "
+            f"context, image size and dtype (module.to({state.dtype}))"
         )
 
 
@@ -205,10 +205,10 @@ def _described(context: Context) -> str:
 
 
 class AdaptedFlow(ContinuousFlow):
-    """The flow of a model that was trained elsewhere, whose data it has never seen: of what is in other units it warns.
+    """Flow of a model that was trained elsewhere, which warns of data in other units than those of the training.
 
     Attributes:
-        data_range: least and largest values of the data that the model was trained on, such as (-1, 1); None where it is not known.
+        data_range: least and largest values of the training data, such as (-1, 1); None if not known.
     """
 
     data_range: tuple[float, float] | None = None
@@ -247,11 +247,11 @@ def adapted_flow(
     solver: Solver | None,
     data_range: tuple[float, float] | None,
 ) -> AdaptedFlow:
-    """The flow of a velocity that is made of a model, which is checked; None stands for the default of each adapter.
+    """Make the flow of a velocity that calls a model, after a check of the model; None stands for the default of the adapters.
 
-    How smooth a model is that was trained elsewhere is not known: intervals are divided to 1e-3 nats. The solver's own
-    error is then the larger one at `Solver()` (some 1e-3 nats in 16 dimensions), and not at 1e-6.
-    The base is put where the model's parameters are, and in their precision.
+    The smoothness of a foreign model is not known, so intervals are divided to 1e-3 nats. At the tolerances of `Solver()` the error
+    of the solver would be larger (some 1e-3 nats in 16 dimensions); at 1e-6 it is not. The base takes device and dtype of
+    the model's parameters.
     """
     ends = None if data_range is None else checked_range("data_range", data_range)
     model.check(event_shape)
@@ -279,11 +279,11 @@ def _refuse_training(model: object) -> None:
         normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if module.training and (dropout or normalizes):
             raise AdapterError(
-                f"{name or 'the model'} is a {type(module).__name__} in training mode, so the model has no one value at "
-                "a point; adapters evaluate it as it is: call its .eval() first"
+                f"{name or 'the model'} is a {type(module).__name__} in training mode, so the model has no unique value at "
+                "a point. Call its .eval() first, since adapters evaluate the model as it is"
             )
         if normalizes and not module.track_running_stats:
             raise AdapterError(
-                f"{name or 'the model'} is a {type(module).__name__} that normalizes over the batch, so that samples have "
-                "no density of their own; GroupNorm does not"
+                f"{name or 'the model'} is a {type(module).__name__} that normalizes over the batch, so a single sample has "
+                "no density. Use a model that does not, such as one with GroupNorm"
             )

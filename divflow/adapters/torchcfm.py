@@ -1,4 +1,4 @@
-"""Velocity models as torchcfm and torchdyn call them: model(t, x)."""
+"""Velocity models of torchcfm and torchdyn, called as model(t, x)."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,34 +31,38 @@ def from_torchcfm(
     solver: Solver | None = None,
     data_range: tuple[float, float] | None = None,
 ) -> ContinuousFlow:
-    """The density of a model trained by torchcfm (Tong et al. 2023, arXiv:2302.00482).
+    """Make a flow of a model trained by torchcfm (Tong et al. 2023, arXiv:2302.00482).
 
         dx/dt = model(t, x),   x_0 of the source at t = 0, data x_1 at t = 1
 
-    which is its own convention (`torchcfm.conditional_flow_matching`, target x_1 - x_0), so that nothing is converted:
+    This is torchcfm's own convention (`torchcfm.conditional_flow_matching`, target x_1 - x_0), so nothing is converted:
 
         log p(x) = log p_source(x_0) - integral from 0 to 1 of (div model)(t, x_t) dt
 
-    torchcfm's MLP takes one matrix of states and times, and its `torch_wrapper` makes `model(t, x)` of it, for scalar
-    times; its UNet is `model(t, x, y)` with labels y, the context.
+    torchcfm's MLP takes one matrix of states and times; wrap it by its `torch_wrapper`, which makes `model(t, x)` of it, for
+    scalar times. Its UNet is `model(t, x, y)` with labels y, the context.
 
     Args:
-        model: `model(t, x)`; a conditional one takes the context as its third argument, `model(t, x, context)`, or by
-            name. It must predict the velocity, not the score of a Schroedinger bridge.
+        model: `model(t, x)`, which must predict the velocity, not the score of a Schroedinger bridge. A conditional one takes the
+            context as its third argument, `model(t, x, context)`, or by name.
         event_shape: shape of one sample, without the batch; an int for vectors.
-        context_name: the model's argument that the context is, as "y" in `model(t, x, y=context)`.
-        base: the source distribution that the model was trained with; the standard normal if None.
+        context_name: name of the model's argument for the context, such as "y" in `model(t, x, y=context)`.
+        base: source distribution that the model was trained with; the standard normal if None.
         estimator: of the divergence; `Exact()` if None.
         likelihood: `Quadrature(tolerance=1e-3)` if None.
         solver: of the trajectory; `Solver(rtol=1e-6, atol=1e-6)` if None.
-        data_range: least and largest values of the data that the model was trained on, (-1, 1) for most models of images; kept as
-            `flow.data_range`, by which data of other units are warned of, and `divflow evaluate` takes images to the model's.
-            `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data from 0 to 1.
+        data_range: least and largest values of the training data, (-1, 1) for most models of images.
+
+            - It is kept as `flow.data_range`; data in other units raise a warning, and `divflow evaluate` converts images to it.
+            - `FlowDensity(flow, Affine.between((0, 1), flow.data_range))` is the density of data in [0, 1].
+
+    Returns:
+        The flow, from the source at t_base = 0 to data at t_data = 1.
 
     Raises:
-        ValueError: a data_range that is none.
-        AdapterError: the other order of arguments, a value of another shape, or dropout or batch normalization in
-            training mode.
+        ValueError: data_range is not a range.
+        AdapterError: the model takes its arguments in the other order, returns another shape, or has dropout or batch
+            normalization in training mode.
 
     Example:
         >>> import torch

@@ -16,7 +16,7 @@ _ORIGIN = {
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use, so that plots alone, as those of `divflow compare`, need no Lightning, which takes seconds."""
+    """Import on first use: plots alone, as those of `divflow compare`, need no Lightning, whose import takes seconds."""
     if name in _ORIGIN:
         return getattr(importlib.import_module(f"divflow.callbacks.{_ORIGIN[name]}"), name)
     raise AttributeError(f"module 'divflow.callbacks' has no attribute {name!r}; it offers {', '.join(__all__)}")

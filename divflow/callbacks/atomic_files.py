@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced completely or not at all."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ __all__ = ["WriteError", "save_whole"]
 
 
 class WriteError(DivflowError, OSError):
-    """A checkpoint could not be written; what was there before is kept."""
+    """A checkpoint could not be written; the previous file is kept."""
 
 
 @contextlib.contextmanager
 def save_whole(trainer: L.Trainer, path: str | Path) -> Iterator[Path]:
-    """A file to write to, beside `path`, whose place it takes once it is on the disk.
+    """Provide a temporary file beside `path`, which replaces `path` once it is on the disk.
 
     Raises:
-        WriteError: it could not be written, as on a full disk.
+        WriteError: it could not be written, for example because the disk is full.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
@@ -39,7 +39,7 @@ def save_whole(trainer: L.Trainer, path: str | Path) -> Iterator[Path]:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        kept = "the one of before is kept" if path.is_file() else "there was none before"
+        kept = "the previous file is kept" if path.is_file() else "there is no previous one"
         raise WriteError(
-            f"{path} could not be written ({error.strerror or error}); {kept}. Make room, and resume"
+            f"{path} could not be written ({error.strerror or error}); {kept}. Free some space and resume"
         ) from error

@@ -15,16 +15,19 @@ __all__ = ["BestCheckpoint"]
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """`ModelCheckpoint` that is replaced whole or not at all, and that a run resumed in another folder takes along.
+    """Keep the checkpoint of the best validation: `ModelCheckpoint`, made safe to interrupt and to resume in another folder.
 
-    Lightning's forgets its best value when the folder changes, so that any later validation would be the best. Training
-    ends with a validation, wherever its last step falls, so that there is one.
+    Each file is replaced completely or not at all. Lightning's callback forgets its best value when the folder changes, so that any
+    later validation would be the best; this one keeps it. Training ends with a validation wherever its last step falls.
 
     Args:
-        dirpath: folder.
-        filename: of the best one, without `.ckpt`.
-        save_top_k: how many are kept, -1 for all; where that is not one, each is named by its step as well.
-        settings: others of `ModelCheckpoint`.
+        dirpath: folder of the checkpoints.
+        filename: name of the best one, without `.ckpt`.
+        save_top_k: how many are kept, -1 for all. If it is not one, names contain the step as well.
+        settings: other arguments of `ModelCheckpoint`.
+
+    Raises:
+        WriteError: in training, the file can't be written.
     """
 
     def __init__(self, dirpath: str | Path, filename: str = "best", save_top_k: int = 1, **settings: Any) -> None:
@@ -33,14 +36,14 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, name, save_top_k=save_top_k, auto_insert_metric_name=False, **settings)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Let the last step be followed by a validation: that is how Lightning ends what is to stop."""
+        """Let a validation follow the last step, as Lightning does when training is to stop."""
         super().on_train_batch_end(trainer, *args)
         last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         if trainer.global_step >= trainer.max_steps > 0 or (last_epoch and trainer.is_last_batch):
             trainer.should_stop = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best value so far, in this folder."""
+        """Continue from the best value so far, in this folder."""
 
         def here(path: str) -> str:
             if not path:

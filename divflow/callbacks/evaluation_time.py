@@ -1,4 +1,4 @@
-"""Validation and test that would take for ever say so before training begins, and end when their time is over."""
+"""Time of validation and test: predicted before it is spent, and limited."""
 
 import contextlib
 import math
@@ -23,16 +23,16 @@ _SETTING = "evaluation.max_minutes"
 
 
 class EvaluationTime(L.Callback):
-    """Print what a validation or a test will take, where that is more than a minute, and hold each to a limit.
+    """Report how long a validation or test will take if that exceeds a minute, and limit each.
 
-    That of the validation is printed before the first step, and refused there where it is beyond the limit.
+    The time of the validation is reported before the first training step, and refused there if it exceeds the limit.
 
     Args:
-        max_minutes: that one validation, or one test, may take; None for no limit.
+        max_minutes: limit of one validation or one test; None for no limit.
 
     Raises:
-        ValueError: a limit that is not positive.
-        EvaluationTimeError: one would take more, or has.
+        ValueError: the limit is not positive.
+        EvaluationTimeError: in training or test, an evaluation would exceed the limit, or has exceeded it.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
@@ -42,34 +42,34 @@ class EvaluationTime(L.Callback):
         self._held = contextlib.ExitStack()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reckon, from a batch of the validation."""
+        """Predict the time of a validation from one of its batches."""
         if trainer.enable_validation:
             self._expect(trainer, pl_module, trainer.val_dataloaders, sum(trainer.num_val_batches), "each validation")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look at the clock."""
+        """Start the clock."""
         self._held.enter_context(limited(self.max_minutes, "the validation", _CHEAPER, _SETTING))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reckon, from a batch of the test, and look at the clock."""
+        """Predict the time of the test from one of its batches, and start the clock."""
         self._expect(trainer, pl_module, trainer.test_dataloaders, sum(trainer.num_test_batches), "the test")
         self._held.enter_context(limited(self.max_minutes, "the test", _CHEAPER, _SETTING))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """It is done."""
+        """Stop the clock."""
         self._held.close()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """It is done."""
+        """Stop the clock."""
         self._held.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """It has ended."""
+        """Stop the clock."""
         self._held.close()
 
     def _expect(self, trainer: L.Trainer, module: L.LightningModule, data: Any, batches: float, what: str) -> None:
         task = cast(Task, module)
-        density = task.judged
+        density = task.evaluated_density
         loaders = [loader for loader in tree_leaves(data) if isinstance(loader, DataLoader)]
         if not loaders or not isinstance(density, FlowDensity) or not 0 < batches < math.inf:
             return
@@ -77,6 +77,6 @@ class EvaluationTime(L.Callback):
         rows = min(int(batches) * len(parts.x), sum(len(cast(Any, loader.dataset)) for loader in loaders))
         draws = task.data.num_draws if what == "the test" and task.data is not None else 1
         with task.evaluating():
-            said = expect(density, parts.x, parts.context, rows * draws, what, self.max_minutes, _CHEAPER, _SETTING)
-        if said and trainer.is_global_zero:
-            print(said, flush=True)
+            notice = expect(density, parts.x, parts.context, rows * draws, what, self.max_minutes, _CHEAPER, _SETTING)
+        if notice and trainer.is_global_zero:
+            print(notice, flush=True)

@@ -1,4 +1,4 @@
-"""Figures of the density while it trains, and at the end."""
+"""Figures of the density in training and at its end."""
 
 import time
 from collections.abc import Callable
@@ -24,20 +24,26 @@ __all__ = ["Figures", "log_figure"]
 
 
 class Figures(L.Callback):
-    """Write `figures/step_000100.png`, ... while training, `figures/final.png` after the test, and the learning curve.
+    """Draw figures of the density in training and after the test, and the learning curve.
 
-    In the plane: data, samples, log-density, score and trajectories, as far as they are known. For images a grid of samples, for particles
-    of a known energy its histogram and that of distances, weighted, too, for other data histograms and pairs of columns; where data have a
-    context, samples given theirs. Always of the averaged weights, where there are such. The last figure's samples are left in
-    `samples.npy`, too, in the units of the data. The learning curve is drawn from `metrics.csv`.
+    | data | figure |
+    |---|---|
+    | in the plane | data, samples, log-density, score and trajectories, as far as they are known |
+    | images | a grid of samples |
+    | particles of known energy | histograms of the energy and of distances, also of weighted samples |
+    | other | histograms, and pairs of columns |
 
-    Figures while training are left out where they would take more than their share of the time: the first is drawn when
-    training has lasted long enough for one that takes a second.
+    - Samples of a conditional density are drawn given contexts of the data.
+    - Figures show the averaged weights, if training averages them.
+    - The samples of the last figure are saved in `samples.npy`, in the units of the data.
+    - The learning curve is drawn from `metrics.csv`.
+    - In training, a figure is skipped if it would exceed its share of the time. The first is drawn when training has lasted long
+      enough for a figure that takes a second.
 
     Args:
-        every_n_steps: of the optimizer; 0 for none but the last.
-        share: of the time since training began, that figures may take while it goes on.
-        num_samples: drawn for a figure; images are 64.
+        every_n_steps: steps of the optimizer between figures; 0 for the last figure alone.
+        share: share of the training time that figures may take.
+        num_samples: samples in a figure; 64 for images.
         dpi: dots per inch.
     """
 
@@ -46,13 +52,13 @@ class Figures(L.Callback):
         self._began, self._spent, self._last = 0.0, 0.0, 1.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count time from here."""
+        """Start the clock."""
         self._began = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """One more figure, if it is due and there is time for it."""
+        """Draw a figure, if one is due and there is time for it."""
         step = trainer.global_step
         stepped = step and not trainer.fit_loop.epoch_loop._should_accumulate()
         if not (stepped and self.every_n_steps and step % self.every_n_steps == 0 and trainer.is_global_zero):
@@ -68,7 +74,7 @@ class Figures(L.Callback):
         self._spent += self._last
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last figure, of the weights that were tested, and the learning curve."""
+        """Draw the last figure, of the weights that were tested, and the learning curve."""
         if trainer.is_global_zero:
             self._save(trainer, cast(Task, pl_module), "final")
             self._save_curve(trainer)
@@ -84,9 +90,9 @@ class Figures(L.Callback):
             context = parts_of(data.test.__getitems__(list(range(min(count, len(data.test)))))).context
         generator = Generator(task.device).manual_seed(0)
         if context is None:
-            samples = task.judged.sample(count, generator=generator)
+            samples = task.evaluated_density.sample(count, generator=generator)
         else:  # a sample for the context of each datum
-            samples = cast(FlowDensity, task.judged).sample(len(context), context.to(task.device), generator)
+            samples = cast(FlowDensity, task.evaluated_density).sample(len(context), context.to(task.device), generator)
         figure = self._draw(task, data, samples)
         task.train(training)
         self._write(trainer, figure, name)
@@ -106,7 +112,7 @@ class Figures(L.Callback):
 
     @torch.no_grad()
     def _draw(self, task: Task, data: TensorDataModule, samples: Tensor) -> Figure:
-        density = task.judged
+        density = task.evaluated_density
         rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)
@@ -125,7 +131,7 @@ class Figures(L.Callback):
 
 
 def _log_weights(density: FlowDensity, data: TensorDataModule, samples: Tensor) -> Tensor | None:
-    """Of samples towards the density of the data's energy, `(n,)`; None where theirs is estimated."""
+    """Log-weights `(n,)` of samples towards the density of the data's energy; None for an estimated divergence."""
     if data.energy is None or density.flow.estimator.estimates:
         return None
     log_prob = torch.cat([density.log_prob(part) for part in samples.split(data.eval_batch_size)])
@@ -141,7 +147,7 @@ def _paths(density: FlowDensity, count: int = 60) -> Tensor:
 
 
 def log_figure(trainer: L.Trainer, name: str, figure: Figure, path: Path) -> None:
-    """Give a figure, which has been saved under a path, to the loggers that show figures."""
+    """Pass a figure, which has been saved under a path, to the loggers that show figures."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(name, figure, trainer.global_step)

@@ -1,4 +1,4 @@
-"""The checkpoint that a run is resumed from."""
+"""The checkpoint from which a run is resumed."""
 
 import time
 from pathlib import Path
@@ -19,19 +19,20 @@ _STEPS_BETWEEN_LOOKS = 10
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep `last.ckpt` up to date: every N steps or M minutes, at the end, and when Ctrl-C or SIGTERM ends the run.
+    """Keep `last.ckpt` up to date: every N steps or M minutes, at the end, and when Ctrl-C or SIGTERM stops the run.
 
-    It is written only where a resumed run goes on exactly as this one would: after a step of the optimizer, and where
-    validation is due, after that. It is replaced whole or not at all. An error leaves it as it is: the weights that led
-    to the error are not what to resume from.
+    - It is written only where a resumed run continues exactly as this one would: after an optimizer step, and after validation
+      where one is due.
+    - It is replaced completely or not at all.
+    - An error leaves it as it is, since the weights that led to the error are not those to resume from.
 
     Args:
-        dirpath: folder.
-        every_n_steps: of the optimizer.
-        every_n_minutes: of training; None for no limit in time.
+        dirpath: folder of the checkpoint.
+        every_n_steps: steps of the optimizer between two writes.
+        every_n_minutes: minutes of training between two writes; None for no limit in time.
 
     Raises:
-        WriteError: while training, where the file can't be written.
+        WriteError: in training, the file can't be written.
     """
 
     def __init__(self, dirpath: str | Path, every_n_steps: int = 100, every_n_minutes: float | None = None) -> None:
@@ -44,35 +45,35 @@ class LastCheckpoint(Checkpoint):
 
     @property
     def last_good(self) -> Path:
-        """Where the last weights are that were finite: an error is not saved."""
+        """Path of the last checkpoint with finite weights."""
         return self.path
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from here."""
+        """Start counting steps and minutes."""
         self._saved_step, self._saved_time = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """See whether N steps or M minutes are over; gradients that are being accumulated would be lost."""
+        """Check whether N steps or M minutes are over, except while gradients are accumulated, which would be lost."""
         stepped = trainer.global_step != self._saved_step and not trainer.fit_loop.epoch_loop._should_accumulate()
         stopped = any(callback.stop for callback in declared(trainer).callbacks if isinstance(callback, Processes))
         self._due = self._due or (stepped and (stopped or self._is_due(trainer)))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save after a validation that was due, which would be missing from the resumed run otherwise."""
+        """Save after a validation that was due, which the resumed run would otherwise miss."""
         if self._due and not trainer.sanity_checking:
             self._save(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save once the step before has been logged."""
+        """Save once the previous step has been logged."""
         if self._due:
             self._save(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take back the batch that is about to begin: it has not been trained on."""
+        """Uncount the batch that is about to begin, which has not been trained on."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for count in (progress["total"], progress["current"]):
             count["ready"] = min(count["ready"], count["processed"])
@@ -85,7 +86,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save where the run was stopped, unless that was in the middle of a step."""
+        """Save where the run was stopped, unless that was within a step."""
         between_steps = all(
             callback.stopping for callback in declared(trainer).callbacks if isinstance(callback, Processes)
         )

@@ -1,4 +1,4 @@
-"""Figures of a density: of data in the plane, of images, of the columns of a table; and of its training."""
+"""Figures of densities (data in the plane, images, columns of tables, particles) and of their training."""
 
 import csv
 import math
@@ -38,15 +38,15 @@ def plot_plane(
     paths: Tensor | None = None,
     name: str = "Log-density",
 ) -> Figure:
-    """A density in the plane: data and samples, and what else is known of it.
+    """Plot a density in the plane: data, samples, and what else is known of it.
 
     Args:
         data: `(n, 2)`.
         samples: `(n, 2)`.
-        log_prob: function of points `(k, 2)`, `(k,)`, in nats; drawn as an image.
-        score: function of points `(k, 2)`, `(k, 2)`; drawn as arrows over the log-density, or over the data.
+        log_prob: function of points `(k, 2)` that returns log-densities `(k,)` in nats, drawn as an image.
+        score: function of points `(k, 2)` that returns scores `(k, 2)`, drawn as arrows over the log-density or the data.
         paths: trajectories `(times, k, 2)` from the base to the data.
-        name: of the log-density, for the title.
+        name: name of the log-density, for the title.
     """
     low, high = _extent(data)
     density_drawn = log_prob is not None or score is not None
@@ -78,11 +78,11 @@ def plot_plane(
 
 
 def plot_images(data: Tensor, samples: Tensor, rows: int = 8) -> Figure:
-    """A grid of images of the data beside one of samples.
+    """Plot a grid of images of the data beside one of samples.
 
     Args:
         data: grey images `(n, height * width)` (square) or `(n, channels, height, width)`, values in [0, 1].
-        samples: likewise.
+        samples: images of the same form.
         rows: images on each side of a grid.
     """
     figure = Figure(figsize=(8, 4.3), layout="constrained")
@@ -94,11 +94,11 @@ def plot_images(data: Tensor, samples: Tensor, rows: int = 8) -> Figure:
 
 
 def plot_grid(images: Tensor, dpi: int = 150) -> Figure:
-    """Images alone, on a grid with as many places as there are images, or few more; 0 is black.
+    """Plot images on a grid with one place for each, or a few more; 0 is black.
 
     Args:
-        images: as of `plot_images`.
-        dpi: dots per inch that it will be written with: each pixel of an image becomes a square of dots.
+        images: as those of `plot_images`.
+        dpi: dots per inch of the file. Each pixel of an image becomes a square of dots.
     """
     columns = math.ceil(math.sqrt(len(images)))
     tile = _tile(images, math.ceil(len(images) / columns), columns)
@@ -112,13 +112,13 @@ def plot_grid(images: Tensor, dpi: int = 150) -> Figure:
 
 
 def plot_pairs(data: Tensor, samples: Tensor, names: Sequence[str], columns: int = 6) -> Figure:
-    """The first columns of a table: their histograms, and each against each, data below and samples above.
+    """Plot the first columns of a table: their histograms and each pair of them, data below and samples above the diagonal.
 
     Args:
         data: `(n, D)`.
         samples: `(m, D)`.
-        names: of the columns.
-        columns: how many are drawn; those that are left out are named.
+        names: names of the columns.
+        columns: how many are drawn; the title names those that are left out.
     """
     count = min(columns, data.shape[1])
     size = max(4.5, 1.9 * count)
@@ -147,13 +147,13 @@ def plot_pairs(data: Tensor, samples: Tensor, names: Sequence[str], columns: int
 
 @torch.no_grad()
 def plot_energies(data: Tensor, samples: Tensor, log_weights: Tensor | None, energy: PairEnergy) -> Figure:
-    """Energies and distances of pairs: histograms of the data, of samples and of weighted samples.
+    """Plot energies and distances of pairs: histograms of the data, of samples and of weighted samples.
 
     Args:
         data: particles `(n, particles, dimensions)`.
         samples: `(m, particles, dimensions)`.
-        log_weights: of the samples, up to a constant, `(m,)`; None where they have none.
-        energy: in kT.
+        log_weights: log-weights of the samples up to a constant, `(m,)`; None if they have none.
+        energy: energy in kT.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     weights = None if log_weights is None else log_weights.double().softmax(dim=0)
@@ -185,13 +185,13 @@ def plot_energies(data: Tensor, samples: Tensor, log_weights: Tensor | None, ene
 
 
 def plot_curves(tables: Mapping[str, Path]) -> Figure | None:
-    """Learning curves: training, and validation with its best step marked.
+    """Plot learning curves: training, and validation with its best step marked.
 
     Args:
-        tables: a `metrics.csv` for each run, by the name to show; an empty name for one that needs none.
+        tables: path of the `metrics.csv` of each run, by the name to show; an empty name for a single run.
 
     Returns:
-        The figure, None where nothing was logged.
+        The figure; None if nothing was logged.
     """
     runs = {name: _read_metrics(path) for name, path in tables.items()}
     shown = [key for key in _CURVES if any(f"{stage}/{key}" in run for run in runs.values() for stage in _STAGES)]
@@ -205,7 +205,7 @@ def plot_curves(tables: Mapping[str, Path]) -> Figure | None:
         ax.set(xlabel="step", ylabel=_CURVES[key])
         if not named and ax.get_legend_handles_labels()[1]:
             ax.legend(frameon=False, fontsize="small")
-    if named:  # as long as they are, below the figure and not over its curves
+    if named:  # long names go below the figure, not over its curves
         lines = [Line2D([], [], color=f"C{number % 10}", label=name) for number, name in enumerate(runs)]
         figure.legend(handles=lines, loc="outside lower left", frameon=False, fontsize="small")
     return figure
@@ -232,7 +232,7 @@ def _draw_curve(ax: Axes, run: Mapping[str, tuple[np.ndarray, np.ndarray]], key:
         ax.plot(steps, values, color=color, linewidth=1.5, label="validation")
         best = int(np.argmin(values))
         ax.plot(steps[best], values[best], "*", color=color, markersize=11, label=f"best, step {steps[best]:.0f}")
-    # What diverges for a while does not hide the rest.
+    # Curves that diverge for a while must not hide the others.
     series = [run[f"{stage}/{key}"][1] for stage in _STAGES if f"{stage}/{key}" in run]
     low, high = min(map(np.min, series), default=0.0), max((np.quantile(it, 0.95) for it in series), default=1.0)
     if not ax.get_autoscaley_on():  # set by a run before
@@ -308,7 +308,7 @@ def _draw_score(ax: Axes, score: Field, data: Tensor, low: Sequence[float], high
 
 
 def _draw_paths(ax: Axes, paths: Tensor) -> None:
-    """Each path in the colour of the direction in which it starts, so that near ones can be told apart."""
+    """Draw each path in the colour of its initial direction, so that near ones can be told apart."""
     points = paths.float().cpu().numpy()
     angles = np.arctan2(*(points[0] - points[0].mean(axis=0)).T[::-1])
     colors = colormaps["hsv"](angles / (2 * np.pi) + 0.5) * [0.85, 0.85, 0.85, 1]

@@ -1,4 +1,4 @@
-"""Lightning's progress bar: of the whole run, with numbers that are fetched from the device when they are logged."""
+"""Lightning's progress bar for a whole run, with numbers that are fetched from the device only when they are logged."""
 
 import contextlib
 import time
@@ -15,14 +15,14 @@ __all__ = ["ProgressBar"]
 
 # Not logged with `prog_bar=True`, with which Lightning fetches them at each step, and the host waits for it.
 _SHOWN = ("train/nll", "train/loss", "train/nfe")
-_SECONDS = 0.5  # between two looks at how far a batch is
+_SECONDS = 0.5  # between two updates within a batch
 
 
 class ProgressBar(RichProgressBar):
-    """`RichProgressBar` that counts the steps of the run, and shows what divflow's tasks log, as of the last logged step.
+    """`RichProgressBar` that counts the steps of the run and shows what the task logs, as of the last logged step.
 
-    Lightning's counts the batches of an epoch, of which a run by steps may have thousands. In validation and test, where one batch may
-    take minutes, it shows how many of its nodes and products are done.
+    Lightning's bar counts the batches of an epoch, of which a run may have thousands. In validation and test, where one batch may
+    take minutes, this one shows how many of the batch's nodes and products are done.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class ProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What is shown."""
+        """Values that the bar shows."""
         if trainer.training and trainer.global_step % declared(trainer).log_every_n_steps == 0:
             logged = trainer.callback_metrics
             self._training = {name: logged[name].item() for name in _SHOWN if name in logged}
@@ -44,32 +44,32 @@ class ProgressBar(RichProgressBar):
         return shown
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look on."""
+        """Start to show nodes and products."""
         super().on_validation_start(trainer, pl_module)
         self._watching.enter_context(watched(lambda *part: self._show(trainer, "val_progress_bar_id", *part)))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look on."""
+        """Start to show nodes and products."""
         super().on_test_start(trainer, pl_module)
         self._watching.enter_context(watched(lambda *part: self._show(trainer, "test_progress_bar_id", *part)))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look away."""
+        """Stop showing nodes and products."""
         self._look_away(self.val_progress_bar_id, self.validation_description)
         super().on_validation_end(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look away."""
+        """Stop showing nodes and products."""
         self._look_away(self.test_progress_bar_id, self.test_description)
         super().on_test_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Look away."""
+        """Stop showing nodes and products."""
         self._watching.close()
         super().on_exception(trainer, pl_module, exception)
 
     def _show(self, trainer: L.Trainer, bar: str, what: str, done: int, total: int) -> None:
-        """Beside a bar's name, how far its batch is."""
+        """Show the progress of a batch beside the name of its bar."""
         self._parts[what] = f"{done} of {total} {what}"
         number, now = getattr(self, bar), time.monotonic()
         if number is None or self.progress is None or now - self._looked < _SECONDS:
@@ -86,15 +86,15 @@ class ProgressBar(RichProgressBar):
             self.progress.update(number, description=name)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on: one bar serves all epochs."""
+        """Keep the bar, which serves all epochs."""
         if self.is_enabled and self.train_progress_bar_id is None:
             self.train_progress_bar_id = self._add_task(trainer.estimated_stepping_batches, "Training")
-            # Time is reckoned from the steps that are taken from here on.
+            # The speed counts the steps from here on.
             self._update(self.train_progress_bar_id, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show the steps so far."""
+        """Show the number of steps so far."""
         self._update(self.train_progress_bar_id, trainer.global_step)
         self._update_metrics(trainer, pl_module)

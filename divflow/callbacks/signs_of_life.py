@@ -1,8 +1,8 @@
 """Several processes of one run: each gives signs of life beside the collectives, and ends when another one is gone.
 
 A collective waits for every process, and a process that was killed never comes: the others would hang until its timeout
-of half an hour. So a thread of each process writes a counter to a store of rank 0's every second; rank 0 judges, the
-others read its verdict, and a thread can end a process whose main thread waits in C++.
+of half an hour. So a thread of each process writes a counter to a store of rank 0's every second; rank 0 decides, the
+others read its decision, and a thread can end a process whose main thread waits in C++.
 """
 
 import atexit
@@ -24,26 +24,27 @@ from divflow.errors import DivflowError
 
 __all__ = ["ProcessError", "Watch"]
 
-_GRACE = 3.0  # seconds for the others to read the verdict, and for the main thread to end by itself
+_GRACE = 3.0  # seconds for the others to read the decision, and for the main thread to end by itself
 
 
 class ProcessError(DivflowError, RuntimeError):
-    """Another process of the run is gone; the message says which, and what to go on with."""
+    """Another process of the run is gone; the message names it and the checkpoint to go on with."""
 
 
 class Watch:
-    """The signs of life of all processes of a run, and the end of this one when another is gone.
+    """Watch the signs of life of all processes of a run, and end this process when another one is gone.
 
-    A process that dies on rank 0's machine is noticed within two intervals (its number is gone), one that fails
-    within two intervals anywhere (it says so), a machine that is lost after `limit`. Polls are counted, not seconds: a
-    run that is suspended as a whole and goes on later has missed none.
+    - A process that dies on the machine of rank 0 is noticed within two intervals, because its number is gone.
+    - One that fails is noticed within two intervals anywhere, because it reports its error.
+    - A machine that is lost is noticed after `limit`.
+    - Polls are counted, not seconds: a run that is suspended as a whole and continues later has missed none.
 
     Args:
         rank: of this process.
         world_size: number of processes.
         share: function of rank 0's address (a host and a port; None elsewhere) that returns it in every process.
-        hint: what to go on with, for the message.
-        release: called before this process is ended, such as to kill its children.
+        hint: returns what to do, for the message.
+        release: called before this process is ended, for example to kill its children.
         interval: seconds between signs of life.
         limit: seconds without one after which a process counts as gone.
     """
@@ -70,8 +71,8 @@ class Watch:
         }
         self._seen: dict[int, tuple[int, int]] = {}  # beat and polls since it changed, by rank
         self._pids: dict[int, int] = {}  # of those whose numbers mean something here, by rank
-        self._judge: dict[str, Any] = {"pid": "unknown", "host": "an unknown host", "state": "alive"}  # rank 0
-        self._verdict = ""
+        self._first: dict[str, Any] = {"pid": "unknown", "host": "an unknown host", "state": "alive"}  # rank 0
+        self._decision = ""
         self._known, self._taken, self._closed, self._alone = (threading.Event() for _ in range(4))
         self._answers = 0  # of the store
         self._store = self._connect(share)
@@ -84,18 +85,18 @@ class Watch:
         atexit.register(self.close)
 
     def failed(self, error: BaseException) -> None:
-        """This process ends by an error of its own, or by that of another one.
+        """Handle an error that ends this process.
 
-        It returns where the error is its own, of which the others are told.
+        If the error is its own, this reports it to the other processes and returns.
 
         Raises:
-            ProcessError: it only follows from another process being gone.
+            ProcessError: the error follows from another process being gone.
         """
         if _of_a_collective(error) and self._known.wait(2 * self.limit):
             self._taken.set()
             if self.rank == 0:
                 time.sleep(_GRACE)  # the store ends with this process
-            raise ProcessError(self._verdict) from error
+            raise ProcessError(self._decision) from error
         if self._closed.is_set():
             return
         self._closed.set()
@@ -106,7 +107,7 @@ class Watch:
             time.sleep(_GRACE)
 
     def close(self) -> None:
-        """This process is done with the run: the others need not wait for it."""
+        """End the watch: this process is done, and the others need not wait for it."""
         if self._closed.is_set() or self._known.is_set():
             return
         if self.rank == 0:  # whose store the others still use
@@ -120,7 +121,7 @@ class Watch:
         if self.rank == 0:
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
             store = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
-            store.set("verdict", "")
+            store.set("decision", "")
             self._store = store
             self._write("alive")
             share((host, store.port))
@@ -131,42 +132,42 @@ class Watch:
         return self._store
 
     def _ask(self) -> None:
-        """The thread that gives signs of life: a store on a machine that is lost may never answer it."""
+        """Thread that gives signs of life; a store on a machine that is lost may never answer it."""
         while not self._closed.wait(self.interval):
             try:
-                self._verdict = self._poll()
+                self._decision = self._poll()
             except RuntimeError:  # of the store, whose process is gone
-                if self._judge["state"] != "left":
-                    self._verdict = self._message(0, self._judge, "died")
+                if self._first["state"] != "left":
+                    self._decision = self._message(0, self._first, "died")
                 return
             finally:
                 self._answers += 1
 
     def _run(self) -> None:
-        """The thread that ends this process where the verdict is that another is gone."""
+        """Thread that ends this process once rank 0 has decided that another one is gone."""
         answers, polls = 0, 0
         while not self._closed.wait(self.interval):
             answers, polls = self._answers, polls + 1 if answers == self._answers else 0
             if polls * self.interval > self.limit and self._asking.is_alive():
-                self._verdict = self._message(0, self._judge, self._silence)
-            if self._verdict:
+                self._decision = self._message(0, self._first, self._silence)
+            if self._decision:
                 self._end()
 
     def _poll(self) -> str:
         self._record |= {"beat": self._record["beat"] + 1, "step": self.step}
         self._store.set(str(self.rank), json.dumps(self._record))
         if self.rank == 0:
-            return self._judged()
-        judge, verdict = self._store.multi_get(["0", "verdict"])
-        self._judge = json.loads(judge)
-        if not verdict and self._judge["state"] == "alive" and self._silent(0, self._judge):
-            return self._message(0, self._judge, self._silence)
-        return verdict.decode()
+            return self._decide()
+        first, decision = self._store.multi_get(["0", "decision"])
+        self._first = json.loads(first)
+        if not decision and self._first["state"] == "alive" and self._silent(0, self._first):
+            return self._message(0, self._first, self._silence)
+        return decision.decode()
 
-    def _judged(self) -> str:
-        """Rank 0's verdict on the others: empty while all is well."""
+    def _decide(self) -> str:
+        """Rank 0's decision about the others: empty while all is well."""
         others = range(1, self.world_size)
-        # Looked at before the records are read: who has left has said so before its number was gone.
+        # Checked before the records are read: a process that leaves writes its record before its number is gone.
         gone = {rank for rank, known in self._pids.items() if _is_gone(known)}
         records = [json.loads(value) for value in self._store.multi_get([str(rank) for rank in others])]
         for rank, record in zip(others, records, strict=True):
@@ -194,14 +195,14 @@ class Watch:
         return self._seen[rank][1] * self.interval > self.limit
 
     def _publish(self, rank: int, record: dict[str, Any]) -> str:
-        verdict = self._message(rank, record, record["state"])
+        decision = self._message(rank, record, record["state"])
         with contextlib.suppress(RuntimeError):
-            self._store.set("verdict", verdict)
-        return verdict
+            self._store.set("decision", decision)
+        return decision
 
     def _message(self, rank: int, record: dict[str, Any], state: str) -> str:
         who = f"rank {rank} of {self.world_size} (process {record['pid']} on {record['host']})"
-        return f"{who} {state} at step {record.get('step', 0)}, so the run ends; {self._hint()}"
+        return f"{who} {state} at step {record.get('step', 0)}, so the run ends. {self._hint()}"
 
     def _write(self, state: str) -> None:
         self._record |= {"state": state, "step": self.step}
@@ -211,7 +212,7 @@ class Watch:
     def _end(self) -> None:
         self._known.set()
         if not self._taken.wait(_GRACE):  # the main thread still computes, or waits in a collective
-            print(f"error: {self._verdict}", file=sys.stderr, flush=True)
+            print(f"error: {self._decision}", file=sys.stderr, flush=True)
         else:
             time.sleep(3 * _GRACE)  # it has raised ProcessError and is on its way out
         self._release()

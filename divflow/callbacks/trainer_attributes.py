@@ -1,4 +1,4 @@
-"""What Lightning's trainer has but does not declare, because other classes of Lightning set it."""
+"""Attributes of Lightning's trainer that it does not declare, because other classes of Lightning set them."""
 
 from typing import Protocol, cast
 
@@ -15,5 +15,5 @@ class _Declared(Protocol):
 
 
 def declared(trainer: L.Trainer) -> _Declared:
-    """The trainer itself, by its attributes that a type checker can't see."""
+    """The trainer with those attributes declared for the type checker."""
     return cast(_Declared, trainer)

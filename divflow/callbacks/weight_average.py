@@ -53,17 +53,21 @@ class _Warming:
 
 
 class WeightAverage(EMAWeightAveraging):
-    """`EMAWeightAveraging` whose decay warms up, and that puts the current weights back when validation is interrupted.
+    """Average the weights exponentially: `EMAWeightAveraging`, with a decay that warms up, made safe to interrupt.
 
-    After n updates the decay is `min(decay, (1 + n) / (10 + n))` (as TensorFlow's `ExponentialMovingAverage(num_updates=n)`): the average is
-    over the last tenth of a short run, and not of weights that had hardly been trained. Averaged and current weights are swapped
-    for validation; a checkpoint saved then would hold one for the other.
+    After n updates the decay is
+
+        min(decay, (1 + n) / (10 + n))
+
+    as in TensorFlow's `ExponentialMovingAverage(num_updates=n)`. A short run is then averaged over its last tenth, and not over weights
+    that had hardly been trained. Averaged and current weights are swapped for validation; when that is interrupted, the
+    current ones are restored before a checkpoint is saved.
 
     Args:
-        decay: of a long run.
-        warm_up: whether the decay does.
-        leaves: which weights training leaves in the model, "averaged" or "current", also where a resumed run has no step left.
-        settings: others of `EMAWeightAveraging`.
+        decay: decay of a long run.
+        warm_up: whether the decay warms up.
+        leaves: weights that training leaves in the model, "averaged" or "current", also if a resumed run has no step left.
+        settings: other arguments of `EMAWeightAveraging`.
     """
 
     _swapped = False
@@ -75,7 +79,7 @@ class WeightAverage(EMAWeightAveraging):
             self._kwargs["avg_fn"] = _Warming(decay)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the average, of a kind that does not wait for the device."""
+        """Make an average that does not wait for the device."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._average_model = _Average(
@@ -83,33 +87,33 @@ class WeightAverage(EMAWeightAveraging):
             )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate the averaged weights while training; `trainer.validate` is asked for those that the model has."""
+        """Validate the averaged weights in training; `trainer.validate` evaluates those that the model has."""
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_validation_epoch_start(trainer, pl_module)
             self._swapped = self._average_model is not None
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the current weights."""
+        """Restore the current weights."""
         if self._swapped:
             super().on_validation_epoch_end(trainer, pl_module)
             self._swapped = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the current weights back before the last checkpoint is saved."""
+        """Restore the current weights before the last checkpoint is saved."""
         if self._swapped:
             self.on_validation_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: Lightning would leave the averaged weights, but training does not end where it does not begin."""
+        """Do nothing. Lightning would leave the averaged weights here, but does not come here if no step is left."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the averaged weights."""
+        """Leave the weights that `leaves` names."""
         if self._average_model is not None and self.leaves == "averaged":
             self._copy_average_to_current(pl_module)
 
     @contextlib.contextmanager
     def averaged(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """The averaged weights in place of the current ones, while training is at rest."""
+        """Hold the averaged weights within this context, while training is at rest."""
         if self._average_model is None:
             yield
             return

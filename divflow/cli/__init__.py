@@ -1,6 +1,7 @@
-"""The commands, `divflow train`, `evaluate`, `sample` and `compare`: each in a file of its own, imported when it runs."""
+"""The commands `divflow train`, `evaluate`, `sample` and `compare`, each in its own file, which is imported when it runs."""
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -12,10 +13,17 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "train": "train a density and test it; the run is left in a folder of its own",
-    "evaluate": "the log-density of every row of some data under a trained density",
-    "sample": "samples of a trained density, in the units of its data",
-    "compare": "the runs of a folder side by side",
+    "evaluate": "write the log-density of every row of some data",
+    "sample": "write samples, in the units of the data",
+    "compare": "show the runs of a folder side by side",
 }
+_EXAMPLES = """\
+`divflow COMMAND --help` explains the settings of a command.
+
+examples:
+  divflow train data=two_moons estimator=exact
+  divflow evaluate ckpt_path=outputs/latest/checkpoints/best.ckpt split=test
+  divflow sample ckpt_path=outputs/latest/checkpoints/best.ckpt num_samples=1000 out=samples.csv"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the command and its settings; those of this process if None.
 
     Raises:
-        SystemExit: with 1 and a message, something that a user can mend; with 2, no such command; with 130 or 143, it
-            was interrupted.
+        SystemExit: with 1 and a message for a mistake that the user can correct; with 2 for an unknown command; with 130 or 143
+            after an interruption.
     """
     try:
         with heard(), alone():
@@ -48,8 +56,9 @@ def _run(given: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(
         prog="divflow",
-        description="Train and judge densities with exact or estimated divergences.",
-        epilog="divflow COMMAND --help lists the settings of a command.",
+        description="Train and evaluate densities: normalizing flows, flow matching and score models.",
+        epilog=_EXAMPLES,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
     )
     parser.add_argument("--version", action="version", version=f"divflow {divflow.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -1,4 +1,4 @@
-"""A command as a Hydra application: one config tree wherever divflow is installed, errors that end with their message."""
+"""A command as a Hydra application: one config tree wherever divflow is installed, and errors that end with their message."""
 
 import contextlib
 import importlib
@@ -17,18 +17,21 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import divflow.cli.help  # registers how choices are listed
 import divflow.runs.sweeps  # registers how the folders of a sweep are named
+from divflow.cli.command_line import for_hydra
+from divflow.cli.mistakes import check_no_choice_is_hidden, in_a_line
 from divflow.errors import DivflowError
 from divflow.runs.signals import alone
 
 __all__ = ["config_dir", "run_application"]
 
-# Settings that name a file or a folder which is there before, or the folder of a run.
+# Settings that name an existing file or folder, or the folder of a run.
 _PATHS = ("output_dir", "ckpt_path", "init_from", "data.path", "data.cache")
 
 
 def config_dir() -> Path:
-    """The config tree: `divflow/configs` of an installed wheel, or `configs` at the top of the repository."""
+    """Folder of the config tree: `divflow/configs` of an installed wheel, or `configs` at the top of the repository."""
     package = Path(divflow.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -37,23 +40,22 @@ def config_dir() -> Path:
 def run_application(name: str, arguments: Sequence[str]) -> None:
     """Compose the config and run `divflow.cli.NAME.run` with it, or with `-m` a sweep of such jobs.
 
-    The module of the command is imported once there is a config: help needs no torch.
-
-    Modules in the current folder can be named in settings, as with `python -m`, but hide no installed one.
+    The module of the command is imported once there is a config, so help needs no torch. Settings can name modules in the
+    current folder, as with `python -m`; these hide no installed ones.
 
     Args:
-        name: of the command and of its config; what its `run` returns is what a sweeper minimises or maximises.
-        arguments: as of a command line, without the command.
+        name: name of the command and of its config. A sweeper minimises or maximises what its `run` returns.
+        arguments: command line, without the command.
 
     Raises:
-        SystemExit: with 1 and its message, what a user can mend.
+        SystemExit: with 1 and a message for a mistake that the user can correct.
     """
     given = sys.argv
 
     full = "HYDRA_FULL_ERROR" in os.environ
     begun = False
 
-    def told(config: DictConfig) -> float | None:
+    def run(config: DictConfig) -> float | None:
         nonlocal begun
         begun = True
         if not full:
@@ -64,16 +66,16 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
 
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    # Until there is a config, what is wrong with it is raised and not printed by Hydra, for some of it with a traceback.
+    # Until there is a config, let Hydra raise its errors. It would print them, some with a traceback.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        with _command_line([given[0], *_with_absolute_config_path(arguments)]):
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(told)()
+        with _command_line([given[0], *for_hydra(arguments)]):
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(run)()
     except Exception as error:
         if full or begun:
             raise
-        cause = f"\n{error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        sys.exit(f"error: {error}{cause}")
+        groups = [path.name for path in config_dir().iterdir()]
+        sys.exit(f"error: {in_a_line(error, name, groups)}")
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -81,6 +83,7 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
 
 def _ending_with_messages(name: str, config: DictConfig) -> float | None:
     try:
+        check_no_choice_is_hidden(HydraConfig.get().runtime.config_sources, config_dir())
         return importlib.import_module(f"divflow.cli.{name}").run(config)
     except (DivflowError, OmegaConfBaseException) as error:
         _end(str(error), error)
@@ -93,7 +96,7 @@ def _ending_with_messages(name: str, config: DictConfig) -> float | None:
 
 
 def _end(message: str, error: Exception) -> NoReturn:
-    """End with a message; in a sweep this run alone, whose error Hydra and its sweepers count, and tell after the others."""
+    """End with a message; in a sweep only this run ends, and Hydra counts its error and reports it after the others."""
     if os.environ.get("HYDRA_FULL_ERROR"):
         raise error
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -103,33 +106,16 @@ def _end(message: str, error: Exception) -> NoReturn:
 
 
 def _with_whole_paths(config: DictConfig, folder: Path) -> DictConfig:
-    """The config, whose relative paths are those of the folder where the command was typed, also where a job has changed it."""
+    """Resolve relative paths of the config against the folder where the command was typed, also if a job has changed it."""
     for name in _PATHS if Path.cwd() != folder else ():
         if isinstance(path := OmegaConf.select(config, name), str):
             OmegaConf.update(config, name, str(folder / Path(path).expanduser()))
     return config
 
 
-def _with_absolute_config_path(arguments: Sequence[str]) -> list[str]:
-    """Hydra takes a relative --config-path from the folder of the program, in which a user has nothing."""
-    given = list(arguments)
-    for i, argument in enumerate(arguments):
-        name, equals, path = argument.partition("=")
-        if name in ("--config-path", "-cp"):
-            if equals:
-                given[i] = f"{name}={_absolute(path)}"
-            elif i + 1 < len(given):
-                given[i + 1] = _absolute(given[i + 1])
-    return given
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())
-
-
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Within it a warning is told as an error is, without the line of the library that it comes from."""
+    """Print warnings within this context as errors are printed, without the source line that they come from."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:

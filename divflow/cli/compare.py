@@ -1,6 +1,7 @@
-"""`divflow compare`: runs side by side, in a table and by their learning curves."""
+"""`divflow compare`: runs side by side, as a table and as learning curves."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -15,21 +16,26 @@ from divflow.errors import DivflowError
 
 __all__ = ["run"]
 
-# Of the folder, and not of what was trained.
+# Settings of the folder, not of the training.
 _IGNORED = ("hydra", "defaults", "output_dir", "ckpt_path", "overwrite")
 _ERROR = "_standard_error"
-# By the first of these that all runs have, the smallest first.
+# Runs are sorted by the first of these that all of them have, the smallest first.
 _BEST = ("test/nll", "test/loss")
+_EXAMPLES = """\
+examples:
+  divflow compare outputs/
+  divflow compare outputs/sweeps --out sweeps.png
+  divflow compare outputs/flow_two_moons outputs/flow_matching_two_moons --overwrite"""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A finished run, or those that differ by their seeds alone.
+    """A finished run, or several that differ only by their seeds.
 
     Attributes:
-        folder: of the run, or the one that holds all of them.
-        settings: by name.
-        metrics: of each run, by name.
+        folder: folder of the run, or the one that holds all of them.
+        settings: settings by name.
+        metrics: metrics of each run, by name.
     """
 
     folder: Path
@@ -38,14 +44,21 @@ class _Run:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Compare the finished runs of some folders; those that can't be read are left out, with a line that says why.
+    """Compare the finished runs of some folders; a line reports each run that can't be read, which is left out.
 
     Raises:
-        SystemExit: with 1 and its message, no run, or a figure that exists.
+        SystemExit: with 1 and a message if there is no run, or the figure exists.
     """
-    parser = argparse.ArgumentParser(prog="divflow compare", description="The runs of folders side by side.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, or one with runs anywhere below")
-    parser.add_argument("--out", default="compare.png", help="the figure of the learning curves (default: compare.png)")
+    parser = argparse.ArgumentParser(
+        prog="divflow compare",
+        description="Show finished runs side by side: the settings that differ, the results, and the learning curves.",
+        epilog=_EXAMPLES,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=100),
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="the folder of a run, or one with runs anywhere below"
+    )
+    parser.add_argument("--out", default="compare.png", help="figure of the learning curves (default: compare.png)")
     parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     given = parser.parse_args(list(arguments))
     try:
@@ -63,7 +76,9 @@ def _compare(folders: Sequence[Path], out: str, overwrite: bool) -> None:
 
     files = sorted({file.resolve() for folder in folders for file in folder.rglob("results.json")})
     if not files:
-        raise ConfigError(f"there is no finished run (no results.json) below {', '.join(map(str, folders))}")
+        raise ConfigError(
+            f"there is no finished run (no results.json) below {', '.join(map(str, folders))}. Name the folder of a run or of a sweep"
+        )
     runs, broken = [], []
     for file in files:
         try:
@@ -99,7 +114,9 @@ def _read(folder: Path) -> _Run:
         content = json.loads((folder / "results.json").read_text())
         metrics, seconds, steps = content["metrics"], content["seconds"], content["steps"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / 'results.json'} is not that of a run: {error!r}") from error
+        raise ConfigError(
+            f"{folder / 'results.json'} was not written by a run: {error!r}. Remove it, or name other folders"
+        ) from error
     settings: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
         try:
@@ -112,7 +129,7 @@ def _read(folder: Path) -> _Run:
 
 
 def _grouped(runs: Sequence[_Run]) -> list[_Run]:
-    """Runs that differ by their seeds alone are one."""
+    """Group the runs that differ only by their seeds."""
     groups: dict[str, list[_Run]] = {}
     for it in runs:
         groups.setdefault(json.dumps(it.settings | {"seed": None}, sort_keys=True, default=str), []).append(it)
@@ -151,7 +168,7 @@ def _sorted(runs: Sequence[_Run]) -> list[_Run]:
 
 
 def _shown(metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Results with their errors: those of a test, or for several seeds of the mean over these."""
+    """Results with their errors: those of a test, or over several seeds those of their mean."""
     first, count = metrics[0], len(metrics)
     shown = {}
     for name in (name for name in first if f"{name}{_ERROR}" in first or "val/" in name):
@@ -169,13 +186,13 @@ def _shown(metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def _named(runs: Sequence[_Run]) -> dict[str, _Run]:
-    """By their folders, as far as these differ."""
+    """Name runs by the parts of their folders that differ."""
     root = os.path.commonpath([it.folder.parent for it in runs])
     return {os.path.relpath(it.folder, root): it for it in runs}
 
 
 def _table(runs: Mapping[str, _Run], count: int) -> Any:
-    """The settings that differ, then the results; a run is a column where there are more of these than runs."""
+    """Table of the settings that differ, then of the results; runs are columns if there are more rows than runs."""
     from rich.table import Table
 
     keys = dict.fromkeys(key for it in runs.values() for key in it.settings)

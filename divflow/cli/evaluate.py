@@ -1,4 +1,4 @@
-"""`divflow evaluate`: the log-density of every row of some data under a trained density."""
+"""`divflow evaluate`: the log-density of every row of a data set under a trained density."""
 
 import math
 import warnings
@@ -28,7 +28,7 @@ from divflow.runs.report import metrics_table
 from divflow.saved.build import ConfigError
 from divflow.score import UnnormalizedDensity
 
-if TYPE_CHECKING:  # both import Lightning, and mistakes are told before
+if TYPE_CHECKING:  # both import Lightning, and mistakes are reported first
     from lightning.fabric import Fabric
 
     from divflow.data import TensorDataModule
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # both import Lightning, and mistakes are told before
 __all__ = ["run"]
 
 _SPLITS = ("train", "val", "test", "all")
-# The columns of the file; those that are known of discrete data only are left out for others.
+# Columns of the file, and those for discrete data alone.
 _COLUMNS = ("log_prob", "standard_error", "quadrature_error")
 _DISCRETE = ("bits_per_dim", "bits_per_dim_importance_weighted")
 _ROW = "row"
@@ -48,18 +48,25 @@ _VARIANCES = ("estimator_variance", "dequantization_variance")
 
 
 def run(config: DictConfig) -> float:
-    """Evaluate, as `configs/evaluate.yaml` composes it, and return the mean negative log-likelihood in nats."""
+    """Evaluate a trained density, as `configs/evaluate.yaml` composes it.
+
+    Returns:
+        The mean negative log-likelihood in nats.
+
+    Raises:
+        DivflowError: a setting, the checkpoint, the data or the solve is not what it needs to be.
+    """
     check_model(config)
     out = check_output(config.out, (".csv", ".npy"), config.overwrite)
     minutes = config.max_minutes
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise ConfigError(f"max_minutes must be a positive number, or null for no limit, but is {minutes!r}")
     if config.split not in _SPLITS:
-        raise ConfigError(f"there is no split {config.split!r}; it must be one of {', '.join(_SPLITS)}")
+        raise ConfigError(f"split must be one of {', '.join(_SPLITS)}, but is {config.split!r}")
     named_device(config.device, several=True)
     trained = load_trained(config)
     if isinstance(trained.density, UnnormalizedDensity):
-        raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density; sample from it instead")
+        raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density. Sample from it instead")
     settings = data_config(config, trained)
     parts, numbers, data = _rows(settings, config.split, trained, names_other_data(config))
     rows = parts.x
@@ -67,15 +74,15 @@ def run(config: DictConfig) -> float:
     shape = tuple(trained.density.flow.event_shape)
     if tuple(rows.shape[1:]) != shape:
         raise ConfigError(
-            f"the data are events of shape {tuple(rows.shape[1:])}, but {trained.name} was trained on {shape}: "
-            "the columns, or data.event_shape, must be those of the training"
+            f"the data are events of shape {tuple(rows.shape[1:])}, but {trained.name} was trained on {shape}. "
+            "Give the columns, or the data.event_shape, of the training"
         )
     _check_within(density, rows, numbers)
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
     fabric = launched(config.device)
     _expect(fabric, density, parts, size, config.max_minutes)
     with limited(config.max_minutes, "the evaluation", _CHEAPER):
-        values = _judged(fabric, density, parts, data, size, config.seed)
+        values = _evaluated(fabric, density, parts, data, size, config.seed)
     metrics = _metrics(values, parts.weight, None if data is None else data.bit_per_dim, fabric.is_global_zero)
     if fabric.is_global_zero:
         names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]
@@ -87,22 +94,22 @@ def run(config: DictConfig) -> float:
 
 
 def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -> tuple["Parts", Tensor, Any]:
-    """The parts of a split, the numbers of its rows in the file, and their data module, where it is one of divflow's.
+    """Parts of a split, the numbers of its rows in the file, and the data module, if it is one of divflow's.
 
-    All rows of a file are those of the file, in its order. A split is that of the training, unless these are other data.
+    With split=all the rows are those of the file, in its order. Other splits are those of the training, unless these are other data.
     """
     from divflow.data import Table  # here, since it imports Lightning
     from divflow.data.batch import parts_of
     from divflow.data.module import TensorDataModule
     from divflow.data.own import split_parts
-    from divflow.data.split import SplitData, told_of_changes
+    from divflow.data.split import SplitData, describe_changes
     from divflow.data.table import all_rows
     from divflow.runs.data import build_data
 
     if split == "all" and settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table"):
         found, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
-        if not other and (told := told_of_changes(trained.data_states.get("Table", {}), digests)):
-            warnings.warn(told, stacklevel=2)
+        if not other and (changes := describe_changes(trained.data_states.get("Table", {}), digests)):
+            warnings.warn(changes, stacklevel=2)
         return parts_of(found.__getitems__(list(range(len(found))))), found.numbers, None
     data, keys = build_data(settings)
     splits = _SPLITS[:-1] if split == "all" else (split,)
@@ -129,19 +136,19 @@ def _joined(parts: "list[Parts]") -> "Parts":
 
 
 def _expect(fabric: "Fabric", density: FlowDensity, parts: "Parts", size: int, max_minutes: float | None) -> None:
-    """Say what it will take, where that is long."""
+    """Report how long the evaluation will take, if that is long."""
     x, rows = parts.x[:size].to(fabric.device), -(-len(parts.x) // fabric.world_size)
     context = mapped(lambda leaf: leaf.to(fabric.device), context_rows(parts.context, slice(size)))
-    said = expect(density.to(fabric.device), x, context, rows, "the evaluation", max_minutes, _CHEAPER)
-    if said and fabric.is_global_zero:
-        print(said, flush=True)
+    notice = expect(density.to(fabric.device), x, context, rows, "the evaluation", max_minutes, _CHEAPER)
+    if notice and fabric.is_global_zero:
+        print(notice, flush=True)
 
 
 def _check_within(density: FlowDensity, rows: Tensor, numbers: Tensor) -> None:
     """Refuse rows beyond the bounds that the density was trained with.
 
     Raises:
-        ConfigError: with their numbers: their density is zero, and the mean of all would be -inf.
+        ConfigError: with their numbers. Their density is zero, so the mean of all log-densities would be -inf.
     """
     outside = torch.cat([density.transform(part, values=False)[1].isneginf() for part in rows.split(10_000)])
     if not outside.any():
@@ -149,13 +156,13 @@ def _check_within(density: FlowDensity, rows: Tensor, numbers: Tensor) -> None:
     first = int(outside.nonzero()[0])
     shown = ", ".join(f"{value:g}" for value in rows[first].flatten()[:6].tolist())
     raise ConfigError(
-        f"{int(outside.sum())} of {len(rows)} rows are at or beyond the bounds of the density, which is zero there, so that their mean "
-        f"log-density would be -inf: row {int(numbers[first])} ({shown}{', ...' if rows[first].numel() > 6 else ''}) is the first; drop them"
+        f"{int(outside.sum())} of {len(rows)} rows are at or beyond the bounds of the density, where it is zero, so the mean log-density "
+        f"would be -inf: the first is row {int(numbers[first])} ({shown}{', ...' if rows[first].numel() > 6 else ''}). Drop these rows"
     )
 
 
 @torch.no_grad()
-def _judged(
+def _evaluated(
     fabric: "Fabric",
     density: FlowDensity,
     parts: "Parts",
@@ -163,12 +170,12 @@ def _judged(
     size: int,
     seed: int | None,
 ) -> dict[str, Tensor]:
-    """What is known of every row, by name, `(n,)`; NaN where it is not. Each process takes its share of the batches.
+    """Values of every row by name, `(n,)`, NaN where unknown. Each process evaluates its share of the batches.
 
-    A batch has noise of its own, so that the numbers are the same for any number of processes.
+    Each batch has its own noise, so that the numbers are the same for any number of processes.
     """
     from divflow.data.order import combined_seed
-    from divflow.tasks.judging import judge_likelihood
+    from divflow.tasks.likelihood_values import likelihood_values
 
     seed = fabric.broadcast(torch.seed() if seed is None else seed)
     density = density.to(fabric.device)
@@ -180,9 +187,9 @@ def _judged(
         generator = Generator(fabric.device).manual_seed(combined_seed(seed, number))
         context = mapped(lambda leaf: leaf.to(fabric.device), context_rows(parts.context, part))
         batch = parts._replace(x=rows[part].to(fabric.device), context=context, weight=None)
-        judged = judge_likelihood(density, batch, data, 1 if data is None else data.num_draws, generator)
+        known = likelihood_values(density, batch, data, 1 if data is None else data.num_draws, generator)
         for i, name in enumerate((*_AVERAGED, *_VARIANCES)):
-            value = judged.get(name)
+            value = known.get(name)
             found[part, i] = math.nan if value is None else value.to(found)
     gathered: Any = fabric.all_reduce(found.to(fabric.device), reduce_op="sum")
     values = dict(zip((*_AVERAGED, *_VARIANCES), gathered.cpu().unbind(dim=1), strict=True))
@@ -190,9 +197,9 @@ def _judged(
 
 
 def _metrics(
-    values: dict[str, Tensor], weight: Tensor | None, bit_per_dim: float | None, told: bool
+    values: dict[str, Tensor], weight: Tensor | None, bit_per_dim: float | None, warn: bool
 ) -> dict[str, float]:
-    """Means, by weight where rows have one, with their standard errors, by the names of a run's results; `told`: with a warning of their errors, if one is due."""
+    """Means with their standard errors, by weight if rows have one, by the names of a run's results; `warn`: warn of a large quadrature error."""
     from divflow.tasks.metrics import MeanWithStandardError, summarized, warn_of_quadrature
 
     averages: dict[str, MeanWithStandardError] = {}
@@ -201,7 +208,7 @@ def _metrics(
             averages[name] = MeanWithStandardError(shared=False)  # every process has all values
             averages[name].update(values[name], weight)
     found = summarized(averages, bit_per_dim, errors=True)
-    if told:
+    if warn:
         warn_of_quadrature(found, _FINER)
     return {name: value.item() for name, value in found.items()}
 

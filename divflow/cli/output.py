@@ -1,4 +1,4 @@
-"""The files that commands write: kept if they exist, and written whole or not at all; and the bar while they are made."""
+"""Files that commands write (existing ones are kept; new ones appear complete or not at all), and the bar while they are made."""
 
 import csv
 import errno
@@ -16,27 +16,29 @@ from rich.progress import track
 from divflow.errors import DivflowError
 from divflow.saved.build import ConfigError
 
-if TYPE_CHECKING:  # takes a while to import, and mistakes are told before
+if TYPE_CHECKING:  # takes a while to import, and mistakes are reported first
     from matplotlib.figure import Figure
 
 __all__ = ["OutputError", "batches", "check_output", "write_figure", "write_table"]
 
 
 class OutputError(DivflowError, OSError):
-    """What a command made could not be written where it was told to."""
+    """The results of a command could not be written to their file."""
 
 
 def check_output(out: str, suffixes: Sequence[str], overwrite: bool) -> Path:
-    """The file to write.
+    """Path of the file to write, after a check that it can be written.
 
     Raises:
-        ConfigError: of an unknown kind, it exists and may not be overwritten, or nothing can be written there.
+        ConfigError: its type is unknown, it exists and may not be overwritten, or nothing can be written there.
     """
     path = Path(out).expanduser()
     if path.suffix not in suffixes:
-        raise ConfigError(f"out={out} is of type {path.suffix or '(none)'!r}; it must end in {' or '.join(suffixes)}")
+        raise ConfigError(
+            f"out must end in {' or '.join(suffixes)}, but out={out} has the suffix {path.suffix or '(none)'!r}"
+        )
     if path.exists() and not overwrite:
-        raise ConfigError(f"{path} exists; choose another file by out=..., or let it be replaced by overwrite=true")
+        raise ConfigError(f"{path} exists. Choose another file by out=..., or let it be replaced by overwrite=true")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -44,18 +46,18 @@ def check_output(out: str, suffixes: Sequence[str], overwrite: bool) -> Path:
         with tempfile.TemporaryFile(dir=path.parent) as tried:
             tried.write(bytes(4096))
     except OSError as error:
-        raise ConfigError(f"out={out} can't be written ({error.strerror}); choose another file by out=...") from error
+        raise ConfigError(f"out={out} can't be written ({error.strerror}). Choose another file by out=...") from error
     return path
 
 
 def write_table(path: Path, names: Sequence[str], rows: np.ndarray, whole: Sequence[str] = ()) -> None:
-    """Rows as a `.csv` with a header, flattened to `(n, len(names))`, or as an `.npy` as they are.
+    """Write rows as a `.csv` with a header, flattened to `(n, len(names))`, or as an `.npy` without flattening.
 
     Args:
         path: of the file.
-        names: of the columns.
+        names: names of the columns.
         rows: `(n, ...)`.
-        whole: the columns of whole numbers, which a `.csv` has without a fraction.
+        whole: names of the columns of whole numbers, which a `.csv` shows without a fraction.
     """
 
     def write(part: Path) -> None:
@@ -82,14 +84,14 @@ def write_figure(path: Path, figure: "Figure") -> None:
 
 
 def batches(number: int, size: int, doing: str, *, shown: bool = True) -> Iterator[slice]:
-    """Slices of at most `size` out of `number`, with a progress bar on a terminal if it is to be `shown`."""
+    """Slices of at most `size` out of `number`, with a progress bar on a terminal if `shown`."""
     slices = [slice(start, min(start + size, number)) for start in range(0, number, size)]
     console = Console(stderr=True)
     yield from track(slices, doing, console=console, disable=not (shown and sys.stderr.isatty()), transient=True)
 
 
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file, or, where that fails at the end of the work, one of that name in a temporary folder."""
+    """Write a file; if that fails at the end of the work, write one of that name in a temporary folder."""
     part = path.with_name(f"{path.name}.part")
     try:
         try:
@@ -101,4 +103,6 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         elsewhere = Path(tempfile.mkdtemp(prefix="divflow-")) / path.name
         write(elsewhere)
-        raise OutputError(f"{path} could not be written ({error.strerror or error}); it is in {elsewhere}") from error
+        raise OutputError(
+            f"{path} could not be written ({error.strerror or error}). It is saved as {elsewhere}"
+        ) from error

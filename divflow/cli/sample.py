@@ -37,7 +37,11 @@ _ANY_LEVELS = 256
 
 
 def run(config: DictConfig) -> None:
-    """Sample, as `configs/sample.yaml` composes it."""
+    """Sample from a trained density, as `configs/sample.yaml` composes it, and write the samples.
+
+    Raises:
+        DivflowError: a setting, the checkpoint, the data or the solve is not what it needs to be.
+    """
     check_model(config)
     out = check_output(config.out, (".csv", ".npy", ".png"), config.overwrite)
     check_least("num_samples", config.num_samples, 1)
@@ -45,13 +49,13 @@ def run(config: DictConfig) -> None:
     trained = load_trained(config, with_data=False)
     trained.density.to(device)
     drawn, pictures = out.suffix == ".png", _are_pictures(trained.density)
-    data = data_config(config, trained) if drawn and not pictures else None  # refused before the work is done
+    data = data_config(config, trained) if drawn and not pictures else None  # so that it is refused before the work
     seed = torch.seed() if config.seed is None else config.seed
     given = OmegaConf.to_container(config.context) if OmegaConf.is_config(config.context) else config.context
     context = _context(given, trained.density)
     if data is not None and context is not None:
         raise ConfigError(
-            f"out={config.out} would show samples of one context beside data of all; write them by out=samples.csv or .npy"
+            f"a figure would show samples of one context beside data of all contexts, but out={config.out}. Write the samples by out=samples.csv or out=samples.npy"
         )
     samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed, context)
     names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
@@ -66,46 +70,47 @@ def run(config: DictConfig) -> None:
 
 
 def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Context | None:
-    """The context of all samples, `(features,)`, or a dict of such where a velocity of one's own takes one; None where none is given.
+    """Context of all samples, `(features,)`, or a dict for a velocity of your own that takes one; None if none is given.
 
     Raises:
-        ConfigError: it is no list of numbers, nor numbers by the names of its columns; a density that needs one, or takes none.
+        ConfigError: it is neither a list of numbers nor numbers by the names of its columns; the density needs one and none is given,
+            or takes none.
     """
     standardized, columns = getattr(density, "context_transform", None), getattr(density, "context_columns", None)
     if numbers is None:
         if standardized is not None:
             named = f": {', '.join(columns)}" if columns else ""
             raise ConfigError(
-                f"the density is conditional: give the context of its samples, {standardized.shift.numel()} numbers{named}, context=[0.1,...]"
+                f"the density is conditional, but no context was given. Give {standardized.shift.numel()} numbers{named}, as context=[0.1,...]"
             )
         return None
     if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
-        raise ConfigError(f"scores take no context, but context={numbers}")
+        raise ConfigError(f"scores take no context, but context={numbers}. Leave it out")
     if isinstance(numbers, Mapping) and not columns and standardized is None:
         return {str(name): _tensor(name, value, density) for name, value in numbers.items()}
     if isinstance(numbers, Mapping):
         if set(map(str, numbers)) != set(columns or ()):
             raise ConfigError(
                 f"context={numbers} names {', '.join(map(str, numbers))}, but the columns of the context are "
-                f"{', '.join(columns or ()) or 'not known by names: give a list'}"
+                f"{', '.join(columns or ()) or 'unnamed. Give a list'}"
             )
         by_name = {str(name): number for name, number in numbers.items()}
         numbers = [by_name[name] for name in columns or ()]
     try:
-        if isinstance(numbers, str):  # of which each letter may be a number
+        if isinstance(numbers, str):  # each letter of which may be a number
             raise TypeError
-        # In the digits that it is given in, where it is standardized first.
+        # With all given digits, if it is standardized first.
         dtype = density.dtype if standardized is None else torch.float64
         context = torch.tensor([float(number) for number in numbers], dtype=dtype, device="cpu")
     except (TypeError, ValueError):
         context = torch.tensor([math.nan], device="cpu")
     if not context.isfinite().all():
-        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers}")
+        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers!r}")
     return context
 
 
 def _tensor(name: Any, value: Any, density: FlowDensity) -> Tensor:
-    """A number, or a list of them, of one sample: whole ones stay integers, as labels are."""
+    """A number, or a list of them, for one sample; whole numbers stay integers, as labels are."""
     try:
         found = torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -119,8 +124,8 @@ def _drawn(
 ) -> Tensor:
     """Samples `(n, *event)`, all of one context if there is one.
 
-    What follows a flow starts from noise that is drawn for all rows at once, so that a row is the same, as exactly as
-    the solver has it, in batches of any size. A sampler with noise of its own has its own seed for every batch.
+    A flow starts from noise that is drawn for all rows at once, so a row is the same in batches of any size, up to the precision
+    of the solver. A sampler with noise of its own gets a seed for every batch.
     """
     from divflow.data.order import combined_seed
 
@@ -142,13 +147,13 @@ def _drawn(
 
 
 def _are_pictures(density: FlowDensity | UnnormalizedDensity) -> bool:
-    """Whether samples are seen to be images by their shape, grey or of three colours: these are drawn without data."""
+    """Whether the shape of samples shows that they are images, grey or of three colours, which are drawn without data."""
     shape = tuple(density.flow.event_shape) if isinstance(density, FlowDensity) else ()
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def _grid(density: FlowDensity | UnnormalizedDensity, samples: Tensor) -> "Figure":
-    """Images alone; those of a model whose pixels are not between 0 and 1 are brought there."""
+    """Figure of images alone, converted to [0, 1] if the model's pixels are in another range."""
     from divflow.callbacks.plots import plot_grid  # here, since it takes a while to import
 
     if isinstance(density, FlowDensity):
@@ -158,7 +163,7 @@ def _grid(density: FlowDensity | UnnormalizedDensity, samples: Tensor) -> "Figur
 
 
 def _figure(settings: dict[str, Any], trained: Trained, other: bool, samples: Tensor, names: Sequence[str]) -> "Figure":
-    """The samples beside data that were held out, unless these are other data; images alone."""
+    """Figure of the samples beside held-out data, unless these are other data; images alone."""
     from divflow.callbacks.plots import plot_energies, plot_pairs, plot_plane
     from divflow.data.batch import parts_of
     from divflow.data.module import TensorDataModule
@@ -168,7 +173,7 @@ def _figure(settings: dict[str, Any], trained: Trained, other: bool, samples: Te
     density, (data, _) = trained.density, build_data(settings)
     if not isinstance(data, TensorDataModule):
         raise ConfigError(
-            f"figures beside data are of divflow's own data, not of a {type(data).__name__}; write samples by out=samples.csv or .npy"
+            f"a figure needs one of divflow's data modules, but the data are a {type(data).__name__}. Write the samples by out=samples.csv or out=samples.npy"
         )
     data.prepare_data()
     data.setup("test")

@@ -12,11 +12,18 @@ __all__ = ["run"]
 
 
 def run(config: DictConfig) -> float | None:
-    """Train, as `configs/train.yaml` composes it, and return the best value of what `callbacks.best` monitors."""
-    config.output_dir = HydraConfig.get().runtime.output_dir  # a sweep, or hydra.run.dir=..., may have said another
+    """Train, as `configs/train.yaml` composes it.
+
+    Returns:
+        The best value of what `callbacks.best` monitors.
+
+    Raises:
+        DivflowError: a setting, the data, the field or the solve is not what it needs to be.
+    """
+    config.output_dir = HydraConfig.get().runtime.output_dir  # a sweep, or hydra.run.dir=..., may have set another
     try:
         check_settings(config)
-        from divflow.runs.experiment import train  # what is wrong is told before Lightning is imported
+        from divflow.runs.experiment import train  # here, so that mistakes are reported before Lightning is imported
 
         results = train(config)
     finally:

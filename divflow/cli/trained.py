@@ -1,4 +1,4 @@
-"""What the commands on a trained density share: the density, the data that it was trained on, and where it runs."""
+"""Shared parts of the commands on a trained density: the density, the data that it was trained on, and the device."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +25,10 @@ from divflow.saved.checkpoint import (
     rebuild,
     which_weights,
 )
+from divflow.saved.named import named
 from divflow.score import UnnormalizedDensity
 
-if TYPE_CHECKING:  # it imports Lightning, and mistakes are told before
+if TYPE_CHECKING:  # it imports Lightning, and mistakes are reported first
     from lightning.fabric import Fabric
 
 __all__ = [
@@ -43,20 +44,20 @@ __all__ = [
     "warn_of_changed_table",
 ]
 
-# Names of columns, whatever they look like.
+# Names of columns, which may look like anything.
 _NAMES = ("columns", "context_columns")
 _OF_DATA = ("divflow.data.", "divflow.energies.")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained density, in eval mode.
+    """A trained density, in evaluation mode.
 
     Attributes:
-        density: of the data.
-        name: what it is, with the weights that were taken, in words.
-        columns: the names of the data's columns, where they are known.
-        data_states: what the data modules of its training left in its checkpoint, by the names of their classes.
+        density: density of the data.
+        name: description of the checkpoint and of the weights that were taken.
+        columns: names of the data's columns, if they are known.
+        data_states: what the data modules of the training left in its checkpoint, by the names of their classes.
     """
 
     density: FlowDensity | UnnormalizedDensity
@@ -66,22 +67,22 @@ class Trained:
 
     @property
     def whole(self) -> list[str]:
-        """The names of the columns of whole numbers, to which samples are rounded."""
+        """Names of the columns of whole numbers, to which samples are rounded."""
         entries = next((it.entries.tolist() for it in self.density.modules() if isinstance(it, Rounded)), [])
         return [name for name, it in zip(self.columns or [], entries, strict=False) if it]
 
 
 def check_model(config: DictConfig) -> None:
-    """Refuse what can be seen to be wrong at once.
+    """Refuse wrong settings of the model before anything is loaded.
 
     Raises:
-        ConfigError: a value is missing; no density is named, or two; a checkpoint that is not there.
+        ConfigError: a value is missing, no density or two are named, or the checkpoint does not exist.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{', '.join(missing)} must be given: {missing[0]}=...")
+        raise ConfigError(f"{', '.join(missing)} must be given. Add {missing[0]}=...")
     if (config.ckpt_path is None) == (config.model._target_ is None):
         raise ConfigError(
-            "give either ckpt_path=..., a checkpoint such as outputs/latest/checkpoints/best.ckpt, or "
+            "a trained density must be given, and once. Give either ckpt_path=..., such as outputs/latest/checkpoints/best.ckpt, or "
             "model._target_=..., a function that makes a density"
         )
     check_paths({"ckpt_path": config.ckpt_path, "data.path": config.data.get("path")})
@@ -92,7 +93,7 @@ def check_model(config: DictConfig) -> None:
 
 
 def check_least(name: str, value: Any, least: int) -> None:
-    """`check_count` of a setting.
+    """Check a setting by `check_count`.
 
     Raises:
         ConfigError: naming the setting.
@@ -104,16 +105,16 @@ def check_least(name: str, value: Any, least: int) -> None:
 
 
 def load_trained(config: DictConfig, with_data: bool = True) -> Trained:
-    """The density of a checkpoint, or that of a function of one's own, evaluated as the config says.
+    """Load the density of a checkpoint, or build that of your own function, evaluated as the config describes.
 
     Args:
-        config: with `ckpt_path` and `allow`, or `model`; and `estimator`, `likelihood`, `solver`, as far as
-            they shall be others than those the density has.
-        with_data: whether those that it was trained on are to be built, too, and so must be allowed.
+        config: with `ckpt_path` and `allow`, or `model`, and with `estimator`, `likelihood` and `solver` if they
+            replace those of the density.
+        with_data: whether the data that it was trained on are to be built, too, and so must be allowed.
 
     Raises:
-        CheckpointError: a checkpoint that can't be read or is not allowed.
-        ConfigError: what the function made is no density.
+        CheckpointError: a checkpoint can't be read or is not allowed.
+        ConfigError: the function did not make a density.
     """
     if config.ckpt_path is None:
         density, name, columns, states = _made(config.model), config.model._target_, None, {}
@@ -128,29 +129,26 @@ def load_trained(config: DictConfig, with_data: bool = True) -> Trained:
     ways = build_ways(_plain(config))
     if ways:
         if not isinstance(density, FlowDensity):
-            raise ConfigError(f"{name} is a score without SDE, which has no flow: it takes no {', '.join(ways)}")
+            raise ConfigError(f"{name} is a score without SDE, which has no flow. Leave {', '.join(ways)} out")
         density = density.with_flow(density.flow.replace(**ways))
     return Trained(density.eval(), name, None if columns is None else [str(column) for column in columns], states)
 
 
 def _allowed(names: Any) -> list[str]:
-    """The names of `allow`, of which a string is one."""
+    """Names in `allow`, of which a string is one."""
     return [names] if isinstance(names, str) else [str(name) for name in names or []]
 
 
 def _classes(names: Iterable[str]) -> list[type]:
-    """Of the names of classes and functions the classes; functions make data."""
-    try:
-        found = [get_object(name) for name in names]
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"allow must name classes, such as [my_module.Velocity]: {error}") from error
+    """Classes among the named classes and functions; functions make data."""
+    found = [named(name, "allow") for name in names]
     if odd := [repr(it) for it in found if not callable(it)]:
         raise ConfigError(f"allow must name classes, such as [my_module.Velocity], but names {', '.join(odd)}")
     return [it for it in found if isinstance(it, type)]
 
 
 def _check_classes(config: DictConfig, made_of: Mapping[str, Any], allowed: Mapping[str, type], data: bool) -> None:
-    """Refuse classes that are not allowed, those of the density and of the data that it was trained on at once."""
+    """Refuse classes that are not allowed, those of the density and of its training data at once."""
     lacking = lacking_targets({name: it for name, it in made_of.items() if name not in _NAMES}, allowed)
     if data and "_target_" not in config.data:
         lacking |= _lacking_of_data(_data_of_run(config), set(_allowed(config.allow)), "data of its config.yaml")
@@ -161,19 +159,19 @@ def _require_none(lacking: Mapping[str, str], config: DictConfig) -> None:
     if lacking:
         asked = ", ".join(f"{name!r} (at {where})" for name, where in lacking.items())
         raise CheckpointError(
-            f"{config.ckpt_path} asks for {asked}, none of divflow's own for that place; if you trust what it asks for, "
-            f"allow=[{','.join([*_allowed(config.allow), *lacking])}]"
+            f"{config.ckpt_path} names {asked}, which are not divflow's own for that place. If you trust them, "
+            f"add allow=[{','.join([*_allowed(config.allow), *lacking])}]"
         )
 
 
 def names_other_data(config: DictConfig) -> bool:
-    """Whether other data than the run's may be meant."""
+    """Whether the config may name other data than those of the run."""
     return "_target_" in config.data or "path" in config.data
 
 
 def warn_of_changed_table(config: DictConfig, trained: Trained) -> None:
-    """Warn where the run's own table, if it is there, has other rows than in training; what needs no data goes on without it."""
-    from divflow.data.split import told_of_changes
+    """Warn if the run's own table, if it is there, has other rows than in training; what needs no data continues without it."""
+    from divflow.data.split import describe_changes
     from divflow.data.table import all_rows
 
     state = trained.data_states.get("Table")
@@ -184,26 +182,26 @@ def warn_of_changed_table(config: DictConfig, trained: Trained) -> None:
         _, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
     except DivflowError:
         return
-    if told := told_of_changes(state, digests):
-        warnings.warn(told, stacklevel=2)
+    if changes := describe_changes(state, digests):
+        warnings.warn(changes, stacklevel=2)
 
 
 def data_config(config: DictConfig, trained: Trained) -> dict[str, Any]:
-    """The data that are named, else those of the run, with what is named of them changed.
+    """Settings of the data that are named, or else of the run's data, with the named changes.
 
     Args:
-        config: with `data`: a whole choice, or single settings such as `+data.path=other.csv`.
-        trained: whose columns, context and discrete columns a table must have.
+        config: with `data`, a whole choice or single settings such as `+data.path=other.csv`.
+        trained: density whose columns, context and discrete columns a table must have.
 
     Raises:
-        ConfigError: neither are known, or other columns are asked for.
+        ConfigError: no data are known, or other columns are asked for.
         CheckpointError: the run's data are of a class that is neither divflow's nor allowed.
     """
     named = _plain(config.data)
     found = named if "_target_" in named else _saved_data(config) | named
     if "_target_" not in found:
         raise ConfigError(
-            "which data is not known: there is no config.yaml in the folder of the checkpoint's run; give data=..., such as "
+            "the data are not known, because the folder of the checkpoint's run has no config.yaml. Give data=..., such as "
             "data=table data.path=measurements.csv"
         )
     columns, density = trained.columns, trained.density
@@ -231,7 +229,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _saved_data(config: DictConfig) -> dict[str, Any]:
-    """The data in the `config.yaml` of the checkpoint's run; nothing where there is none."""
+    """Data in the `config.yaml` of the checkpoint's run; empty if there is none."""
     data = _data_of_run(config)
     _require_none(_lacking_of_data(data, set(_allowed(config.allow)), "data of its config.yaml"), config)
     return data
@@ -245,7 +243,7 @@ def _data_of_run(config: DictConfig) -> dict[str, Any]:
 
 
 def _lacking_of_data(data: Any, allowed: set[str], place: str) -> dict[str, str]:
-    """A folder from elsewhere runs no code of its own: its data, and their energies, are divflow's, or named in `allow`."""
+    """Classes of the run's data and energies that are neither divflow's nor in `allow`, so that a foreign folder runs no code."""
     if isinstance(data, list):
         data = dict(enumerate(data))
     if not isinstance(data, Mapping):
@@ -270,6 +268,7 @@ def _is_ours(target: Any) -> bool:
 
 
 def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
+    named(model._target_, "model._target_")
     made: nn.Module = instantiate(model, _convert_="all")
     if isinstance(made, ContinuousFlow):
         made = FlowDensity(made, Affine())
@@ -277,7 +276,7 @@ def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
         made.watch_units = not isinstance(made.flow, AdaptedFlow)  # which watches them by itself
     if not isinstance(made, FlowDensity | UnnormalizedDensity):
         raise ConfigError(
-            f"model._target_={model._target_} made a {type(made).__name__}; it must make a ContinuousFlow or a density of "
+            f"model._target_={model._target_} made a {type(made).__name__}. It must make a ContinuousFlow or a density of "
             "divflow.flow or divflow.score"
         )
     return made
@@ -286,16 +285,16 @@ def _made(model: DictConfig) -> FlowDensity | UnnormalizedDensity:
 def scaled_to_model(
     density: FlowDensity, data_range: Sequence[float] | None, levels: int | None, name: str
 ) -> FlowDensity:
-    """The density of discrete data, which are scaled to lie between 0 and 1, under a model of data in another range.
+    """Convert the density of a model to that of discrete data, which are scaled to [0, 1].
 
     Args:
-        density: of the data as the model takes them.
-        data_range: what the model was trained on, [low, high]; that which an adapter was given if None.
-        levels: of discrete data; None for others.
+        density: density of the data as the model takes them.
+        data_range: range that the model was trained on, [low, high]; that of the adapter if None.
+        levels: number of values of discrete data; None for others.
         name: of the model, for messages.
 
     Raises:
-        ConfigError: a range that is none; one for data that are not discrete, or for a density with a transform of its own.
+        ConfigError: the range is none, the data are not discrete, or the density has its own transform.
     """
     try:
         given = None if data_range is None else checked_range("data_range", data_range)
@@ -307,22 +306,22 @@ def scaled_to_model(
         return density
     if levels is None:
         raise ConfigError(
-            f"data_range={list(known)} says where the pixels of a model lie, for discrete data between 0 and 1, but these data are not "
-            "discrete: bring them to the model's units by the transform of a FlowDensity in model._target_"
+            f"data_range={list(known)} gives the range of a model's pixels, for discrete data in [0, 1], but these data are not "
+            "discrete. Convert them to the model's units by the transform of a FlowDensity in model._target_"
         )
     if not bare:
         raise ConfigError(
-            f"{name} has a transform of its own from the data to its model, which data_range={list(known)} would be beside; leave it out"
+            f"{name} has its own transform from the data to its model, with which data_range={list(known)} would conflict. Leave data_range out"
         )
     scaled = FlowDensity(density.flow, Affine.between((0, 1), known)).train(density.training)
     return density.like_this(scaled)
 
 
 def launched(device: DictConfig) -> "Fabric":
-    """The processes of a command: those that `device` names, as in training; this one is one of them.
+    """Start the processes of a command that `device` names, as in training; this process is one of them.
 
     Raises:
-        ConfigError: a GPU that is not there, or another precision than `32-true`.
+        ConfigError: there is no GPU where one is named, or the precision is not `32-true`.
     """
     from lightning.fabric import Fabric
 
@@ -335,16 +334,16 @@ def launched(device: DictConfig) -> "Fabric":
 
 
 def named_device(device: DictConfig, *, several: bool = False) -> torch.device:
-    """The device that is named, in this process.
+    """Device that `device` names, in this process.
 
     Raises:
-        ConfigError: several processes, unless these are taken, a GPU that is not there, or another precision.
+        ConfigError: several processes (unless supported), a GPU that is not there, or a precision other than `32-true`.
     """
     if not several and (device.strategy != "auto" or device.devices not in ("auto", 1) or device.num_nodes != 1):
-        raise ConfigError("this command runs in one process, on one device: device=auto, device=cpu or device=gpu")
+        raise ConfigError("this command runs in one process, on one device. Use device=auto, device=cpu or device=gpu")
     if device.precision != "32-true":
-        raise ConfigError(f"device.precision={device.precision} is for training; this command takes 32-true")
+        raise ConfigError(f"device.precision={device.precision} is for training. Leave it at 32-true for this command")
     there = torch.cuda.is_available()
     if device.accelerator == "gpu" and not there:
-        raise ConfigError("device=gpu asks for a GPU, but torch sees none; use device=cpu")
+        raise ConfigError("device=gpu asks for a GPU, but torch sees none. Use device=cpu")
     return torch.device("cuda" if there and device.accelerator in ("auto", "gpu") else "cpu")

@@ -1,4 +1,4 @@
-"""Lightning data modules: toy densities and particles of known log-density, digits, tables, simulations, and images and tables of one's own."""
+"""Lightning data modules: toy densities and particles of known log-density, digits, tables, simulations, and your own images and tables."""
 
 from divflow.data.dequantization import Dequantization, TruncatedNormalDequantization, UniformDequantization
 from divflow.data.digits import Digits, Mnist

@@ -1,4 +1,4 @@
-"""What a batch of a loader is: data, their context and their weights, by place or by key."""
+"""Parts of a batch: data, context and weights, by place or by key."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ Keys = Mapping[str, Any]
 
 
 class DataError(DivflowError, ValueError):
-    """The data can't be used as they are; the message says which part, and what to do."""
+    """The data can't be used as they are; the message names the part, and what to do."""
 
 
 class Parts(NamedTuple):
@@ -37,30 +37,33 @@ class Parts(NamedTuple):
 
 
 def parts_of(batch: Batch, keys: Keys | None = None) -> Parts:
-    """The parts of a batch: nothing in it is left out without being told to.
+    """Split a batch into data, context and weights; what is left out must be left out by `keys`.
 
     | batch | parts |
     |---|---|
     | `x`, `(x,)`, `[x]` | x |
     | `(x, context)`, `[x, context]` | x and context |
     | dict or named tuple with `x`, `context`, `weight` and nothing else | by these names |
-    | anything else | where `keys` say |
+    | anything else | by `keys` |
 
     Args:
-        batch: of a loader.
-        keys: where the parts are, such as `{"x": "image", "context": "label"}` or `{"x": 0, "weight": 2}`; what they do not
-            name is left out. A list of keys is a context of several, a dict of them.
+        batch: batch of a loader.
+        keys: where the parts are, such as `{"x": "image", "context": "label"}` or `{"x": 0, "weight": 2}`. Parts that they do
+            not name are left out. A list or dict of keys makes a context of several parts.
+
+    Returns:
+        The parts.
 
     Raises:
-        DataError: it is none of these, naming what is there; weights that are negative, not finite, all zero, or not `(k,)`.
-        FieldError: a context that is no tensor or tree of tensors of one row a sample.
+        DataError: the batch is none of these, or its weights are negative, not finite, all zero, or not `(k,)`.
+        FieldError: the context is no tensor or tree of tensors with one row a sample.
     """
     if isinstance(batch, Parts):
         return batch
     parts = _by_default(batch) if keys is None else _by_keys(batch, keys)
     if not isinstance(parts.x, Tensor) or parts.x.ndim == 0:
         what = f"a scalar, {parts.x}" if isinstance(parts.x, Tensor) else f"a {type(parts.x).__name__}"
-        raise DataError(f"the x of a batch must be a tensor (k, *event), a row a sample, but is {what}")
+        raise DataError(f"the x of a batch must be a tensor (k, *event), one row a sample, but is {what}")
     check_context(parts.context, parts.x)
     if parts.weight is not None:
         _check_weight(parts.weight, len(parts.x))
@@ -68,17 +71,16 @@ def parts_of(batch: Batch, keys: Keys | None = None) -> Parts:
 
 
 def check_keys(keys: Keys | None) -> None:
-    """Refuse what says nothing of where x is, or something of parts that there are not.
+    """Refuse keys that do not name x, or that name parts that do not exist.
 
     Raises:
-        DataError: naming it.
+        DataError: naming them.
     """
     if keys is None:
         return
     if not isinstance(keys, Mapping) or not set(keys) <= set(Parts._fields) or keys.get("x") is None:
         raise DataError(
-            f"keys must say where x is in a batch, and may say where context and weight are, such as {{'x': 'image', 'context': "
-            f"'label'}}, but is {keys!r}"
+            f"keys must name x, and may name context and weight, such as {{'x': 'image', 'context': 'label'}}, but is {keys!r}"
         )
 
 
@@ -93,13 +95,13 @@ def _by_default(batch: Batch) -> Parts:
     if isinstance(batch, Mapping) or "x" in named:
         example = {"x": next(iter(named), "image")}
         raise DataError(
-            f"a batch has {_listed(named)}: say which of these is x, context and weight by keys, such as keys={example}, or from the "
-            f"command data.keys={{x: {example['x']}}}"
+            f"a batch has {_listed(named)}. Name x, context and weight among these by keys, such as keys={example}, or by the "
+            f"command's data.keys={{x: {example['x']}}}"
         )
     if isinstance(batch, tuple | list):
         raise DataError(
-            f"a batch is a {type(batch).__name__} of {len(batch)}, of which a task knows (x,) and (x, context) by their places: say "
-            "which is which by keys, such as keys={'x': 0, 'context': 1, 'weight': 2}, or from the command data.keys={x: 0, weight: 2}"
+            f"a batch is a {type(batch).__name__} of {len(batch)} parts, but a task knows only (x,) and (x, context) by their places. Name "
+            "the parts by keys, such as keys={'x': 0, 'context': 1, 'weight': 2}, or by the command's data.keys={x: 0, weight: 2}"
         )
     raise DataError(
         f"a batch must be a tensor x, (x,), (x, context), or a dict of x, context and weight, but is a {type(batch).__name__}"
@@ -114,7 +116,7 @@ def _by_keys(batch: Batch, keys: Keys) -> Parts:
     def found(part: str, key: Any) -> Any:
         if key not in named and key not in places:
             there = _listed(named) if named else f"no keys, being a {type(batch).__name__}"
-            raise DataError(f"keys say that {part} is {key!r}, but a batch has {there}")
+            raise DataError(f"keys name {key!r} as {part}, but a batch has {there}")
         return named[key] if key in named else places[key]
 
     parts: dict[str, Any] = dict.fromkeys(Parts._fields)
@@ -142,16 +144,18 @@ def _listed(named: Mapping[Any, Any]) -> str:
 def _check_weight(weight: Any, count: int) -> None:
     if not isinstance(weight, Tensor) or weight.shape != (count,) or weight.is_complex() or weight.dtype == torch.bool:
         what = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
-        raise DataError(f"the weights of a batch must be real numbers ({count},), one a sample, but are {what}")
+        raise DataError(
+            f"the weights of a batch must be real numbers of shape ({count},), one a sample, but are {what}"
+        )
     values = weight.detach()
     if not count or bool((values.isfinite() & (values >= 0)).all() & (values > 0).any()):  # the host waits once
         return
     if not (values > 0).any() and not values.isnan().any() and not (values < 0).any():
         raise DataError(
-            f"the weights of a batch of {count} samples are all zero, so that it has no mean; leave such rows out"
+            f"the weights of a batch of {count} samples are all zero, so the batch has no mean. Leave such rows out"
         )
     row = int((~(values.isfinite() & (values >= 0))).nonzero()[0])
     raise DataError(
         f"the weights of a batch must be finite and not negative, but that of row {row} of {count}, counted from 0, is "
-        f"{values[row].item():g}; correct it, or give the row the weight 0"
+        f"{values[row].item():g}. Correct it, or give the row the weight 0"
     )

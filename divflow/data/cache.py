@@ -1,4 +1,4 @@
-"""Files of what takes long to make and is the same each time: kept under a key, made anew where they can't be used."""
+"""Files of results that are expensive to compute and always the same: kept under a key, and computed again if they can't be used."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ __all__ = ["StaleError", "cache_folder", "cached"]
 
 
 class StaleError(DataError):
-    """A kept file can't be used; the message, which follows its name, says why."""
+    """A kept file can't be used; the message, which follows its name, gives the reason."""
 
 
 def cache_folder() -> Path:
@@ -30,21 +30,21 @@ def cached(
     make: Callable[[], dict[str, Any]],
     check: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """What `make` returns, read from a file of the folder where it was made before by the same settings and version.
+    """Return what `make` returns, read from a file if it was made before with the same settings and version.
 
-    A file of another version, one that can't be read, or one that the check refuses is made anew, and says so. It is written under
-    another name and then moved, so that no process reads half of it.
+    A file of another version, one that can't be read, or one that the check refuses is made again, and this is reported. It is written
+    under another name and then moved, so that no process reads half of it.
 
     Args:
-        folder: made if it is not there.
-        name: to tell files apart by.
+        folder: folder of the file; made if it does not exist.
+        name: first part of the file's name.
         settings: everything that the result depends on.
-        version: of the way it is made.
-        make: tensors and numbers by name.
-        check: of what was read; raises `StaleError` where it is not what `make` returns.
+        version: version of the computation.
+        make: returns tensors and numbers by name.
+        check: check of what was read; raises `StaleError` if it is not what `make` returns.
 
     Raises:
-        DataError: before anything is made: the folder can't be written to, or has a folder in place of the file.
+        DataError: before anything is made: the folder can't be written to, or a folder has the name of the file.
     """
     path = folder / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}.pt"
     key = f"version {version}: {settings}"
@@ -53,11 +53,11 @@ def cached(
             found = _read(path, key)
             check(found)
         except StaleError as why:
-            print(f"{path} {why}; it is made anew")
+            print(f"{path} {why}. Making it again")
         else:
             return found
     _check_writable(folder, path)
-    print(f"making samples of {name}, once: they are kept in {path}")
+    print(f"making samples of {name} once, to be kept in {path}")
     made = make()
     partial = path.with_suffix(f".{os.getpid()}")
     torch.save({"key": key, **made}, partial)
@@ -68,7 +68,7 @@ def cached(
 def _read(path: Path, key: str) -> dict[str, Any]:
     try:
         found = torch.load(path, weights_only=True)
-    except Exception as error:  # bytes that are no pickle raise anything
+    except Exception as error:  # other bytes raise errors of any type
         raise StaleError(f"can't be read ({type(error).__name__})") from error
     if not isinstance(found, dict) or found.pop("key", None) != key:
         raise StaleError("is of another version, or damaged")
@@ -80,11 +80,11 @@ def _check_writable(folder: Path, path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"{folder} can't be made a folder to keep samples in ({error}); give another one by cache=..."
+            f"the folder {folder} for kept samples can't be made ({error}). Give another one by cache=..."
         ) from error
     if path.is_dir():
         raise DataError(
-            f"{path} is a folder in place of the file that samples are kept in; remove it, or give another one by cache=..."
+            f"{path}, the file for kept samples, is a folder. Remove it, or give another place by cache=..."
         )
     if not os.access(folder, os.W_OK):
-        raise DataError(f"{folder}, to keep samples in, can't be written to; give another one by cache=...")
+        raise DataError(f"the folder {folder} for kept samples can't be written to. Give another one by cache=...")

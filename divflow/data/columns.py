@@ -20,46 +20,53 @@ __all__ = ["Bounds", "Columns", "as_names", "column_rows"]
 Bounds = Mapping[Any, Any]
 """Of columns, by name or number, which are as configs have them: (low, high), None for no bound on that side."""
 
-# Standardized data beyond this have a log-density that float32 does not hold.
+# Standardized data beyond this have a log-density beyond float32.
 _FARTHEST = 1e18
-# Rows that are looked at for values that nothing is left of beside one that is huge.
+# Rows in which to count the values that remain distinct beside a huge one.
 _LOOKED_AT = 10_000
 
 
 class Columns(SplitData):
-    """Base of tables, one row a sample.
+    """Base of tables: rows of numbers in named columns, one row a sample.
 
-    The standardization's log-determinant is accounted for: log-densities are per unit of the columns. Columns that are
-    linear functions of others are warned of, since the rows then lie in a plane, where a density has no bound.
+    - **Standardization** by the training rows is part of the density: log-densities are per unit of the columns.
+    - **Linearly dependent columns** raise a warning, because their density is unbounded.
+    - **Context columns** condition the density of the others, p(others | context). They have no density of their own, and are
+      standardized, too.
+    - **Discrete columns** of whole numbers n get noise u, uniform in [-1/2, 1/2): new noise each epoch in training, fixed by seed in
+      validation and test. Samples are rounded. The density p of the noisy numbers bounds the probability of the numbers
+      (Theis et al. 2016):
 
-    Columns may be the context of the density of the others, p(others | context), which has no density of its own and is
-    standardized, too. Columns of whole numbers may be discrete: they get noise u that is uniform in [-1/2, 1/2), another
-    for each epoch of the training and one by seed for validation and test. The density p of the noisy numbers bounds the probability
-    of the numbers n, log P(n) >= E[log p(n + u)] (Theis et al. 2016), and samples are rounded.
+          log P(n) >= E[log p(n + u)]
 
     Args:
         rows: `(n, columns)`, float64.
-        names: of the columns.
+        names: names of the columns.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
         val_fraction: share of the rows held out for validation.
         test_fraction: share of the rows held out for the test.
         seed: of the split, and of the noise.
-        bounds: of columns that are known to end there, `{name: (low, high)}`, None for no bound on that side. A `Bounded`
-            precedes the standardization: the flow models columns of the whole line, and samples stay within. Those of a discrete
-            column are its least and its largest number.
-        context: names of the columns that the others' density is given.
+        bounds: bounds of columns, `{name: (low, high)}`, None for no bound on that side. A `Bounded` transform precedes the
+            standardization, so that the flow models the whole line and samples stay within the bounds. Those of a discrete column
+            are its least and its largest number.
+        context: names of the columns that condition the density of the others.
         discrete: names of columns of whole numbers that get noise.
-        weight: name of the column that says how much each row counts, in training, validation and test (`divflow.tasks`); it is
-            neither modelled nor given.
+        weight: name of the column with the relative importance of each row, in training, validation and test (`divflow.tasks`). It is
+            neither modelled nor a context.
 
     Attributes:
-        columns: the names of those that are modelled.
-        context_columns: the names of those that are given.
+        columns: names of the modelled columns.
+        context_columns: names of the context columns.
 
     Raises:
-        DataError: constant columns, rows that are not finite, or too few of them, bounds of no column, that are none, or that rows
-            are at or beyond, a context of no column or of all, discrete columns that are not, weights that are negative or all zero; each named.
+        DataError: naming the column or row:
+
+            - a column is constant, rows are not finite, or there are too few;
+            - bounds are no bounds, of no column, or rows are at or beyond them;
+            - the context names no column, or all;
+            - a discrete column has other than whole numbers;
+            - weights are negative, or all zero.
     """
 
     def __init__(
@@ -82,7 +89,7 @@ class Columns(SplitData):
                 f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
             )
             raise DataError(
-                f"rows must be a floating-point tensor (n, {len(names)}), but are {what}; convert them by .double()"
+                f"rows must be a floating-point tensor (n, {len(names)}), but are {what}. Convert them by .double()"
             )
         self._all = column_rows(rows, names, context, discrete, seed, weight)
         given, counts = as_names(context, "context") or [], as_names(weight, "weight") or []
@@ -92,7 +99,7 @@ class Columns(SplitData):
             *self.columns,
             *self.context_columns,
             *counts,
-        ]  # in which order rows are known again, wherever they stand in a file
+        ]  # in this order, rows are recognized wherever the file has them
         rows = rows[:, [list(names).index(name) for name in self._names]]
         self.event_shape, self.context_features = (len(self.columns),), len(self.context_columns)
         self._whole = _entries(discrete, self.columns)
@@ -135,7 +142,7 @@ def column_rows(
     columns = [name for name in names if name not in (*given, *counts)]
     if not columns:
         raise DataError(
-            f"context={given + counts} are all columns, so that none is left to model; leave out of it what is modelled"
+            f"context={given + counts} names all columns, so none is left to model. Leave the modelled columns out of it"
         )
     _check_known("discrete is", as_names(discrete, "discrete") or [], columns, "that are modelled")
     whole = _entries(discrete, columns)
@@ -149,7 +156,7 @@ def column_rows(
         if len(odd):
             raise DataError(
                 f"discrete column {name} has {column[odd[0]].item():g} in row {odd[0].item()} (counted from 0), and {len(odd)} of "
-                f"{len(rows)} rows are no whole numbers; leave it out of data.discrete, or round it"
+                f"{len(rows)} rows are not whole numbers. Leave it out of data.discrete, or round it"
             )
     if whole.any():
         noise = torch.rand(x.shape, generator=Generator().manual_seed(seed), dtype=x.dtype, device="cpu") - 0.5
@@ -162,20 +169,20 @@ def _weights(rows: Tensor, names: Sequence[str], name: str) -> Tensor:
     if len(bad := (found < 0).nonzero().flatten()):
         raise DataError(
             f"weight column {name} has {found[bad[0]].item():g} in row {int(bad[0])} (counted from 0), and {len(bad)} of {len(rows)} are "
-            "negative; a weight says how much a row counts, 0 for not at all"
+            "negative. Give weights of at least 0, the relative importance of each row"
         )
     if not found.any():
         raise DataError(
-            f"weight column {name} is zero in all {len(rows)} rows, so that none counts; leave it out, by data.weight=null"
+            f"weight column {name} is zero in all {len(rows)} rows, so none counts. Leave it out, by data.weight=null"
         )
     return found
 
 
 def as_names(names: str | int | Sequence[Any] | None, setting: str) -> list[str] | None:
-    """Names as strings, of which a string is one.
+    """Names as a list of strings; a string is one name.
 
     Raises:
-        DataError: neither a name nor a list of them, or one of them twice.
+        DataError: the value is neither a name nor a list of names, or names one twice.
     """
     if names is None:
         return None
@@ -190,7 +197,7 @@ def as_names(names: str | int | Sequence[Any] | None, setting: str) -> list[str]
 
 
 class _Noisy(Rows):
-    """Rows some of whose entries are whole numbers, to which every epoch adds noise of its own."""
+    """Rows with some entries of whole numbers, to which every epoch adds its own noise."""
 
     def __init__(self, rows: Rows, whole: Tensor, seed: int) -> None:
         super().__init__(rows.rows, rows.numbers)
@@ -224,7 +231,7 @@ def _check_known(what: str, given: Sequence[str], names: Sequence[str], which: s
 
 
 def _fitted(train: Tensor, names: Sequence[str], bounded: Bounded | None, whole: Tensor) -> Transform:
-    """From the columns to standardized ones of the whole line."""
+    """Transform from the columns to standardized values on the whole line."""
     y = train if bounded is None else bounded(train)[0]
     parts: list[Transform] = [Rounded(whole.tolist())] if whole.any() else []
     parts += [] if bounded is None else [bounded]
@@ -233,10 +240,10 @@ def _fitted(train: Tensor, names: Sequence[str], bounded: Bounded | None, whole:
 
 
 def _standardization(rows: Tensor, names: Sequence[str]) -> Affine:
-    """By mean and standard deviation, whose squares may be beyond float64, or below it.
+    """Standardize by mean and standard deviation, whose squares may overflow or underflow float64.
 
     Raises:
-        DataError: a constant column, or one whose range is beyond float64.
+        DataError: a column is constant, or its range is beyond float64.
     """
     largest = rows.abs().amax(dim=0)
     unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
@@ -247,18 +254,18 @@ def _standardization(rows: Tensor, names: Sequence[str]) -> Affine:
         digits = [names[i] for i in constant if high[i].abs() >= 2**53]
         why = f" Float64 holds 15 digits, and {', '.join(digits)} has more: is it an id?" if digits else ""
         raise DataError(
-            f"column {', '.join(names[i] for i in constant)} is constant over the training rows, so it has no density; leave it out, "
+            f"column {', '.join(names[i] for i in constant)} is constant over the training rows, so it has no density. Leave it out, "
             f"by columns=[...].{why}"
         )
     if beyond := [name for name, it in zip(names, std, strict=True) if not it < math.inf]:
         raise DataError(
-            f"column {', '.join(beyond)} has a standard deviation beyond {rows.dtype}; rescale it, or take its logarithm"
+            f"column {', '.join(beyond)} has a standard deviation beyond {rows.dtype}. Rescale it, or take its logarithm"
         )
     return Affine(mean, std)
 
 
 def _check_scale(train: Tensor, rows: Tensor, transform: Transform, names: Sequence[str]) -> None:
-    """Refuse columns in which one value leaves nothing of the others once it is standardized, or is out of reach itself."""
+    """Refuse columns in which one value is so far away that standardization makes the others equal, or has no log-density itself."""
     standardized = transform(rows, values=False)[0]
     for i, name in enumerate(names):
         farthest = int(standardized[:, i].abs().nan_to_num(math.inf).argmax())
@@ -267,19 +274,19 @@ def _check_scale(train: Tensor, rows: Tensor, transform: Transform, names: Seque
         if standardized[farthest, i].abs() < _FARTHEST and left > there / 2:
             continue
         why = (
-            f"float32 tells only {left} of {there} training values apart"
+            f"float32 distinguishes only {left} of {there} training values"
             if left <= there / 2
             else "it has no log-density in float32"
         )
         raise DataError(
-            f"column {name} has {rows[farthest, i].item():g} in row {farthest} (counted from 0), so far from the others that {why}; drop "
+            f"column {name} has {rows[farthest, i].item():g} in row {farthest} (counted from 0), so far from the others that {why}. Drop "
             "such rows, rescale the column, or take its logarithm"
         )
 
 
 def _bounded(bounds: Bounds, rows: Tensor, names: Sequence[str], whole: Tensor) -> Bounded | None:
     if unknown := [str(name) for name in bounds if str(name) not in names]:
-        raise DataError(f"bounds are given of column {', '.join(unknown)}, but the columns are {', '.join(names)}")
+        raise DataError(f"bounds are given for column {', '.join(unknown)}, but the columns are {', '.join(names)}")
     if not bounds:
         return None
     low, high = (torch.full((len(names),), bound, dtype=torch.float64, device="cpu") for bound in (-math.inf, math.inf))
@@ -293,22 +300,22 @@ def _bounded(bounds: Bounds, rows: Tensor, names: Sequence[str], whole: Tensor) 
         if len(beyond):
             raise DataError(
                 f"column {name} has {beyond[0].item():g} in {len(beyond)} of {len(rows)} rows {'' if step else 'at or '}beyond its bounds "
-                f"{pair}, where its density ends; give wider ones, or none"
+                f"{pair}, where its density ends. Give wider bounds, or none"
             )
     return Bounded(low, high)
 
 
 def _ends(name: object, pair: Any, step: float) -> tuple[float, float]:
-    """Low and high, infinite where there is none, and a step farther apart."""
+    """Low and high, infinite if there is none, widened by a step."""
     try:
-        if isinstance(pair, str):  # of which each letter may be a number
+        if isinstance(pair, str):  # each letter of which may be a number
             raise TypeError
         low, high = pair
         low, high = -math.inf if low is None else float(low), math.inf if high is None else float(high)
     except (TypeError, ValueError):
         low = high = math.nan
     if not low < high:
-        raise DataError(f"bounds of column {name} must be [low, high], of which null is none, but are {pair!r}")
+        raise DataError(f"bounds of column {name} must be [low, high], with null for no bound, but are {pair!r}")
     return low - step, high + step
 
 
@@ -319,7 +326,7 @@ def _warn_of_dependence(rows: Tensor, names: Sequence[str]) -> None:
         rest = ",".join(name for i, name in enumerate(names) if i not in dependent)
         warnings.warn(
             f"over the {len(rows)} training rows these columns are linear functions of others, to {TOLERANCE:g} of their "
-            f"standard deviation: {listed(functions)}. The density is degenerate and its likelihood unbounded; leave them "
+            f"standard deviation: {listed(functions)}. The density is degenerate and its likelihood unbounded. Leave them "
             f"out, by columns=[{rest}]",
             stacklevel=4,
         )

@@ -10,17 +10,17 @@ TOLERANCE = 1e-6
 
 
 def dependent_columns(rows: Tensor, tolerance: float = TOLERANCE) -> dict[int, list[int]]:
-    """The columns that are linear functions (and a constant) of columns before them, with the columns these are of.
+    """Find columns that are linear functions (plus a constant) of columns before them.
 
-    Columns are taken one by one, in their order, and projected on those already found independent; the factor R of
-    the standardized rows' QR decomposition stands for them, so that this costs no more for many rows.
+    Columns are taken one by one, in their order, and projected on those already found independent. The factor R of
+    the standardized rows' QR decomposition replaces the rows, so that the cost hardly grows with their number.
 
     Args:
-        rows: `(n, D)`, float64, none of whose columns is constant.
-        tolerance: of the standard deviation of what is left, where that of each column is 1.
+        rows: `(n, D)`, float64, without constant columns.
+        tolerance: largest standard deviation of the residual, where that of each column is 1.
 
     Returns:
-        The number of each dependent column, with the numbers of the independent ones whose linear function it is.
+        The number of each dependent column, with the numbers of the independent columns of which it is a linear function.
     """
     centred = rows - rows.mean(dim=0)
     factor = torch.linalg.qr(centred / centred.norm(dim=0), mode="r").R
@@ -30,7 +30,7 @@ def dependent_columns(rows: Tensor, tolerance: float = TOLERANCE) -> dict[int, l
     for i, column in enumerate(factor.T):
         basis = directions[:, : len(independent)]
         rest = column - basis @ (basis.T @ column)
-        rest = rest - basis @ (basis.T @ rest)  # once more, since what is left may be small
+        rest = rest - basis @ (basis.T @ rest)  # again, because the residual may be small
         if rest.norm() > tolerance:
             directions[:, len(independent)] = rest / rest.norm()
             independent.append(i)

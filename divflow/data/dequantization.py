@@ -1,4 +1,4 @@
-"""Discrete values made continuous: noise between one value and the next, and its density."""
+"""Dequantization: noise between one discrete value and the next makes the values continuous."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,19 +11,21 @@ from divflow.errors import check_positive
 
 __all__ = ["Dequantization", "TruncatedNormalDequantization", "UniformDequantization", "dequantize", "quantize"]
 
-# The noise keeps this far from both ends, so that float32 tells up to 256 values apart after the noise, too.
+# Margin of the noise at both ends, so that float32 still distinguishes up to 256 values after it.
 _EDGE = 2.0**-14
 _LEVELS_OF_FLOAT32 = 256
 
 
 class Dequantization(ABC):
-    """Noise u in the unit cube, which makes discrete values n = 0, ..., levels - 1 continuous: y = (n + u) / levels.
+    """Base of noise u in the unit cube that makes discrete values n = 0, ..., levels - 1 continuous.
+
+        y = (n + u) / levels
 
     A density p of y then bounds the probability of n. In D dimensions, with u of density q, by Jensen's inequality
 
         log P(n) >= E[log p(y) - log q(u)] - D log(levels)
 
-    (Theis et al. 2016, section 3.1), and with K independent draws nearer (Burda et al. 2016; Hoogeboom et al. 2020)
+    (Theis et al. 2016, section 3.1). With K independent draws the bound is tighter (Burda et al. 2016; Hoogeboom et al. 2020):
 
         log P(n) >= E[log (1/K) sum_k p(y_k) / q(u_k)] - D log(levels)
     """
@@ -39,7 +41,7 @@ class Dequantization(ABC):
 
 @dataclass(frozen=True)
 class UniformDequantization(Dequantization):
-    """Uniform noise: q = 1."""
+    """Uniform noise, q = 1."""
 
     def draw(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         """Uniform draws."""
@@ -52,18 +54,18 @@ class UniformDequantization(Dequantization):
 
 @dataclass(frozen=True)
 class TruncatedNormalDequantization(Dequantization):
-    """Normal noise about the middle of the interval, cut off at its ends (Zheng et al. 2023, arXiv 2305.03935).
+    """Normal noise about the middle of the interval, truncated at its ends (Zheng et al. 2023, arXiv 2305.03935).
 
         q(u) = N(u; 1/2, std^2) / Z,   Z = erf(1 / (2 sqrt(2) std)),   in each dimension
 
-    Its density has no edges, and suits models of data with Gaussian noise, such as diffusion models.
+    Its density has no edges, which suits models of data with Gaussian noise, such as diffusion models.
 
     Args:
-        std: standard deviation before it is cut off, in steps between values; at 1/6 the ends lie three of them
-            from the middle, as they about do there.
+        std: standard deviation before the truncation, in steps between values. At 1/6 the ends lie three standard deviations from
+            the middle, about as in the paper.
 
     Raises:
-        ValueError: std is no positive, finite number.
+        ValueError: std is not positive and finite.
     """
 
     std: float = 1 / 6
@@ -90,7 +92,7 @@ class TruncatedNormalDequantization(Dequantization):
 def dequantize(
     values: Tensor, levels: int, dequantization: Dequantization, generator: Generator | None = None
 ) -> Tensor:
-    """Y = (n + u) / levels in the unit cube of values n = 0, ..., levels - 1; float32, or float64 for more than 256 of them."""
+    """Make values n = 0, ..., levels - 1 continuous, y = (n + u) / levels, in float32, or float64 above 256 levels."""
     noise = dequantization.draw(values, generator).clamp(_EDGE, 1 - _EDGE)
     return (values + (noise if levels <= _LEVELS_OF_FLOAT32 else noise.double())) / levels
 

@@ -1,4 +1,4 @@
-"""Images of discrete values: made continuous, in the unit cube, and judged as the discrete data that they are."""
+"""Images of discrete values: made continuous in the unit cube, and evaluated as discrete data."""
 
 import torch
 from torch import Generator, Tensor
@@ -14,29 +14,37 @@ __all__ = ["DiscreteImages"]
 
 
 class DiscreteImages(SplitData):
-    """Images of values 0, ..., levels - 1, split by seed; base of those that divflow reads, and usable by itself.
+    """Images of values 0, ..., levels - 1, split by seed; base of the images that divflow reads, and usable by itself.
 
-    A flow models continuous data, so that noise u is added to each value n (fresh every time in training, fixed by seed
-    in evaluation): the batches are y = (n + u) / levels in the unit cube. A logit and a standardization follow as
-    `transform`, each with its log-determinant. Reported are bits per dimension of the discrete data, of which the
-    density of y gives an upper bound (see `Dequantization`).
+    A flow models continuous data, so noise u is added to each value n: new noise each epoch in training, fixed by seed in evaluation.
+    Batches are
+
+        y = (n + u) / levels
+
+    in the unit cube. `transform` is a logit and a standardization, with their log-determinants. Bits per dimension are those of
+    the discrete data, for which the density of y gives an upper bound (see `Dequantization`).
 
     Args:
         values: integers `(n, *event)`.
-        levels: how many values there are.
-        margin: of the logit; None for a standardization without it.
+        levels: number of values.
+        margin: margin of the logit; None for a standardization without logit.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
         val_fraction: share of the rows held out for validation.
         test_fraction: share of the rows held out for the test.
         seed: of the split and of the noise in evaluation.
-        dequantization: the noise; uniform if None.
-        num_draws: draws of the noise for each image in the test: the average of their bounds is reported with what is
-            left of their error, and the importance-weighted bound of all of them, which is nearer.
+        dequantization: distribution of the noise; uniform if None.
+        num_draws: draws of the noise for each image of the test. The test reports the average of their bounds, its remaining error,
+            and the tighter importance-weighted bound of all of them.
 
     Raises:
-        DataError: values out of range, or fractions that leave a split empty.
-        ValueError: num_draws is no positive whole number, or margin not in (0, 1/2).
+        DataError: values are out of range, or the fractions leave a split empty.
+        ValueError: num_draws is not a positive whole number, or margin not in (0, 1/2).
+
+    Example:
+        >>> data = DiscreteImages(torch.randint(4, (100, 1, 8, 8)), levels=4)
+        >>> data.event_shape
+        (1, 8, 8)
     """
 
     levels: int
@@ -67,9 +75,9 @@ class DiscreteImages(SplitData):
             raise DataError(
                 f"{none}values must be integers from 0 to {levels - 1}, a tensor (n, *event), but are {what}"
             )
-        if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # of which torch finds no least
+        if values.dtype in (torch.uint16, torch.uint32, torch.uint64):  # for which torch has no aminmax
             values = values.to(torch.int32 if values.dtype == torch.uint16 else torch.int64)
-        low, high = (end.item() for end in values.aminmax())  # numbers, since 256 is 0 beside a byte
+        low, high = (end.item() for end in values.aminmax())  # as numbers, because a uint8 holds no 256
         if low < 0 or high >= levels:
             raise DataError(
                 f"values must be integers from 0 to {levels - 1}, but are {values.dtype} from {low} to {high}"
@@ -89,7 +97,7 @@ class DiscreteImages(SplitData):
         return dequantize(values, self.levels, self.dequantization, generator)
 
     def _fit(self, values: Tensor, margin: float | None, generator: Generator) -> Transform:
-        """Logit and standardization; several draws of few rows, and never more than a part of them in floats at once."""
+        """Fit logit and standardization; few rows are drawn several times, and only a part of many is in floats at once."""
         logit = Affine() if margin is None else Logit(margin)
         draws = max(1, min(10, 100_000 // len(values)))
         total, squares = torch.zeros(2, *self.event_shape, dtype=torch.float64, device="cpu")
@@ -105,7 +113,7 @@ class DiscreteImages(SplitData):
 
 
 class _Dequantized(Rows):
-    """Rows of values, to which every epoch adds noise of its own."""
+    """Rows of values, to which every epoch adds its own noise."""
 
     def __init__(self, rows: Tensor, numbers: Tensor, data: DiscreteImages) -> None:
         super().__init__(rows, numbers)

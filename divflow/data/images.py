@@ -1,4 +1,4 @@
-"""Images of one's own."""
+"""Your own images, from a folder or an array."""
 
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,24 @@ __all__ = ["Images"]
 
 
 class Images(DiscreteImages):
-    """Images from files, all of one size, bytes 0 to 255, or values of 16 bits; events are `(channels, height, width)`.
+    """Images from files, all of one size, with 8 or 16 bits a value; events are `(channels, height, width)`.
 
-    Grey images have one channel, colours three. Bilevel images become grey, and palettes colours, without loss; images
-    are turned as their EXIF orientation says. Grey images of 16 bits have 65,536 levels, and so have arrays of uint16; colours
-    of 16 bits, transparency and several frames a file are refused, and so are other colour spaces, unless `mode` converts
-    them. All are kept in memory, a byte a value, or four for those of 16 bits.
+    - Grey images have one channel, colours three. Bilevel images become grey, and palettes colours, without loss.
+    - Images are turned by their EXIF orientation.
+    - Grey images of 16 bits, and arrays of uint16, have 65,536 levels.
+    - Colours of 16 bits, transparency, several frames a file and other colour spaces are refused; `mode` converts some of them.
+    - All images are kept in memory, with one byte a value, or four for 16 bits.
 
     Args:
-        path: a folder of image files, with its subfolders; or an `.npy` or `.npz` file of uint8 or uint16 of shape
+        path: folder of image files, with its subfolders; or an `.npy` or `.npz` file of uint8 or uint16 of shape
             (n, height, width), (n, height, width, channels) or (n, channels, height, width).
-        key: which of an `.npz` file's arrays; its only one if None.
-        mode: "L" or "RGB", into which image files are converted; None for as they are.
-        settings: of `DiscreteImages`: margin, batch_size, seed and so on.
+        key: name of the array in an `.npz` file; its only one if None.
+        mode: "L" or "RGB", to which image files are converted; None to keep them as they are.
+        settings: arguments of `DiscreteImages`: margin, batch_size, seed and so on.
 
     Raises:
-        DataError: no such path, no images, files that can't be read, other sizes, channels or dtypes, several arrays;
-            each named.
+        DataError: naming the file: there is no such path, it holds no images or several arrays, a file can't be read, or sizes,
+            channels or dtypes differ.
     """
 
     def __init__(self, path: str | Path, key: str | None = None, mode: str | None = None, **settings: Any) -> None:

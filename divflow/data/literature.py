@@ -1,4 +1,4 @@
-"""The five tables by which the literature compares density estimators, from files as its preprocessing leaves them."""
+"""The five tables on which the literature compares density estimators, from prepared files."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -31,14 +31,14 @@ _LAYOUTS = {
 
 
 class Literature(TensorDataModule):
-    """POWER, GAS, HEPMASS, MINIBOONE or BSDS300, as Papamakarios et al. 2017 (arXiv:1705.07057) prepare them.
+    """POWER, GAS, HEPMASS, MINIBOONE or BSDS300, as prepared by Papamakarios et al. 2017 (arXiv:1705.07057).
 
-    Their code cleans, standardizes and splits the raw files; what it leaves is read from three arrays in one folder,
+    Their code cleans, standardizes and splits the raw files. Save its result as three arrays in one folder,
 
         {train,val,test}.npy      of floats, (rows, columns)
 
-    written by, for instance, `np.save("power/train.npy", POWER().trn.x)`, and `.val.x` and `.tst.x`. Rows and columns must be
-    the paper's, or likelihoods could not be compared with published ones. Nothing is standardized again: densities are
+    for example by `np.save("power/train.npy", POWER().trn.x)`, and `.val.x` and `.tst.x`. Rows and columns must be those of
+    the paper, or likelihoods could not be compared with published ones. Nothing is standardized again: densities are
     those of the prepared values, in nats, as published.
 
     | name | columns | training rows | validation | test |
@@ -50,14 +50,14 @@ class Literature(TensorDataModule):
     | `bsds300` | 63 | 1,000,000 | 50,000 | 250,000 |
 
     Args:
-        name: which.
-        path: the folder of the three files.
+        name: name of the table.
+        path: folder of the three files.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
-        seed: of the order of the training rows; the split is the literature's.
+        seed: of the order of the training rows; the split is that of the literature.
 
     Raises:
-        DataError: another name, no such file, or another layout, with what the file has and what is expected.
+        DataError: the name is another one, a file does not exist, or has another layout than expected.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Literature(TensorDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
         if name not in _LAYOUTS:
-            raise DataError(f"there is no table {name!r}; data.name must be one of {', '.join(_LAYOUTS)}")
+            raise DataError(f"data.name must be one of {', '.join(_LAYOUTS)}, but there is no table {name!r}")
         layout, folder = _LAYOUTS[name], Path(path).expanduser()
         self.event_shape = (layout.columns,)
         self.train, self.val, self.test = (
@@ -75,17 +75,19 @@ class Literature(TensorDataModule):
 
 
 def _read(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
-    expected = f"data.name={name} expects floats, in this one of shape {shape}, as the preprocessing of Papamakarios et al. 2017 leaves them"
+    expected = (
+        f"data.name={name} expects floats, of shape {shape} in this file, as prepared by Papamakarios et al. 2017"
+    )
     if not path.is_file():
         there = sorted(file.name for file in path.parent.iterdir())[:10] if path.parent.is_dir() else []
         raise DataError(
-            f"there is no file {path}, and the folder has {', '.join(there) or 'none'}; in each of train.npy, val.npy and "
-            f"test.npy {expected}"
+            f"there is no file {path}, and the folder has {', '.join(there) or 'none'}. Put train.npy, val.npy and "
+            f"test.npy there: {expected}"
         )
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} could not be read as .npy: {error}; {expected}") from error
+        raise DataError(f"{path} could not be read as .npy: {error}. {expected}") from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} holds several arrays, as an .npz file does, but {expected}")
     if array.shape != shape or array.dtype.kind != "f":
@@ -94,5 +96,5 @@ def _read(path: Path, name: str, shape: tuple[int, int]) -> Tensor:
     check_finite(values)
     rows = values.float()
     if rows.isinf().any():
-        raise DataError(f"{path} has {np.abs(array).max():.3g}, which is beyond float32; rescale that column")
+        raise DataError(f"{path} has the value {np.abs(array).max():.3g}, which is beyond float32. Rescale that column")
     return rows

@@ -1,4 +1,4 @@
-"""What all data modules share: tensors split by seed, loaders for one process or several."""
+"""Base of divflow's data modules: tensors split by seed, loaders for one process or several."""
 
 import math
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ __all__ = [
 
 
 class Rows(Dataset):
-    """The rows of a tensor, fetched a batch at a time, each with a context and a weight or without.
+    """Rows of a tensor, fetched a batch at a time, each with or without a context and a weight.
 
     Attributes:
-        numbers: of the rows, in the file that they are from; 0, 1, ... where there is none.
-        context: of each row, `(n, ...)`, or None.
-        weight: of each row, `(n,)`, or None.
-        epoch: of training: what is drawn for a row may depend on it, and on nothing else that changes.
+        numbers: numbers of the rows in their file; 0, 1, ... if there is none.
+        context: context of each row, `(n, ...)`, or None.
+        weight: weight of each row, `(n,)`, or None.
+        epoch: epoch of training. Random numbers for a row may depend on it, and on nothing else that changes.
     """
 
     epoch = 0
@@ -58,11 +58,11 @@ class Rows(Dataset):
         return Rows(self.rows[numbers], self.numbers[numbers], context, weight)
 
     def __getitem__(self, index: int) -> Batch:
-        """One row, or `(row, context)`, or all `Parts` of one that has a weight."""
+        """One row: x, `(x, context)`, or all `Parts` if it has a weight."""
         return self._batch(index)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A batch of rows, `(k, *event)`, or pairs of these and their contexts, or all `Parts` where they have weights."""
+        """A batch of rows: x `(k, *event)`, pairs of x and context, or all `Parts` if rows have weights."""
         return self._batch(indices)
 
     def _batch(self, which: Any) -> Batch:
@@ -73,28 +73,26 @@ class Rows(Dataset):
 
 
 class TensorDataModule(L.LightningDataModule):
-    """Base of divflow's data modules: batches are tensors `(k, *event)` of the data as they are, or with a context.
+    """Base of divflow's data modules; batches are tensors `(k, *event)` of untransformed data, or these with a context.
 
-    A subclass sets `train`, `val` and `test` (datasets such as `Rows`) and `transform` in `setup`.
+    A subclass sets `train`, `val` and `test` (datasets such as `Rows`) and `transform` in `setup`. In several processes each trains on
+    its share of every epoch. Evaluation divides the rows without repeating any, so that averages are those of one process.
 
     Attributes:
         event_shape: shape of one sample.
         transform: from the data to what the flow models, fitted on the training split.
-        levels: for discrete data n made continuous, y = (n + u) / levels with noise u, their number of values, from
-            which bits per dimension are reckoned; None for continuous data.
-        dequantization: the noise u of discrete data.
-        num_draws: of that noise, for each row of the test.
+        levels: number of values of discrete data n, which are made continuous, y = (n + u) / levels with noise u; bits per
+            dimension depend on it. None for continuous data.
+        dequantization: distribution of the noise u of discrete data.
+        num_draws: draws of that noise for each row of the test.
         images: whether samples are drawn as a grid of images.
-        context_features: features of the context by which a density of the data is conditional; 0 for none.
-        context_transform: the standardization of contexts, fitted on the training split; None for as they are.
-        energy: of particles with a Boltzmann density, that samples can be weighted towards; None for others.
-        num_weighted: samples of the model that are so weighted in the test.
-
-    In several processes each trains on its share of every epoch; evaluation divides the rows without
-    repeating any, so that averages are those of one process.
+        context_features: number of features of the context; 0 for unconditional data.
+        context_transform: standardization of contexts, fitted on the training split; None for none.
+        energy: energy of particles, towards whose Boltzmann density samples can be weighted; None for other data.
+        num_weighted: samples of the model that the test weights.
 
     Raises:
-        ValueError: a batch size or a seed that is no whole number, or below the least.
+        ValueError: a batch size or a seed is not a whole number, or too small.
     """
 
     train: Rows
@@ -119,14 +117,14 @@ class TensorDataModule(L.LightningDataModule):
             check_count(f"data.{name}", getattr(self, name), least)
         self.transform: Transform = Affine()
         self._order_seed: int | None = None
-        self._epoch = 0  # where there is no trainer to count them
+        self._epoch = 0  # without a trainer, which counts them
 
     def log_prob(self, x: Tensor) -> Tensor | None:
-        """The true log-density of x in nats, `(k,)`, where it is known."""
+        """True log-density of x in nats, `(k,)`, if it is known."""
         return None
 
     def score(self, x: Tensor) -> Tensor | None:
-        """The true score of x, grad log p(x), `(k, *event)`, where it is known."""
+        """True score of x, grad log p(x), `(k, *event)`, if it is known."""
         return None
 
     @property
@@ -135,12 +133,12 @@ class TensorDataModule(L.LightningDataModule):
         return None if self.levels is None else math.prod(self.event_shape) * math.log(2)
 
     def bits_per_dim(self, log_prob: Tensor, x: Tensor) -> Tensor | None:
-        """A bound on -log2 P(n) / D of the discrete data n, where `log_prob` is their log-density at x; None for others.
+        """An upper bound of -log2 P(n) / D for discrete data n, from their log-density at x; None for other data.
 
             -(log p(x) - log q(u)) / (D log 2) + log2(levels)      (see `Dequantization`)
 
         Args:
-            log_prob: of the batch, in nats, `(k,)`.
+            log_prob: log-density of the batch, in nats, `(k,)`.
             x: the batch `(k, *event)`.
         """
         if self.levels is None or self.bit_per_dim is None:
@@ -149,14 +147,14 @@ class TensorDataModule(L.LightningDataModule):
         return (self.dequantization.log_density(noise) - log_prob) / self.bit_per_dim + math.log2(self.levels)
 
     def redrawn(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """The discrete data of the batch x `(k, *event)` with other noise; others as they are."""
+        """Discrete data of the batch x `(k, *event)` with new noise; other data unchanged."""
         if self.levels is None:
             return x
         values, _ = quantize(x, self.levels)
         return dequantize(values, self.levels, self.dequantization, generator)
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches; an incomplete last one is left out unless it is the only one."""
+        """Shuffled batches; an incomplete last one is dropped unless it is the only one."""
         world, rank = self._processes()
         if self._order_seed is None:
             self._order_seed = combined_seed(self.seed, torch.initial_seed())
@@ -172,11 +170,11 @@ class TensorDataModule(L.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to take the rows in the same order."""
+        """State from which a resumed run takes the rows in the same order."""
         return {"order_seed": self._order_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the order of an earlier run."""
+        """Continue in the order of an earlier run."""
         self._order_seed = state_dict["order_seed"]
 
     def _position(self) -> tuple[int, int]:
@@ -195,14 +193,14 @@ class TensorDataModule(L.LightningDataModule):
         return self._evaluation_loader(self.test)
 
     def predict_dataloader(self) -> DataLoader:
-        """All test rows, in order, for `trainer.predict`; other rows are predicted by a loader of their own."""
+        """All test rows, in order, for `trainer.predict`; for other rows, give it a loader."""
         return self._evaluation_loader(self.test)
 
     def _evaluation_loader(self, dataset: Rows) -> DataLoader:
         world, rank = self._processes()
         if len(dataset) < world:
             raise DataError(
-                f"{len(dataset)} rows to evaluate are too few for {world} processes; use fewer devices or more data"
+                f"{len(dataset)} rows to evaluate are too few for {world} processes. Use fewer devices or more data"
             )
         sampler = UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False) if world > 1 else None
         return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=_as_it_is)
@@ -216,10 +214,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def check_finite(rows: Tensor, names: Sequence[str] | None = None) -> None:
-    """Refuse rows with NaN or infinite entries, naming them.
+    """Refuse rows with NaN or infinite entries.
 
     Raises:
-        DataError: with the numbers of the first such rows, and their columns where these have names.
+        DataError: with the numbers of the first such rows, and their columns if these have names.
     """
     bad = ~torch.isfinite(rows.flatten(1))
     if bad.any():

@@ -1,4 +1,4 @@
-"""The order of training rows: a function of seed and epoch, gone on with from wherever a run stands in its epoch."""
+"""Order of training rows: a function of seed and epoch, so that a run can resume within an epoch."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -11,19 +11,19 @@ __all__ = ["ShuffledRows", "combined_seed"]
 
 
 def combined_seed(*numbers: int) -> int:
-    """A seed for torch, another for each sequence of numbers that are not negative."""
+    """A seed for torch that differs for each sequence of non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 class ShuffledRows(DistributedSampler):
-    """The rows of a dataset in an order of each epoch, divided among processes.
+    """Rows of a dataset in a random order for each epoch, divided among processes.
 
     Args:
         dataset: the rows.
-        processes: how many, and which of them this is.
+        processes: number of processes, and the number of this one.
         seed: of the order.
         batch_size: rows a batch.
-        position: the epoch, and how many of its batches have been taken.
+        position: epoch, and number of its batches that have been taken.
     """
 
     dataset: Any  # whose rows may depend on its `epoch`, as those of `Rows`
@@ -40,7 +40,7 @@ class ShuffledRows(DistributedSampler):
         self._batch_size, self._position = batch_size, position
 
     def __iter__(self) -> Iterator[int]:
-        """The rows that are left of the epoch; found when the first of them is asked for."""
+        """Rows that are left of the epoch; the position is read when the first of them is asked for."""
         epoch, batches = self._position()
         self.dataset.epoch = epoch
         # torch's own order is that of seed + epoch, in which seeds would share epochs.

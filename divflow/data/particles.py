@@ -1,4 +1,4 @@
-"""Particles of a known energy, sampled from its Boltzmann density."""
+"""Particles of a known energy, sampled from their Boltzmann density."""
 
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,29 @@ from divflow.flow.transforms import MeanFreeScale
 
 __all__ = ["Particles"]
 
-# Of the way that samples are made: another one makes cached files anew.
+# Version of the sampling; another one makes cached files again.
 _VERSION = 1
 
 
 class Particles(TensorDataModule):
-    """Samples of exp(-U(x)) / Z, so that a run reports its gap to the truth, and its samples can be weighted towards it.
+    """Samples of the Boltzmann density exp(-U(x)) / Z of particles.
 
-    Their centre of mass is zero, and one scale serves all entries, so that flows of them need base=mean_free and a velocity that
-    leaves the centre where it is. The gap, as of `Toy`, estimates the Kullback-Leibler divergence from the model to the truth; it is as
-    near as `log_normalizer`.
-
-    Samples are made by parallel tempering at first use, in some seconds (DW4) or minutes (LJ13) on one core, and kept beside their energies: where
-    the energy gives others for them, since its formula was changed or the file was damaged, they are made anew.
-
-    The splits are consecutive rows, chain after chain, so that at most one chain lies on both sides of a border. Rows of a chain depend on each
-    other: the variance of its mean of U is 1.2 times that of independent rows for DW4 as configured, and 4.2 times for LJ13. Standard errors
-    over test rows, which take them for independent, are too small by about 1.1 and 2.
+    - A run reports its gap to the truth, as for `Toy`: an estimate of the Kullback-Leibler divergence from the model to the truth. It
+      is as precise as `log_normalizer`. Samples of the model can be weighted towards the density.
+    - The centre of mass is zero, and one scale standardizes all entries. Flows need base=mean_free and a velocity that keeps the
+      centre of mass.
+    - Parallel tempering makes the samples at first use, in seconds (DW4) or minutes (LJ13) on one core. They are kept with their
+      energies, and made again if the energy differs from these, because its formula has changed or the file is damaged.
+    - Splits are consecutive rows, chain after chain, so at most one chain lies on both sides of a border.
+    - Rows of a chain are dependent. The variance of the mean of U is 1.2 times that of independent rows for DW4 as configured, and
+      4.2 times for LJ13. Standard errors over test rows assume independence and are too small by factors of about 1.1 and 2.
 
     Args:
         energy: U, in kT.
-        sampler: of it.
-        num_train: training samples.
-        num_val: validation samples.
-        num_test: test samples.
+        sampler: sampler of its density.
+        num_train: number of training samples.
+        num_val: number of validation samples.
+        num_test: number of test samples.
         num_weighted: samples of the model that the test weights towards the density.
         batch_size: samples a training step, in each process.
         eval_batch_size: samples a validation or test step; `batch_size` if None.
@@ -45,13 +44,14 @@ class Particles(TensorDataModule):
         cache: folder where samples are kept; `~/.cache/divflow` if None.
 
     Attributes:
-        log_normalizer: log Z, in nats: of a `DoubleWell` of four in the plane by quadrature, where that resolves it; else by the sampler.
-        log_normalizer_error: standard error of it; zero by quadrature, which is right to 1e-4.
-        free_energy_difference: by quadrature, in kT; else None.
+        log_normalizer: log Z, in nats: by quadrature for a `DoubleWell` of four particles in the plane, if that resolves it; otherwise
+            by the sampler.
+        log_normalizer_error: its standard error; zero by quadrature, whose error is below 1e-4.
+        free_energy_difference: by quadrature, in kT; otherwise None.
 
     Raises:
-        DataError: a split of fewer than two samples; a cache that can't be written to.
-        EnergyError: an energy that is no `PairEnergy`; a sampler that does not suit it.
+        DataError: a split has fewer than two samples, or the cache can't be written to.
+        EnergyError: the energy is no `PairEnergy`, or the sampler does not suit it.
     """
 
     energy: PairEnergy
@@ -111,21 +111,21 @@ class Particles(TensorDataModule):
                 ).item()
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """The true log-density of x `(k, n, d)` in nats, `(k,)`."""
+        """True log-density of x `(k, n, d)` in nats, `(k,)`."""
         return -self.energy(x.clone()) - self.log_normalizer
 
 
 def _energies(energy: PairEnergy, samples: Tensor) -> Tensor:
-    """Of each sample, in float64, a part at a time to bound the memory."""
+    """Energy of each sample in float64, computed in parts to bound the memory."""
     with torch.no_grad():
         return torch.cat([energy(part.to(torch.float64, copy=True)) for part in samples.split(10_000)])
 
 
 def _check(found: dict[str, Any], energy: PairEnergy, count: int) -> None:
-    """Refuse what was kept where it is not whole, or not of this energy: the key has the energy's parameters, but not its formula.
+    """Refuse kept samples that are incomplete, or of another energy: the key has the energy's parameters, but not its formula.
 
     Raises:
-        StaleError: saying why.
+        StaleError: with the reason.
     """
     for name, shape in {"samples": (count, *energy.event_shape), "energies": (count,)}.items():
         value = found.get(name)
@@ -136,5 +136,5 @@ def _check(found: dict[str, Any], energy: PairEnergy, count: int) -> None:
             raise StaleError(f"has no number {name}")
     if not torch.allclose(_energies(energy, found["samples"]), found["energies"].double(), rtol=1e-6, atol=1e-6):
         raise StaleError(
-            "has samples of other energies than it says: the energy's formula is another, or it is damaged"
+            "has samples whose energies differ from those that it holds: the formula of the energy has changed, or the file is damaged"
         )

@@ -1,4 +1,4 @@
-"""The simulators that the literature compares posteriors by."""
+"""Simulators on which the literature compares posteriors."""
 
 import importlib.util
 import math
@@ -15,7 +15,7 @@ from divflow.data.simulator import Simulator
 
 __all__ = ["Simulations", "slcp", "two_moons"]
 
-# Of each task, in the package sbibm.
+# Observations of each task, in the package sbibm.
 _OBSERVATIONS = 10
 
 
@@ -28,25 +28,25 @@ class _Simulator(NamedTuple):
 
 
 class Simulations(Simulator):
-    """A `Simulator` by name; the flow's density is the posterior of its parameters.
+    """A simulator of the literature, by name; the density of the flow is the posterior of its parameters.
 
-    Simulators and priors are those of Lueckmann et al. 2021 (arXiv:2101.04653, tasks T.3 and T.8), whose package sbibm ships ten
-    observations of each with samples of their posteriors (`observation`, `reference`).
+    Simulators and priors are those of Lueckmann et al. 2021 (arXiv:2101.04653, tasks T.3 and T.8). Their package sbibm ships ten
+    observations of each with samples of the posteriors (`observation`, `reference`).
 
     Args:
         name: "two_moons" or "slcp".
-        num_simulations: of which a tenth is for validation.
-        num_test: further simulations, for the test.
+        num_simulations: number of simulations, a tenth of them for validation.
+        num_test: number of further simulations, for the test.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
         seed: of all simulations.
 
     Attributes:
-        simulator: its name.
-        columns: the names of the parameters.
+        simulator: name of the simulator.
+        columns: names of the parameters.
 
     Raises:
-        DataError: another name, or too few simulations.
+        DataError: the name is another one, or there are too few simulations.
 
     Example:
         >>> x, context = next(iter(Simulations("slcp", 1000, batch_size=10).train_dataloader()))
@@ -65,7 +65,7 @@ class Simulations(Simulator):
     ) -> None:
         if name not in _SIMULATORS:
             raise DataError(
-                f"there is no simulator {name!r}; data.name must be one of {', '.join(_SIMULATORS)}, and one of your own is data=simulator"
+                f"data.name must be one of {', '.join(_SIMULATORS)}, but there is no simulator {name!r}. For one of your own, use data=simulator"
             )
         self.simulator = name
         size, bound, simulate = _SIMULATORS[name]
@@ -73,10 +73,10 @@ class Simulations(Simulator):
         super().__init__(simulate, prior, num_simulations, num_test, batch_size, eval_batch_size, seed)
 
     def observation(self, number: int) -> Tensor:
-        """One of sbibm's observations, 1 to 10, a context: `(context_features,)`.
+        """One of sbibm's observations, numbered from 1 to 10, as a context `(context_features,)`.
 
         Raises:
-            DataError: another number, or sbibm is not installed.
+            DataError: the number is another one, or sbibm is not installed.
         """
         return self._read(number, "observation.csv")[0]
 
@@ -84,23 +84,23 @@ class Simulations(Simulator):
         """10,000 samples of the posterior of one of sbibm's observations, `(10000, D)`.
 
         Raises:
-            DataError: another number, or sbibm is not installed.
+            DataError: the number is another one, or sbibm is not installed.
         """
         return self._read(number, "reference_posterior_samples.csv.bz2")
 
     def _read(self, number: int, file: str) -> Tensor:
         if not 1 <= number <= _OBSERVATIONS:
-            raise DataError(f"observations are numbered from 1 to {_OBSERVATIONS}, but {number} was asked for")
-        spec = importlib.util.find_spec("sbibm")  # whose import needs packages that are not needed to read its files
+            raise DataError(f"the number of an observation must be from 1 to {_OBSERVATIONS}, but is {number}")
+        spec = importlib.util.find_spec("sbibm")  # not imported: that needs packages which reading its files does not
         if spec is None or spec.origin is None:
             raise DataError(
-                "observations and their posteriors are in the package sbibm, which is not installed: pip install "
-                "--no-deps sbibm (its files are read, and what it depends on does not fit current versions)"
+                "observations and their posteriors are files of the package sbibm, which is not installed. Install it without "
+                "its dependencies, which do not fit current versions: pip install --no-deps sbibm"
             )
         path = Path(spec.origin).parent / "tasks" / self.simulator / "files" / f"num_observation_{number}" / file
         if not path.is_file():
             raise DataError(
-                f"the package sbibm has no {path}, which version 1.1.0 has; pip install --no-deps sbibm==1.1.0"
+                f"the package sbibm has no {path}, which version 1.1.0 has. Install it: pip install --no-deps sbibm==1.1.0"
             )
         return torch.from_numpy(np.loadtxt(path, np.float32, delimiter=",", skiprows=1, ndmin=2))
 

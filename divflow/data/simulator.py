@@ -1,4 +1,4 @@
-"""Parameters and what a simulator makes of them, for posteriors p(parameters | observation) by conditional flows."""
+"""Parameters and their simulations, for posteriors p(parameters | observation) by conditional flows."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -22,29 +22,29 @@ Prior = Ranges | Distribution
 
 
 class Simulator(TensorDataModule):
-    """Parameters drawn from a prior, each with a simulation as its context; the flow's density is the posterior.
+    """Parameters drawn from a prior, each with its simulation as context, for flows whose density is the posterior.
 
-    A conditional flow that maximizes the likelihood of parameters given simulations, or matches them, estimates the posterior for
-    every observation at once (neural posterior estimation, Papamakarios and Murray 2016). Parameters and simulations are in
-    their own units, and standardized by `transform` and `context_transform`, which are fitted on the training rows and saved with
-    the density. Simulations that are expensive, or were made elsewhere, are a `Table` with a context.
+    A conditional flow that is trained on these pairs, by maximum likelihood or flow matching, estimates the posterior for every
+    observation at once (neural posterior estimation, Papamakarios and Murray 2016). Parameters and simulations are in
+    their own units. `transform` and `context_transform` standardize them, are fitted on the training rows, and are saved with
+    the density. For simulations that are expensive, or were made elsewhere, use a `Table` with a context.
 
     Args:
-        simulate: simulations `(n, ...)` of parameters `(n, D)`, a tensor or an array, which are flattened; `generator=` is
-            given to one that takes it, and others find torch's, numpy's and Python's seeded.
-        prior: of the parameters.
-        num_simulations: of which a tenth is for validation.
-        num_test: further simulations, for the test.
+        simulate: function of parameters `(n, D)` that returns simulations `(n, ...)`, a tensor or an array, which are flattened. It gets
+            `generator=` if it takes that; otherwise torch's, numpy's and Python's generators are seeded.
+        prior: distribution of the parameters, or their ranges.
+        num_simulations: number of simulations, a tenth of them for validation.
+        num_test: number of further simulations, for the test.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
         seed: of all simulations.
 
     Attributes:
-        columns: the names of the parameters.
-        context_columns: the names of the simulations' entries.
+        columns: names of the parameters.
+        context_columns: names of the entries of a simulation.
 
     Raises:
-        DataError: too few simulations, a prior that is none, or simulations of another number, not finite or constant.
+        DataError: there are too few simulations, the prior is no prior, or simulations are of another number, not finite or constant.
 
     Example:
         >>> data = Simulator(lambda p: p.square() + torch.randn(len(p), 1), {"rate": (0, 2)}, 100, 20)
@@ -78,7 +78,7 @@ class Simulator(TensorDataModule):
         for what, rows in {"the prior's parameter": train, "the simulations' entry": seen}.items():
             if constant := (rows.std(dim=0) == 0).nonzero().flatten().tolist():
                 raise DataError(
-                    f"{what} {', '.join(str(i + 1) for i in constant[:10])} is constant; leave out what does not vary"
+                    f"{what} {', '.join(str(i + 1) for i in constant[:10])} is constant. Leave out what does not vary"
                 )
         self.transform = Affine(train.mean(dim=0), train.std(dim=0))
         self.context_transform = Affine(seen.mean(dim=0), seen.std(dim=0))
@@ -94,8 +94,8 @@ def _drawn(prior: Prior, count: int, generator: Generator) -> tuple[Tensor, list
         drawn = prior.sample((count,))
         if drawn.ndim != 2 or not drawn.isfinite().all():
             raise DataError(
-                f"the prior must be a distribution of finite vectors, but its samples have shape {tuple(drawn.shape[1:])}; "
-                "torch.distributions.Independent makes a vector of numbers"
+                f"the prior must be a distribution of finite vectors, but its samples have shape {tuple(drawn.shape[1:])}. "
+                "Use torch.distributions.Independent to make vectors of numbers"
             )
         return drawn, [f"parameter_{i + 1}" for i in range(drawn.shape[1])]
     if isinstance(prior, str) or not isinstance(prior, Mapping | Sequence) or not prior:
@@ -123,13 +123,13 @@ def _simulated(simulate: Callable[..., Any], parameters: Tensor, generator: Gene
         raise DataError(f"simulate must return a tensor or an array, but returned a {type(made).__name__}") from error
     if found.ndim == 0 or len(found) != len(parameters) or found[0].numel() == 0:
         raise DataError(
-            f"simulate must return a simulation a row, ({len(parameters)}, ...) of {len(parameters)} parameters, but returned "
-            f"{tuple(found.shape)}"
+            f"simulate must return one simulation a row, ({len(parameters)}, ...) for {len(parameters)} parameters, but returned "
+            f"shape {tuple(found.shape)}"
         )
     found = found.reshape(len(found), -1)
     if bad := (~found.isfinite().all(dim=1)).nonzero().flatten().tolist():
         raise DataError(
-            f"{len(bad)} of {len(found)} simulations are not finite, such as that of the parameters {parameters[bad[0]].tolist()}; give "
-            "a narrower prior, or mend the simulator"
+            f"{len(bad)} of {len(found)} simulations are not finite, such as that of the parameters {parameters[bad[0]].tolist()}. Give "
+            "a narrower prior, or correct the simulator"
         )
     return found

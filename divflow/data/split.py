@@ -1,4 +1,4 @@
-"""Rows divided by seed into training, validation and test; a trained density finds its own rows again in data that have changed."""
+"""Rows divided by seed into training, validation and test; a trained density recognizes its rows in changed data."""
 
 import warnings
 import zlib
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from divflow.data.module import DataError, TensorDataModule
 
-__all__ = ["SplitData", "row_digests", "split_numbers", "told_of_changes"]
+__all__ = ["SplitData", "describe_changes", "row_digests", "split_numbers"]
 
 _SPLIT = ("val_fraction", "test_fraction", "seed")
 
@@ -20,9 +20,9 @@ _SPLIT = ("val_fraction", "test_fraction", "seed")
 class SplitData(TensorDataModule):
     """Base of data that are split by seed, such as tables and images.
 
-    A checkpoint keeps a digest of each row and what split them. A run that goes on from it, and what is loaded back, take
-    the split of the training where its rows are still there, and warn where rows are new, gone or changed: a seed would divide
-    another number of rows anew, and most of the new test would have been trained on. New rows are in no split.
+    A checkpoint keeps a digest of each row and the settings of the split. A resumed run, or a loaded density, takes the split of the
+    training where its rows are still there, and warns if rows are new, gone or changed. A seed would divide another number of
+    rows anew, and most of the new test would have been trained on. New rows are in no split.
 
     A subclass calls `_split` once it has its rows, and makes its datasets in `_divide`.
     """
@@ -40,21 +40,21 @@ class SplitData(TensorDataModule):
         """Make the datasets of these rows, by their numbers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to take the rows in the same order, and to know them again."""
+        """State from which a resumed run takes the rows in the same order and recognizes them."""
         return super().state_dict() | {"columns": list(self._names)} | self._divided
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the order of an earlier run, with its split.
+        """Continue in the order of an earlier run, with its split.
 
         Raises:
-            DataError: the columns are others, or too few of its rows are still there.
+            DataError: the columns differ, or too few of its rows are still there.
         """
         super().load_state_dict(state_dict)
         self.check_columns(state_dict)
         self.keep_split(state_dict)
 
     def check_columns(self, state: Mapping[str, Any]) -> None:
-        """Refuse to go on from a state of other columns.
+        """Refuse to resume from a state with other columns.
 
         Raises:
             DataError: naming both.
@@ -62,26 +62,26 @@ class SplitData(TensorDataModule):
         before = state.get("columns", list(self._names))
         if before != list(self._names):
             raise DataError(
-                f"the run was trained on the columns {', '.join(before)}, and these are {', '.join(self._names)}; go on with those, by "
+                f"the run was trained on the columns {', '.join(before)}, but these are {', '.join(self._names)}. Give its columns, by "
                 "data.columns=[...], or start another run by init_from=..."
             )
 
     def keep_split(self, state: Mapping[str, Any], *, other: bool = False) -> None:
-        """Divide the rows as the training did that left this state, as far as they are those of then, and warn where they are not.
+        """Take the split of an earlier training for the rows that are still there, and warn of differences.
 
         Args:
             state: a `state_dict`; one from before rows had digests changes nothing.
-            other: whether these may be other rows altogether, which are then divided by seed.
+            other: whether these may be different data altogether, which are then divided by seed.
 
         Raises:
-            DataError: too few of the rows of then are still there.
+            DataError: too few of the earlier rows are still there.
         """
         if "digests" not in state:
             return
         there = _found(state["digests"], self._digests)
         if len(there) and (there < 0).all():
             if not other:
-                warnings.warn(told_of_changes(state, self._digests), stacklevel=2)
+                warnings.warn(describe_changes(state, self._digests), stacklevel=2)
             return
         how, own = ({name: it[name] for name in _SPLIT} for it in (state, self._divided))
         same = len(there) == len(self._digests) and bool((there == torch.arange(len(there))).all())
@@ -92,40 +92,40 @@ class SplitData(TensorDataModule):
         kept = [numbers[numbers >= 0] for numbers in kept]
         if len(kept[0]) < 2 or min(map(len, kept)) < 1:
             raise DataError(
-                f"{told_of_changes(state, self._digests)} Of its split into {', '.join(str(len(it)) for it in then)} rows of training, "
-                f"validation and test are left {', '.join(str(len(it)) for it in kept)}, which are too few; bring the rows back"
+                f"{describe_changes(state, self._digests)} Of the {', '.join(str(len(it)) for it in then)} rows of training, validation and "
+                f"test, {', '.join(str(len(it)) for it in kept)} are left, which are too few. Restore the rows"
             )
         if not same:
-            warnings.warn(told_of_changes(state, self._digests), stacklevel=2)
+            warnings.warn(describe_changes(state, self._digests), stacklevel=2)
         if how != own:
             asked = [f"{name}={own[name]}" for name in _SPLIT if own[name] != how[name]]
             warnings.warn(
-                f"the split is that of the training, by {', '.join(f'{name}={how[name]}' for name in _SPLIT)}, and not the one of "
-                f"{', '.join(asked)}, which would test rows that were trained on; train another density for another split",
+                f"the split is that of the training, by {', '.join(f'{name}={how[name]}' for name in _SPLIT)}, not by "
+                f"{', '.join(asked)}, which would test rows that were trained on. Train another density for another split",
                 stacklevel=2,
             )
         self._divided = {"digests": state["digests"], **how}
         self._divide(*kept)
 
 
-def told_of_changes(state: Mapping[str, Any], digests: Tensor) -> str:
-    """How these rows differ from those of a training; nothing where they do not, or where those are not known."""
+def describe_changes(state: Mapping[str, Any], digests: Tensor) -> str:
+    """Describe how rows differ from those of a training; empty if they do not, or if those are not known."""
     if "digests" not in state:
         return ""
     there = _found(state["digests"], digests)
     then, now, kept = len(there), len(digests), int((there >= 0).sum())
     if then == now and bool((there == torch.arange(then)).all()):
         return ""
-    told = f"the data have {now} rows, and had {then} when the density was trained: "
+    counts = f"the data have {now} rows, and had {then} when the density was trained: "
     if kept == 0:
         return (
-            told
-            + "none of these is here. The split is drawn anew; if they are the same rows in other units, it tests what was trained on."
+            counts
+            + "none of those is among them. The split is drawn anew; if these are the same rows in other units, it tests rows that were trained on."
         )
     order = "" if bool((there[there >= 0].diff() > 0).all()) else ", in another order"
     return (
-        f"{told}{kept} of these are here{order}, {then - kept} are gone or changed, and {now - kept} are new. The split is that of the "
-        "training; new rows are in none of its parts, and in split=all."
+        f"{counts}{kept} of those are still here{order}, {then - kept} are gone or changed, and {now - kept} are new. The split stays that of the "
+        "training; new rows are in none of its parts, but in split=all."
     )
 
 
@@ -133,13 +133,13 @@ def row_digests(rows: Tensor) -> Tensor:
     """A number for each row, int32, the same for the same values."""
     plain = rows.flatten(1).numpy()
     if plain.dtype.kind == "f":
-        plain = plain + 0.0  # of which -0 and 0 are one
+        plain = plain + 0.0  # which makes -0 and 0 the same
     digests = [zlib.crc32(row) for row in np.ascontiguousarray(plain)]
     return torch.from_numpy(np.array(digests, dtype=np.uint32).view(np.int32))
 
 
 def _found(then: Tensor, now: Tensor) -> Tensor:
-    """For each row of then its number among the rows now, -1 where it is not among them; the first of equal ones is the first."""
+    """For each earlier row its number among the present rows, -1 if it is gone; equal rows are matched in their order."""
     if torch.equal(then, now):
         return torch.arange(len(then), device="cpu")
     found = np.full(len(then), -1)
@@ -149,7 +149,7 @@ def _found(then: Tensor, now: Tensor) -> Tensor:
 
 
 def _keys(digests: Tensor) -> np.ndarray:
-    """Each digest with how often it stood before, which no two rows share."""
+    """Each digest with its number of earlier occurrences, a pair that no two rows share."""
     plain = digests.numpy().view(np.uint32).astype(np.uint64)
     order = np.argsort(plain, kind="stable")
     ordered = plain[order]
@@ -161,14 +161,14 @@ def _keys(digests: Tensor) -> np.ndarray:
 
 
 def split_numbers(count: int, val_fraction: float, test_fraction: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of the rows of training, validation and test, at random, by seed.
+    """Numbers of the rows of training, validation and test, drawn at random by seed.
 
     Raises:
-        DataError: fractions out of range, or a split without rows.
+        DataError: the fractions are out of range, or a split has no rows.
     """
     if not (0 < val_fraction < 1 and 0 < test_fraction < 1 and val_fraction + test_fraction < 1):
         raise DataError(
-            f"val_fraction and test_fraction must be positive and leave something to train on, but are {val_fraction} "
+            f"val_fraction and test_fraction must be positive and leave rows for training, but are {val_fraction} "
             f"and {test_fraction}"
         )
     order = torch.randperm(count, generator=Generator().manual_seed(seed), device="cpu")
@@ -177,7 +177,7 @@ def split_numbers(count: int, val_fraction: float, test_fraction: float, seed: i
     if min(sizes[1:]) < 2 or sizes[0] < 2:
         raise DataError(
             f"{count} rows are too few to split into training, validation and test ({sizes[0]}, {val} and {test} "
-            "rows, where each needs 2); give more data, or larger fractions"
+            "rows, where each needs 2). Give more data, or larger fractions"
         )
     train, val_rows, test_rows = order.split(sizes)
     return train, val_rows, test_rows

@@ -1,4 +1,4 @@
-"""What a table may hold that is no datum, or has no density: it is used as it is, and warned of."""
+"""Warnings about a table: columns and rows that are probably no data, or have no density, but are used as they are."""
 
 import warnings
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from divflow.data.module import listed
 
 __all__ = ["warn_of_suspicious"]
 
-# Whole numbers from here on are not all float64's, and beyond these they are no ids.
+# float64 does not hold all whole numbers from the first on; beyond the second they are no ids.
 _DIGITS = 2.0**53, 1e30
-# Share of the rows that may repeat others by chance, as rounded ones do.
+# Share of the rows that may repeat others by chance, for example after rounding.
 _FEW = 0.01
 
 
@@ -21,12 +21,12 @@ def warn_of_suspicious(
     """Warn of columns that are modelled as continuous and probably are not, and of repeated rows.
 
     Args:
-        rows: of the file, in its order, `(n, columns)`.
-        digests: of the rows, `row_digests`.
-        names: of the columns.
-        modelled: those that are, the others are given.
-        discrete: those that get noise.
-        file: its name.
+        rows: rows of the file, in its order, `(n, columns)`.
+        digests: digests of the rows, by `row_digests`.
+        names: names of the columns.
+        modelled: names of the modelled columns; the others are context.
+        discrete: names of the columns that get noise.
+        file: name of the file.
     """
     continuous = [(name, rows[:, names.index(name)]) for name in modelled if name not in discrete]
     whole = {name: column for name, column in continuous if bool((column == column.round()).all())}
@@ -36,28 +36,28 @@ def warn_of_suspicious(
         name for name, column in whole.items() if name not in (*index, *ids) and len(column.unique()) <= len(column) / 2
     ]
     others = ",".join(name for name in modelled if name not in (*index, *ids)) or "..."
-    leave = f"leave it out, by data.columns=[{others}]"
+    leave = f"Leave it out, by data.columns=[{others}]"
     if index:
         _warn(
-            f"column {_shown(index)} of {file} counts its rows, as an index does, and is modelled like the others; {leave}"
+            f"column {_shown(index)} of {file} counts its rows, as an index does, but is modelled like the others. {leave}"
         )
     if ids:
         column = whole[ids[0]]
         _warn(
-            f"column {_shown(ids)} of {file} has whole numbers of more digits than the 15 that float64 holds ({len(column.unique())} different "
-            f"ones are left in {len(column)} rows), as ids have; {leave}"
+            f"column {_shown(ids)} of {file} has whole numbers of more than the 15 digits that float64 holds ({len(column.unique())} different "
+            f"values are left in {len(column)} rows), as ids have. {leave}"
         )
     if tied:
         _warn(
-            f"column {_shown(tied)} of {file} has whole numbers, the same in many rows, whose density as continuous ones has no bound: their "
-            "likelihood grows for as long as training goes on. Give them noise within their step by "
+            f"column {_shown(tied)} of {file} repeats whole numbers in many rows, so its density as a continuous column is unbounded: the "
+            "likelihood grows for as long as training goes on. Add noise within a step by "
             f"data.discrete=[{','.join(tied)}], or leave them out, by data.columns=[...]"
         )
     repeated = len(rows) - len(digests.unique())
     if repeated > _FEW * len(rows) and any(name not in whole for name in modelled):
         _warn(
-            f"{repeated} of the {len(rows)} rows of {file} repeat another one, so that the test has rows that were trained on; drop them, "
-            "unless they are data of few values"
+            f"{repeated} of the {len(rows)} rows of {file} repeat another one, so the test contains rows that were trained on. Drop them, "
+            "unless the data have only few values"
         )
 
 

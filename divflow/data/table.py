@@ -1,4 +1,4 @@
-"""A table of one's own: the numeric columns of a .csv, .npy or .parquet file."""
+"""Your own table: the numeric columns of a .csv, .npy or .parquet file."""
 
 import inspect
 from collections.abc import Sequence
@@ -27,31 +27,37 @@ _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 class Table(Columns):
     r"""Rows of numbers from a file, one row a sample, standardized by the training rows.
 
-    The standardization's log-determinant is accounted for: log-densities are per unit of the file's columns. Booleans are
-    taken as 0 and 1. What is probably no datum or has no density is warned of: columns that count the rows, whole numbers and
-    ids, rows that are repeated, and columns that are linear functions of others.
+    Log-densities are per unit of the file's columns. Booleans are taken as 0 and 1. A warning names what is probably no data or has
+    no density: columns that count the rows, whole numbers and ids, repeated rows, and linearly dependent columns.
 
     Args:
-        path: a `.csv` (with a header, or without one: a first row that is all numbers is data), also compressed
-            (`.csv.gz`), a `.parquet`, or an `.npy` of shape (rows, columns).
+        path: a `.csv`, also compressed (`.csv.gz`), a `.parquet`, or an `.npy` of shape (rows, columns). A `.csv` may have a
+            header; a first row that holds only numbers is data.
         columns: names of the columns to use (numbers for an `.npy`), or one name; all if None.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
         val_fraction: share of the rows held out for validation.
         test_fraction: share of the rows held out for the test.
         seed: of the split.
-        separator: of a `.csv`, one character; `\t` is the tab.
-        bounds: of columns that are known to end there, `{name: (low, high)}`, None for no bound on that side (`Columns`).
-        context: names of the columns that the density of the others is given.
+        separator: separator of columns in a `.csv`, one character; `\t` is the tab.
+        bounds: bounds of columns, `{name: (low, high)}`, None for no bound on that side (`Columns`).
+        context: names of the columns that condition the density of the others.
         discrete: names of columns of whole numbers, which get noise (`Columns`).
-        decimal: sign of a `.csv`'s numbers before their fraction.
-        thousands: sign that groups the digits of a `.csv`'s numbers; None for none.
-        encoding: of a `.csv`; None for UTF-8, or for UTF-16 where the file begins with its mark.
-        weight: name of the column that says how much each row counts (`Columns`).
+        decimal: decimal mark of numbers in a `.csv`.
+        thousands: character that groups digits of numbers in a `.csv`; None for none.
+        encoding: encoding of a `.csv`; None for UTF-8, or UTF-16 if the file begins with its mark.
+        weight: name of the column with the relative importance of each row (`Columns`).
 
     Raises:
-        DataError: a missing file, another format, separator or encoding, missing, non-numeric or constant columns, rows that are
-            not finite, too few of them, or beyond bounds; each named.
+        DataError: naming the file, column or row: the file is missing, or has another format, separator or encoding; columns are
+            missing, not numeric or constant; rows are not finite, too few, or beyond bounds.
+
+    Example:
+        >>> import tempfile, numpy
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     numpy.save(f"{folder}/rows.npy", numpy.random.default_rng(0).normal(size=(100, 3)))
+        ...     Table(f"{folder}/rows.npy").event_shape
+        (3,)
     """
 
     def __init__(
@@ -95,7 +101,7 @@ class Table(Columns):
 def _used(
     columns: str | Sequence[str] | None, context: str | Sequence[str] | None, weight: str | int | None
 ) -> list[str] | None:
-    """Those that are modelled, given or weights."""
+    """Names of the columns that are modelled, context or weights."""
     modelled = as_names(columns, "columns")
     given = [*(as_names(context, "context") or []), *(as_names(weight, "weight") or [])]
     return None if modelled is None else [*modelled, *(name for name in given if name not in modelled)]
@@ -114,14 +120,14 @@ def all_rows(
     weight: str | int | None = None,
     **others: Any,
 ) -> tuple[Rows, Tensor]:
-    """All rows of a file, in its order and undivided, of the settings of a `Table`; and their digests.
+    """All rows of a file, in its order and undivided, for settings of a `Table`; and their digests.
 
     Raises:
-        DataError: as `Table`; a setting that a table does not have.
+        DataError: as `Table`, or for a setting that a table does not have.
     """
     if unknown := sorted(set(others) - set(inspect.signature(Table).parameters)):
         raise DataError(
-            f"a table has no setting {', '.join(unknown)}; it takes {', '.join(inspect.signature(Table).parameters)}"
+            f"a table has no setting {', '.join(unknown)}. Choose from {', '.join(inspect.signature(Table).parameters)}"
         )
     rows, names = read_table(path, _used(columns, context, weight), TextFormat(separator, decimal, thousands, encoding))
     given, counts = as_names(context, "context") or [], as_names(weight, "weight") or []
@@ -132,27 +138,26 @@ def all_rows(
 def read_table(
     path: str | Path, columns: str | Sequence[str] | None = None, written: TextFormat = _PLAIN
 ) -> tuple[Tensor, list[str]]:
-    """The chosen columns of a file as float64, `(rows, columns)` in the file's order, and their names.
+    """Read columns of a file as float64, `(rows, columns)` in the file's order, with their names.
 
     Args:
-        path: a `.csv` (with a header, or without one: a first row that is all numbers is data), also compressed
-            (`.csv.gz`), a `.parquet`, or an `.npy` of shape (rows, columns).
-        columns: their names, in the order to take them, or one name; all if None.
-        written: how a `.csv` is.
+        path: as for `Table`.
+        columns: names of the columns, in the order to take them, or one name; all if None.
+        written: format of a `.csv`.
 
     Raises:
-        DataError: a missing file, no rows, another format or separator, missing or non-numeric columns.
+        DataError: the file is missing, has no rows, or another format or separator; columns are missing or not numeric.
     """
     path, chosen = Path(path).expanduser(), as_names(columns, "columns")
     if not path.is_file():
         raise DataError(
-            f"there is no file {path} (looked in {Path.cwd()}); set data.path to a .csv, .npy or .parquet file"
+            f"there is no file {path} (looked in {Path.cwd()}). Set data.path to a .csv, .npy or .parquet file"
         )
     kind = path.suffix.lower()
     if kind in _COMPRESSED and (inner := Path(path.stem).suffix.lower()) == ".csv":
         kind = inner
     if written.separator != "," and kind != ".csv":
-        raise DataError(f"separator={written.separator!r} is that of a .csv file, but {path.name} is none")
+        raise DataError(f"separator={written.separator!r} is for .csv files, but {path.name} is none. Leave it out")
     try:
         if kind == ".npy":
             table = _from_array(np.load(path, allow_pickle=False), path)
@@ -162,18 +167,20 @@ def read_table(
             table = pa.parquet.read_table(path)
         else:
             raise DataError(
-                f"{path.name} is of type {path.suffix or '(none)'!r}; a table is a .csv (or .csv.gz), .npy or .parquet file"
+                f"a table must be a .csv (or .csv.gz), .npy or .parquet file, but {path.name} has the suffix {path.suffix or '(none)'!r}"
             )
     except (pa.ArrowException, ValueError, OSError, EOFError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} could not be read as {kind}: {error}") from error
     if len(set(table.column_names)) < len(table.column_names):
-        raise DataError(f"{path.name} has columns of the same name: {', '.join(table.column_names)}; rename them")
+        raise DataError(f"{path.name} has columns of the same name: {', '.join(table.column_names)}. Rename them")
     if chosen is not None:
         missing = [name for name in chosen if name not in table.column_names]
         if missing:
-            raise DataError(f"{path.name} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+            raise DataError(
+                f"{path.name} has no column {', '.join(missing)}. Choose from {', '.join(table.column_names)}"
+            )
         table = table.select(chosen)
     if table.num_columns == 0:
         raise DataError(f"{path.name} has no columns")
@@ -186,8 +193,8 @@ def read_table(
 
 def _from_array(array: object, path: Path) -> pa.Table:
     if not isinstance(array, np.ndarray):
-        raise DataError(f"{path.name} holds several arrays, as an .npz file does; save the table alone by numpy.save")
+        raise DataError(f"{path.name} holds several arrays, as an .npz file does. Save the table alone by numpy.save")
     if array.ndim != 2:
-        raise DataError(f"{path.name} has shape {array.shape}; a table has two dimensions, rows and columns")
+        raise DataError(f"a table must have two dimensions, rows and columns, but {path.name} has shape {array.shape}")
     native = array.astype(array.dtype.newbyteorder("="), copy=False)  # which pyarrow needs
     return pa.table({str(i): column for i, column in enumerate(native.T)})

@@ -1,4 +1,4 @@
-"""The columns of a text file as numbers, and what to do about those that are none."""
+"""Columns of a text file as numbers, with advice for those that are not."""
 
 import warnings
 from pathlib import Path
@@ -16,10 +16,10 @@ _FEW_KINDS = 20
 
 
 def read_text(path: Path, written: TextFormat) -> pa.Table:
-    """A `.csv`, with a header or without one: a first row that is all numbers is data.
+    """Read a `.csv` with or without a header; a first row that holds only numbers is data.
 
     Raises:
-        DataError: it looks as if it were written otherwise.
+        DataError: the file seems to have another format.
         ArrowException: it can't be read.
     """
     written = apparent_format(path, written)
@@ -38,7 +38,7 @@ def read_text(path: Path, written: TextFormat) -> pa.Table:
         return table
     if len(names) > 1 and names == [str(i) for i in range(len(names))]:
         warnings.warn(
-            f"the first row of {path.name}, {listed(names)}, is taken for data, as all of it are numbers; if it is the header "
+            f"the first row of {path.name}, {listed(names)}, is read as data, because it holds only numbers. If it is the header "
             "that pandas gives to columns without names, rename them, or write the file by to_csv(header=False)",
             stacklevel=5,
         )
@@ -46,7 +46,7 @@ def read_text(path: Path, written: TextFormat) -> pa.Table:
 
 
 def _ungrouped(table: pa.Table, written: TextFormat) -> pa.Table:
-    """Columns of text that are numbers whose digits are grouped, as numbers."""
+    """Convert columns of text that are numbers with grouped digits."""
     for i, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if not pa.types.is_string(column.type) or not pc.all(_match(column, written.number)).as_py():
             continue
@@ -70,7 +70,7 @@ def check_numbers(table: pa.Table, file: str, written: TextFormat) -> None:
     """Refuse columns that are not numbers.
 
     Raises:
-        DataError: naming them, or the rows that are not, and what to do.
+        DataError: naming the columns, or the rows that are not numbers, and what to do.
     """
     columns = zip(table.column_names, table.columns, strict=True)
     others = {name: column for name, column in columns if not is_numeric(column.type) and len(column)}
@@ -80,37 +80,37 @@ def check_numbers(table: pa.Table, file: str, written: TextFormat) -> None:
     for name, column in others.items():
         if pa.types.is_binary(column.type):
             raise DataError(
-                f"{file} is not encoded as UTF-8; set its encoding, such as data.encoding=latin-1, or utf-16"
+                f"{file} is not encoded as UTF-8. Set its encoding, such as data.encoding=latin-1, or utf-16"
             )
         if pa.types.is_null(column.type):
-            raise DataError(f"{file} has no values in column {name!r}; leave it out, by data.columns=[...]")
+            raise DataError(f"{file} has no values in column {name!r}. Leave it out, by data.columns=[...]")
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             _check_marks(name, column, file, written)
             texts.append(column)
     rest = ",".join(name for name in table.column_names if name not in others) or "..."
     described = [f"{name} ({column.type}, such as {column[0].as_py()!r})" for name, column in others.items()]
     raise DataError(
-        f"{file} has columns that are not numbers: {listed(described)}; leave them out, by columns=[{rest}], or encode them"
+        f"{file} has columns that are not numbers: {listed(described)}. Leave them out, by columns=[{rest}], or encode them"
         f"{_remedy(texts, written)}"
     )
 
 
 def _check_marks(name: str, column: pa.ChunkedArray, file: str, written: TextFormat) -> None:
-    """Refuse a column of numbers, all but a few of which are something else, such as '?' where there is no value."""
+    """Refuse a column of numbers that has a few other values, such as '?' for a missing one."""
     numbers = pc.or_(_match(column, written.number), _match(column, r"^\s*$|^(NA|N/A|#N/A|NaN|nan|null|NULL|-?inf)$"))
     others = pc.indices_nonzero(pc.invert(numbers)).to_pylist()
     if not others or len(others) > len(column) / 2:
         return
     rows = f"{', '.join(map(str, others[:10]))}{', ...' if len(others) > 10 else ''}"
     raise DataError(
-        f"{file} has {column[others[0]].as_py()!r} among the numbers of column {name!r}, and {len(others)} of {len(column)} of its rows "
-        f"are no numbers: row {rows} (counted from 0). Drop these rows, write numbers there, or leave the column out, by "
+        f"{file} has {column[others[0]].as_py()!r} among the numbers of column {name!r}, and {len(others)} of its {len(column)} rows "
+        f"are not numbers: row {rows} (counted from 0). Drop these rows, write numbers there, or leave the column out, by "
         "data.columns=[...]"
     )
 
 
 def _remedy(columns: list[pa.ChunkedArray], written: TextFormat) -> str:
-    """What columns of text may be: numbers in another format, the same for all of them if there is one, or categories."""
+    """Advice for columns of text: numbers in another format, the same for all if there is one, or categories."""
     if not columns:
         return ""
     fitting: list[set[str]] = []
@@ -122,18 +122,18 @@ def _remedy(columns: list[pa.ChunkedArray], written: TextFormat) -> str:
     ways = set.intersection(*fitting) or set.union(*fitting)
     if ways:
         shown = [way for way in _other_formats(written) if way in ways]
-        return f". Are they numbers that are written otherwise? Set {' or '.join(shown[:2])} (with both quotes)"
+        return f". If they are numbers in another format, set {' or '.join(shown[:2])} (with both quotes)"
     kinds = max(pc.count_distinct(column).as_py() for column in columns)
     if kinds > min(_FEW_KINDS, len(columns[0]) / 2):
         return ""
     return (
-        f". Categories, of which there are {kinds} here, become columns of 0 and 1 by pandas.get_dummies; a density given them takes "
-        "these as data.context=[...]"
+        f". Categories ({kinds} here) become columns of 0 and 1 by pandas.get_dummies; for a density conditional on them, use "
+        "data.context=[...]"
     )
 
 
 def _other_formats(written: TextFormat) -> dict[str, TextFormat]:
-    """Ways in which numbers are written, by what sets them on a command line."""
+    """Other formats of numbers, by the settings that choose them on a command line."""
     ways = {}
     for decimal, thousands in ((",", None), (".", ","), (",", "."), (".", " "), (",", " "), (".", "'")):
         settings = [f"\"data.decimal='{decimal}'\""] if decimal != written.decimal else []

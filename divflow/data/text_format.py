@@ -1,4 +1,4 @@
-"""How columns and numbers are written in a text file: what a user says of it, and what its first lines look like."""
+"""Format of columns and numbers in a text file: as the user gives it, and as its first lines show it."""
 
 import codecs
 import io
@@ -20,16 +20,16 @@ _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.B
 
 @dataclass(frozen=True)
 class TextFormat:
-    r"""Of a `.csv`.
+    r"""Format of a `.csv`.
 
     Args:
-        separator: of columns, one character; `\t`, as a command writes it, is the tab.
-        decimal: what stands before the fraction of a number, one character.
-        thousands: what groups the digits of a number, one character; None for nothing.
-        encoding: such as "latin-1"; None for UTF-8, or UTF-16 where the file begins with its mark.
+        separator: separator of columns, one character; `\t`, as a command writes it, is the tab.
+        decimal: decimal mark of a number, one character.
+        thousands: character that groups the digits of a number; None for none.
+        encoding: encoding such as "latin-1"; None for UTF-8, or UTF-16 if the file begins with its mark.
 
     Raises:
-        DataError: no characters, or the same for two of them; an encoding that there is not.
+        DataError: not single characters, or two of them are equal; there is no such encoding.
     """
 
     separator: str = ","
@@ -43,17 +43,19 @@ class TextFormat:
             raise DataError(f"separator must be one character, such as ',' or ';', but is {self.separator!r}")
         for name, sign in {"decimal": self.decimal, "thousands": self.thousands}.items():
             if sign is not None and not (_is_character(sign) and not sign.isalnum() and sign not in '"\n\r+-'):
-                raise DataError(f"{name} must be one sign, such as ',' or '.', but is {sign!r}")
+                raise DataError(f"{name} must be one character, such as ',' or '.', but is {sign!r}")
         if self.decimal == self.thousands:
-            raise DataError(f"decimal and thousands must be two signs, but both are {self.decimal!r}")
+            raise DataError(f"decimal and thousands must differ, but both are {self.decimal!r}")
         try:
             codecs.lookup(self.encoding or "utf-8")
         except (LookupError, TypeError) as error:
-            raise DataError(f"there is no encoding {self.encoding!r}; utf-8, utf-16 and latin-1 are some") from error
+            raise DataError(
+                f"there is no encoding {self.encoding!r}. Use utf-8, utf-16 or latin-1, for example"
+            ) from error
 
     @property
     def number(self) -> str:
-        """A regular expression of numbers, as pyarrow takes it."""
+        """Regular expression of numbers, for pyarrow."""
         grouped = "" if self.thousands is None else rf"[0-9]{{1,3}}(?:{re.escape(self.thousands)}[0-9]{{3}})+|"
         fraction = rf"{re.escape(self.decimal)}[0-9]*"
         whole = rf"(?:{grouped}[0-9]+)(?:{fraction})?|{re.escape(self.decimal)}[0-9]+"
@@ -78,22 +80,21 @@ def apparent_format(path: Path, written: TextFormat) -> TextFormat:
 
 
 def check_apparent(path: Path, written: TextFormat) -> None:
-    """Refuse a file whose first lines look otherwise.
+    """Refuse a file whose first lines show another format.
 
     Raises:
-        DataError: they are in another encoding; by another separator they have one number of columns, at least 2, and by
-            this one they have not.
+        DataError: they have another encoding, or the same number of columns, at least 2, by another separator but not by this one.
     """
     try:
         with pa.input_stream(str(path)) as file, io.TextIOWrapper(file, written.encoding) as text:
             lines = [line for line in itertools.islice(text, _LINES) if line.strip()]
     except UnicodeError as error:
         raise DataError(
-            f"{path.name} is not encoded as {written.encoding} ({error}); set its encoding, such as data.encoding=latin-1, or "
+            f"{path.name} is not encoded as {written.encoding} ({error}). Set its encoding, such as data.encoding=latin-1, or "
             "utf-16"
         ) from error
     if any("\0" in line for line in lines):
-        raise DataError(f"{path.name} holds zero bytes, as UTF-16 without its mark does; set data.encoding=utf-16-le")
+        raise DataError(f"{path.name} holds zero bytes, as UTF-16 without its mark does. Set data.encoding=utf-16-le")
     if _columns(lines, written.separator) > 1:
         return
     counts = {other: _columns(lines, other) for other in _SEPARATORS if other != written.separator}
@@ -102,7 +103,7 @@ def check_apparent(path: Path, written: TextFormat) -> None:
         commas = best != "," and written.decimal == "." and any(re.search(r"\d,\d", line) for line in lines[1:])
         decimal = ", and the decimal comma by \"data.decimal=','\"" if commas else ""
         raise DataError(
-            f"the columns of {path.name} seem to be separated by {best!r}, and not by {written.separator!r}; set it by "
+            f"the columns of {path.name} seem to be separated by {best!r}, not by {written.separator!r}. Set it by "
             f'"data.separator={best!r}"{decimal} (with both quotes)'
         )
 

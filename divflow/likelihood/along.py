@@ -12,7 +12,7 @@ from divflow.errors import DivflowError, FieldError
 from divflow.likelihood.conditioned import ConditionedField
 from divflow.likelihood.penalties import PENALTIES
 from divflow.operators.field import flatten_event
-from divflow.operators.progress import tell
+from divflow.operators.progress import report
 from divflow.solver import Evaluations, Solver
 from divflow.solver.dense_output import Steps
 from divflow.solver.step_control import COARSELY_INTERPOLATED, StepTimes, as_times, steps_for_one
@@ -150,7 +150,7 @@ class Along:
             chosen = slice(done, done + bundle)
             parts.append(self._at_bundle(times[chosen], states[chosen], part, generator, penalties))
             done += bundle
-            tell("nodes", done, count)
+            report("nodes", done, count)
         return AtNodes.cat(parts)
 
     def _times(self, nodes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Velocity and score networks, all called as `net(t, x)`, t a scalar or one time a sample, and embeddings of time."""
+"""Velocity and score networks, called as `net(t, x)` with t a scalar or one time a sample, and embeddings of time."""
 
 from divflow.networks.concat_squash import ConcatSquash
 from divflow.networks.conditioning import NetworkError

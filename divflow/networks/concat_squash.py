@@ -12,24 +12,32 @@ __all__ = ["ConcatSquash"]
 
 
 class ConcatSquash(nn.Module):
-    """Fully connected layers whose outputs time (and context) gate and shift (Grathwohl et al. 2019, FFJORD).
+    """FFJORD's fully connected layers, whose outputs are gated and shifted by time and context (Grathwohl et al. 2019).
 
         layer(c, h) = (W h + b) * sigmoid(G c + d) + B c,   c = [embedding(t), context]
 
-    Divergence: as for `MLP` where the batch shares the gates (a scalar t, no context): they are folded into the
-    matrices. With one time or context a sample each gate is a factor of its own, and an exact divergence costs more.
+    Divergence: as for `MLP` if the batch shares the gates (a scalar t, no context), because they are folded into the
+    matrices. With one time or context a sample each gate is another factor, and an exact divergence costs more.
 
     Args:
         event_shape: shape of one sample, without the batch; an int for vectors.
         hidden: width of each hidden layer.
         activation: class or function that makes an activation module; a smooth one (see `MLP`).
         context_features: number of features of the (flattened) context; 0 for none.
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
-        time_embedding: a module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)` with its number of
-            features as attribute; None for time itself, one feature.
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
+        time_embedding: module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)`, with an attribute `features`;
+            None for time itself, one feature.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
+
+    Raises:
+        NetworkError: the time embedding has no attribute `features`; in a call, the context has another number of features.
+
+    Example:
+        >>> import torch
+        >>> ConcatSquash(2)(torch.tensor(0.5), torch.randn(4, 2)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(

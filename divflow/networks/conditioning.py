@@ -1,4 +1,4 @@
-"""What every network does with its inputs besides x: time and context as columns of a matrix."""
+"""Inputs of networks besides x: time and context as columns of a matrix."""
 
 import math
 
@@ -16,16 +16,16 @@ class NetworkError(DivflowError, ValueError):
 
 
 def time_features(time_embedding: nn.Module | None) -> int:
-    """How many columns time takes: one by itself, or its embedding's.
+    """Number of columns of time: one by itself, or those of its embedding.
 
     Raises:
-        NetworkError: the embedding does not say.
+        NetworkError: the embedding has no integer attribute `features`.
     """
     features = 1 if time_embedding is None else getattr(time_embedding, "features", None)
     if not isinstance(features, int):
         raise NetworkError(
-            f"a time embedding must say its number of features, but {type(time_embedding).__name__} has no integer "
-            "attribute `features`; set it, or use SinusoidalEmbedding"
+            f"a time embedding must have an integer attribute `features`, but {type(time_embedding).__name__} has none. "
+            "Set it, or use SinusoidalEmbedding"
         )
     return features
 
@@ -33,13 +33,13 @@ def time_features(time_embedding: nn.Module | None) -> int:
 def condition(
     t: Tensor, x: Tensor, context: Tensor | None, context_features: int, time_embedding: nn.Module | None = None
 ) -> Float[Tensor, "batch features"]:
-    """Time's columns and the context's, a row a sample, in x's dtype.
+    """Columns of time and of the context, one row a sample, in x's dtype.
 
     Args:
         t: `()` or `(k,)`.
         x: `(k, *event)`.
         context: `(k, ...)`, flattened, or None.
-        context_features: how many columns the network was built for.
+        context_features: number of columns that the network was built for.
         time_embedding: from times `(n,)` to features `(n, time_features(time_embedding))`; None for time itself.
 
     Raises:
@@ -48,7 +48,7 @@ def condition(
     if time_embedding is None:
         times = t.to(x.device, x.dtype).reshape(-1, 1)
     else:
-        # Of one row for a scalar t. Fast waves turn the rounding of times in half precision into noise.
+        # One row for a scalar t. Fast waves turn the rounding of times in half precision into noise.
         precise = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
         times = time_embedding(precise.reshape(-1)).to(x.dtype)
     columns = [times.expand(x.shape[0], -1)]
@@ -57,8 +57,8 @@ def condition(
     features = columns[-1].shape[1] if context is not None else 0
     if features != context_features:
         raise NetworkError(
-            f"the network was built for {context_features} context features, but got {features}; "
-            "build it with context_features, and give every call its context"
+            f"the network was built for {context_features} context features, but got {features}. "
+            "Build it with that number of context_features, and pass a context in every call"
         )
     return torch.cat(columns, dim=1)
 

@@ -16,37 +16,37 @@ _NO_FIELD = {"class_embed_type", "num_class_embeds", "time_embedding_type", "num
 
 
 class DiffusersUNet(nn.Module):
-    """`diffusers.UNet2DModel` called as `net(t, x)`.
+    """The UNet of Hugging Face's diffusers, `UNet2DModel`, called as `net(t, x)`.
 
         net(t, x) = UNet2DModel(x, time_scale * t).sample
 
-    Needs `pip install "divflow[diffusers]"`. The model itself is the attribute `model`, with weights to load or save.
+    Needs `pip install "divflow[diffusers]"`. The attribute `model` is the `UNet2DModel`, whose weights can be loaded or saved.
 
-    diffusers embeds times by waves of up to 1 radian a step, in float32: with the 1000 steps a unit of time that its
-    schedulers suppose, of up to 1000 radians. Where nothing pretrained is loaded a lower `time_scale` spares solvers
-    evaluations (see `SinusoidalEmbedding`), and in float64 tolerances below 1e-5.
+    diffusers embeds times by waves of up to 1 radian a step, in float32. Its schedulers take 1000 steps for a unit of time, so waves
+    reach 1000 radians. If nothing pretrained is loaded, a lower `time_scale` saves solvers evaluations (see
+    `SinusoidalEmbedding`), and in float64 allows tolerances below 1e-5.
 
-    Divergence: normalization and attention let every pixel see all others, so `Exact` takes D products; `Hutchinson`
-    is the choice for all but small images.
+    Divergence: normalization and attention let every pixel see all others, so `Exact` takes D products. Use `Hutchinson` for all but
+    small images.
 
     Args:
         event_shape: `(channels, height, width)`.
         block_out_channels: channels of each level, from full resolution to the lowest.
         down_block_types: diffusers' names of the blocks on the way down, one a level.
-        up_block_types: of those on the way up, from the lowest level.
+        up_block_types: names of those on the way up, from the lowest level.
         layers_per_block: residual layers of each block.
-        norm_num_groups: groups of each normalization; divides all the channels.
-        attention_head_dim: channels of an attention head; divides those where there is attention.
+        norm_num_groups: groups of each normalization; must divide all numbers of channels.
+        attention_head_dim: channels of an attention head; must divide the channels of levels with attention.
         time_scale: steps of diffusers' time in a unit of the field's time.
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
-        options: further arguments of `UNet2DModel`, by their names.
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
+        options: further arguments of `UNet2DModel`, by name.
 
     Shape:
         t `()` or `(k,)`, x `(k, channels, height, width)`; returns x's shape.
 
     Raises:
         NetworkError: diffusers is not installed, the event does not fit the levels, or `UNet2DModel` refuses the
-            arguments. By a call, for a context, which this network does not take.
+            arguments; in a call, a context is given, which this network does not take.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DiffusersUNet(nn.Module):
             from diffusers import UNet2DModel  # here, since it takes seconds and is not required
         except ImportError as error:
             raise NetworkError(
-                f'DiffusersUNet needs diffusers ({error}); pip install "divflow[diffusers]", or use UNet'
+                f'DiffusersUNet needs diffusers ({error}). Install it: pip install "divflow[diffusers]", or use UNet'
             ) from error
         arguments = {
             "sample_size": (height, width),
@@ -82,11 +82,11 @@ class DiffusersUNet(nn.Module):
             "attention_head_dim": attention_head_dim,
         }
         options = dict(options or {})
-        # UNet2DModel itself takes unknown names in silence.
+        # UNet2DModel ignores unknown names.
         possible = set(inspect.signature(UNet2DModel).parameters) - set(arguments) - _NO_FIELD
         if set(options) - possible:
             raise NetworkError(
-                f"options {sorted(set(options) - possible)} can't be handed to UNet2DModel; use the arguments of "
+                f"options {sorted(set(options) - possible)} can't be handed to UNet2DModel. Use the arguments of "
                 f"DiffusersUNet, or any of {sorted(possible)}"
             )
         try:
@@ -102,8 +102,8 @@ class DiffusersUNet(nn.Module):
         """The network's value at (t, x); see the class for the shapes."""
         if context is not None:
             raise NetworkError(
-                f"DiffusersUNet takes no context, but got one of shape {tuple(context.shape)}; use UNet with context_features"
+                f"DiffusersUNet takes no context, but got one of shape {tuple(context.shape)}. Use UNet with context_features"
             )
         if x.shape[0] == 0:
-            return x.clone()  # diffusers' attention can't reshape a batch of none
+            return x.clone()  # diffusers' attention can't reshape an empty batch
         return self.model(x, self.time_scale * t.to(x.device)).sample

@@ -1,4 +1,4 @@
-"""The equivariant graph network over particles that all see each other."""
+"""The equivariant graph network, over particles that all see each other."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,34 +26,34 @@ _WAVES = SinusoidalEmbedding(32)
 
 
 class EGNN(nn.Module):
-    """The E(n)-equivariant graph network (Satorras, Hoogeboom & Welling 2021, arXiv:2102.09844, equations 3 to 6), as a field.
+    """E(n)-equivariant graph network as a field (Satorras, Hoogeboom & Welling 2021, arXiv:2102.09844, equations 3 to 6).
 
         m_ij = mlp([h_i, h_j, u_ij]),    x_i <- x_i + mean_j (x_i - x_j) / u_ij mlp(m_ij),    h_i <- h_i + mlp([h_i, mean_j m_ij])
 
-    with u_ij = sqrt(1 + |x_i - x_j|^2), h_i = kind_i + W embedding(t) to begin with, and net(t, x) the displacement of x by
-    all layers. It goes with rotations, reflections and permutations of particles of one kind, and ignores translations.
+    with u_ij = sqrt(1 + |x_i - x_j|^2) and h_i = kind_i + W embedding(t) at the start. net(t, x) is the displacement of x by
+    all layers. It is equivariant to rotations, reflections and permutations of particles of one kind, and invariant to translations.
 
-    Divergence: every layer lets all particles see each other, so `Exact` takes D products; `Hutchinson` is the choice for
-    all but a few particles, `HollowEGNN` for an exact one at any number.
+    Divergence: every layer lets all particles see each other, so `Exact` takes D products. Use `Hutchinson` for all but a few
+    particles, or `HollowEGNN` for an exact divergence at any number.
 
     Args:
         event_shape: `(particles, dimensions)`.
         hidden: width of features, messages and their networks.
-        layers: rounds of messages.
-        gaussians: features of a distance beside itself, for positions of unit variance (`RadialLinear`).
-        types: the kind of each particle, such as an atom's, counted from 0; None if all are alike.
-        mean_free: leave the centre of mass where it is, for flows whose base is `MeanFreeNormal`.
+        layers: number of rounds of messages.
+        gaussians: number of Gaussian features of a distance beside itself, for positions of unit variance (`RadialLinear`).
+        types: kind of each particle, such as an atom's, counted from 0; None if all are alike.
+        mean_free: keep the centre of mass, for flows with base `MeanFreeNormal`.
         activation: class or function that makes an activation module; a smooth one (see `MLP`).
-        zero_init: start with last layers of zeros: the field vanishes and a flow is the identity.
+        zero_init: start with last layers of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: as for `MLP`, a sinusoidal one by default; None for time itself, one feature.
 
     Shape:
         t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
 
     Raises:
-        ValueError: layers or hidden that are no whole number of at least 1, or gaussians of at least 0.
-        NetworkError: an event shape that is none of particles, or types that are no whole number for each; by a call,
-            particles of another number.
+        ValueError: layers or hidden are not whole numbers of at least 1, or gaussians of at least 0.
+        NetworkError: the event shape is not one of particles, or types are not a whole number for each; in a call, x has
+            another number of particles.
 
     Example:
         >>> EGNN((5, 3), types=[0, 0, 1, 1, 2])(torch.tensor(0.5), torch.randn(2, 5, 3)).shape
@@ -80,7 +80,7 @@ class EGNN(nn.Module):
         self.layers = nn.ModuleList(_Layer(hidden, gaussians, activation, zero_init) for _ in range(layers))
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The displacement at (t, x); see the class for the shapes."""
+        """Displacement at (t, x); see the class for the shapes."""
         check_particles(x, self.event_shape)
         moved, features = x, self.features(t, x)
         for layer in self.layers:
@@ -89,7 +89,7 @@ class EGNN(nn.Module):
 
 
 class _Layer(nn.Module):
-    """One round of messages, by which particles move and learn of each other."""
+    """One round of messages, which update positions and features."""
 
     def __init__(self, hidden: int, gaussians: int, activation: Callable[[], nn.Module], zero_init: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A hollow equivariant graph network: exact divergence at about the price of the value, for any number of particles."""
+"""A hollow equivariant graph network: an exact divergence at about the cost of the value, for any number of particles."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,44 +27,47 @@ _WAVES = SinusoidalEmbedding(32)
 
 
 class HollowEGNN(Hollow):
-    """Messages between particles that never pass through the one that they are for, which adds its own place at the end.
+    """Equivariant graph network with an exact divergence: messages to a particle never pass through it.
 
-        s_ij <- s_ij + mlp([s_ij, mean_{k not i, j} W(u_jk) * s_ik])             (what j tells i, of all but i)
-        m_ij = mlp([u_ij, s_ij, kind_i, t])                                      (what i makes of it)
+        s_ij <- s_ij + mlp([s_ij, mean_{k not i, j} W(u_jk) * s_ik])             (from j to i, of all particles but i)
+        m_ij = mlp([u_ij, s_ij, kind_i, t])                                      (combined with i itself)
         net(t, x)_i = mean_{j not i} (x_i - x_j) / u_ij phi(m_ij + V mean_{k not i} m_ik)
 
-    with u_ij = sqrt(1 + |x_i - x_j|^2), s_ij = kind_j + W embedding(t) to begin with. The messages are not backtracking in
-    the strongest sense: no walk that they took has been at i, so that the graph may be complete and the layers any number
-    (HollowFlow, arXiv:2510.21542, sends them along the edges' own graph for it). Filters that depend on distances alone (Schütt et al.
-    2017, arXiv:1706.08566) serve all i, so a layer takes two to three times what one of `EGNN` does. The mean over k lets forces of
-    many particles on i depend on each other: on DW4, 1,500 steps leave a gap of 0.37 nats with it, of 0.66 without. It goes with
-    rotations, reflections and permutations of particles of one kind, and ignores translations.
+    with u_ij = sqrt(1 + |x_i - x_j|^2) and s_ij = kind_j + W embedding(t) at the start. It is equivariant to rotations, reflections and
+    permutations of particles of one kind, and invariant to translations.
 
-    Divergence: its own (Chen & Duvenaud 2019, arXiv:1912.03579), at fixed messages. With e_ij = (x_i - x_j) / u_ij, the gradient of u_ij
-    in x_i, and the derivatives m'_ik of m in u_ik, a pair contributes
+    - No walk of messages to i has been at i, so the graph may be complete and the number of layers is free. (HollowFlow,
+      arXiv:2510.21542, sends messages along the edges' own graph for this.)
+    - Filters depend only on distances (Schütt et al. 2017, arXiv:1706.08566) and serve all i, so a layer takes two to three
+      times as long as one of `EGNN`.
+    - The mean over k lets the forces of several particles on i depend on each other: 1,500 steps on DW4 leave a gap of 0.37 nats
+      with it, and of 0.66 without.
+
+    Divergence: its own closed form (Chen & Duvenaud 2019, arXiv:1912.03579), at fixed messages. Let e_ij = (x_i - x_j) / u_ij, the
+    gradient of u_ij in x_i, and m'_ik the derivative of m in u_ik. A pair contributes
 
         (d - |e_ij|^2) / u_ij phi_ij + dphi_ij . (|e_ij|^2 m'_ij + V mean_{k not i} (e_ij . e_ik) m'_ik)
 
-    so that one product through m, in the direction of u, and one through phi stand for those of all spatial dimensions.
+    One product through m, in the direction of u, and one through phi thus replace those of all spatial dimensions.
 
     Args:
         event_shape: `(particles, dimensions)`.
         hidden: width of messages, filters and their networks.
-        layers: rounds of messages, from 0, at which others' places matter by their distances to i alone.
-        gaussians: features of a distance beside itself, for positions of unit variance (`RadialLinear`).
-        types: the kind of each particle, such as an atom's, counted from 0; None if all are alike.
-        mean_free: leave the centre of mass where it is, for flows whose base is `MeanFreeNormal`.
-        activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        layers: number of rounds of messages. With 0, other particles act only by their distances to i.
+        gaussians: number of Gaussian features of a distance beside itself, for positions of unit variance (`RadialLinear`).
+        types: kind of each particle, such as an atom's, counted from 0; None if all are alike.
+        mean_free: keep the centre of mass, for flows with base `MeanFreeNormal`.
+        activation: class or function that makes an activation module, an elementwise function; a smooth one (see `MLP`).
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: as for `MLP`, a sinusoidal one by default; None for time itself, one feature.
 
     Shape:
         t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
 
     Raises:
-        ValueError: layers, hidden or gaussians that are no such whole number.
-        NetworkError: an event shape that is none of particles, or types that are no whole number for each; by a call,
-            particles of another number; by `value_and_divergence`, a subclass whose messages are not hollow.
+        ValueError: layers, hidden or gaussians are not such whole numbers.
+        NetworkError: the event shape is not one of particles, or types are not a whole number for each; in a call, x has another
+            number of particles; in `value_and_divergence`, the messages of a subclass are not hollow.
 
     Example:
         >>> HollowEGNN((5, 3), types=[0, 0, 1, 1, 2])(torch.tensor(0.5), torch.randn(2, 5, 3)).shape
@@ -91,7 +94,7 @@ class HollowEGNN(Hollow):
         self.sender = ParticleFeatures(particles, hidden, types, time_embedding)
         self.receiver = ParticleFeatures(particles, hidden, types, time_embedding)
         self.layers = nn.ModuleList(_Layer(hidden, gaussians, activation) for _ in range(layers))
-        self.told = nn.Linear(hidden, hidden, bias=False)
+        self.told = nn.Linear(hidden, hidden, bias=False)  # a name in checkpoints
         self.distance = RadialLinear(hidden, gaussians, bias=False)
         self.pair = nn.Sequential(activation(), nn.Linear(hidden, hidden))
         self.around = nn.Linear(hidden, hidden, bias=False)
@@ -105,7 +108,7 @@ class HollowEGNN(Hollow):
         return self._sum(difference / u, self.joint(pairs + around[:, :, None]))
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and its divergence at fixed messages: a pair's own part, and what the place of i does to all m_ik."""
+        """Value `(k, particles, dimensions)` and divergence `(k,)`, at fixed messages."""
         difference, squared, u = _pairs(self.parts(x))
         self.require_hollow(t, x)
         others, directions = off_diagonal(x), difference / u  # which are the gradients of u, too
@@ -120,7 +123,7 @@ class HollowEGNN(Hollow):
         return self._sum(directions, phi), self._mean(terms).sum(dim=(1, 2))
 
     def conditioner(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch particles particles hidden"]:
-        """s_ij, what each particle i is told by all others; nothing by itself."""
+        """Features s_ij, what each particle i receives from each other particle j, functions of all particles but i."""
         others, u = off_diagonal(x), _pairs(x)[2]
         messages = self.sender(t, x)[:, None] * others
         for layer in self.layers:
@@ -131,17 +134,17 @@ class HollowEGNN(Hollow):
         """The particles.
 
         Raises:
-            NetworkError: they are of another number.
+            NetworkError: x has another number of particles.
         """
         check_particles(x, self.event_shape)
         return x
 
     def _known(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch particles particles hidden"]:
-        """What the first layer of m makes of messages, the particle's kind and the time."""
+        """First layer of m, applied to messages, the kind of the particle and the time."""
         return self.told(self.conditioner(t, x)) + self.receiver(t, x)[:, :, None]
 
     def _mean(self, pairs: Tensor) -> Tensor:
-        """Over j, of what is zero for j = i."""
+        """Mean over j of values that are zero for j = i."""
         return pairs.sum(dim=2) / (self.event_shape[0] - 1)
 
     def _sum(self, directions: Tensor, phi: Tensor) -> Float[Tensor, "batch particles dimensions"]:

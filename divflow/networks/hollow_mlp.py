@@ -17,32 +17,32 @@ __all__ = ["HollowMLP"]
 
 
 class HollowMLP(Hollow):
-    """Two masked networks tell each entry of the others before it and behind it, and a small one joins its own value.
+    """Multilayer perceptron with an exact divergence: masked networks hide each entry from its own features.
 
         h_i = [a_i(x_1, ..., x_(i-1), t), b_i(x_(i+1), ..., x_D, t)],      net(t, x)_i = tau(x_i, h_i, embedding(t))
 
-    a and b are fully connected with masks on their weights (Germain et al. 2015, arXiv:1502.03509), the whole is the hollow
+    a and b are fully connected with masks on their weights (Germain et al. 2015, arXiv:1502.03509). The whole is the hollow
     network of Chen & Duvenaud (2019, arXiv:1912.03579, section 3). The order is that of the flattened event.
 
-    Divergence: its own, the sum of d tau / d x_i at fixed h: one product through tau alone, however deep and wide a and b
-    are, and whatever the event's size.
+    Divergence: its own closed form, the sum of d tau / d x_i at fixed h. It costs one product through tau alone, however deep and wide
+    a and b are, and whatever the size of the event.
 
     Args:
         event_shape: shape of one sample, without the batch; an int for vectors.
-        hidden: width of each hidden layer of a and of b. One narrower than the event hides about `size / width` entries next
-            to it, on either side, from an entry, since a unit that sees them sees the entry, too.
-        features: numbers that each of a and b tells an entry.
+        hidden: width of each hidden layer of a and of b. A layer that is narrower than the event hides about `size / width`
+            neighbours on either side from an entry, because a unit that sees them sees the entry, too.
+        features: number of features that each of a and b gives an entry.
         joint: width of each hidden layer of tau, which all entries share.
-        activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        activation: class or function that makes an activation module, an elementwise function; a smooth one (see `MLP`).
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: as for `MLP`.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`; returns `(k, *event)`.
 
     Raises:
-        ValueError: features that are no whole number of at least 1.
-        NetworkError: by a call, x of another shape; by `value_and_divergence`, a subclass whose conditioner is not hollow.
+        ValueError: features is not a whole number of at least 1.
+        NetworkError: in a call, x has another shape; in `value_and_divergence`, the conditioner of a subclass is not hollow.
 
     Example:
         >>> HollowMLP(4)(torch.tensor(0.5), torch.randn(2, 4)).shape
@@ -71,7 +71,7 @@ class HollowMLP(Hollow):
         return self.joint(self._joined(t, x)).view_as(x)
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and its divergence, the sum of the derivatives of tau in x_i."""
+        """Value `(k, *event)` and divergence `(k,)`, the sum of the derivatives of tau in x_i."""
         joined = self._joined(t, x)
         self.require_hollow(t, x)
         own = joined.new_zeros(joined.shape[-1])
@@ -80,7 +80,7 @@ class HollowMLP(Hollow):
         return value.view_as(x), slope.expand_as(value).sum(dim=(1, 2))
 
     def conditioner(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch size features"]:
-        """h: what each entry is told of the others."""
+        """Features h of each entry, functions of the other entries."""
         flat, times = self.parts(x)[..., 0], condition(t, x, None, 0, self.time_embedding)
         before = self.before(torch.cat([times, flat], dim=1))
         behind = self.behind(torch.cat([times, flat.flip(1)], dim=1))
@@ -91,7 +91,7 @@ class HollowMLP(Hollow):
         """The entries.
 
         Raises:
-            NetworkError: x has another shape than the network was built for.
+            NetworkError: x does not have the shape that the network was built for.
         """
         if x.shape[1:] != self.event_shape:
             raise NetworkError(
@@ -100,14 +100,14 @@ class HollowMLP(Hollow):
         return x.reshape(len(x), self.size, 1)
 
     def _joined(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch size inputs"]:
-        """The inputs of tau: an entry, what it is told, and the time."""
-        parts, told = self.parts(x), self.conditioner(t, x)
+        """Inputs of tau: an entry, its features, and the time."""
+        parts, features = self.parts(x), self.conditioner(t, x)
         times = condition(t, x, None, 0, self.time_embedding)
-        return torch.cat([parts, told, times[:, None].expand(-1, self.size, -1)], dim=2)
+        return torch.cat([parts, features, times[:, None].expand(-1, self.size, -1)], dim=2)
 
 
 class _MaskedLinear(nn.Linear):
-    """A linear layer, some of whose weights are zero and stay so."""
+    """A linear layer with some weights fixed at zero."""
 
     mask: Tensor
 
@@ -122,7 +122,7 @@ class _MaskedLinear(nn.Linear):
 def _masked(
     size: int, times: int, hidden: Sequence[int], features: int, activation: Callable[[], nn.Module]
 ) -> nn.Module:
-    """A network of times and `size` entries, whose outputs number i see the entries before number i only.
+    """Network of times and `size` entries, whose i-th outputs see only the entries before the i-th.
 
     A unit of degree m sees the first m entries; a weight leads from a unit to one of no lower degree.
     """

@@ -13,7 +13,7 @@ __all__ = ["MLP", "fully_connected"]
 
 
 def fully_connected(widths: Sequence[int], activation: Callable[[], nn.Module], bias: bool = True) -> nn.Sequential:
-    """Linear layers of these widths with activations between them; `bias` is the last one's."""
+    """Linear layers of these widths with activations between them; `bias` is that of the last layer."""
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths[:-1]):
         layers += [nn.Linear(before, after), activation()]
@@ -21,26 +21,34 @@ def fully_connected(widths: Sequence[int], activation: Callable[[], nn.Module], 
 
 
 class MLP(nn.Module):
-    """Fully connected layers over the flattened event, time and context concatenated to it.
+    """Multilayer perceptron over the flattened event, with time and context concatenated to it.
 
         h_0 = [x, embedding(t), context],   h_(l+1) = activation(W_l h_l + b_l),   net(t, x) = W_L h_L + b_L
 
-    Divergence: with up to two hidden layers `Exact` costs about one matrix product more than the value, whatever
-    the event's size; with more, about that of the layers' width, or D products. The activation should be
-    smooth: a ReLU's derivative jumps, so its divergence jumps in time, which costs quadrature and adaptive solvers
-    their order, and is piecewise constant in x, with no useful gradient.
+    Divergence: with up to two hidden layers `Exact` costs about one matrix product more than the value, whatever the size of the
+    event. With more layers it costs about as many products as the layers are wide, or D products.
+
+    The activation should be smooth. The derivative of a ReLU jumps: its divergence jumps in time, so that quadrature and
+    adaptive solvers lose their order, and it is piecewise constant in x, with no useful gradient.
 
     Args:
         event_shape: shape of one sample, without the batch; an int for vectors.
         hidden: width of each hidden layer.
         activation: class or function that makes an activation module.
         context_features: number of features of the (flattened) context; 0 for none.
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
-        time_embedding: a module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)` with its number of
-            features as attribute; None for time itself, one feature.
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
+        time_embedding: module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)`, with an attribute `features`;
+            None for time itself, one feature.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
+
+    Raises:
+        NetworkError: the time embedding has no attribute `features`; in a call, the context has another number of features.
+
+    Example:
+        >>> MLP(2, hidden=(32, 32))(torch.tensor(0.5), torch.randn(4, 2)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(

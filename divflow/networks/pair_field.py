@@ -14,32 +14,32 @@ __all__ = ["PairField"]
 
 
 class PairField(nn.Module):
-    """The sum of what each other particle does to one, along the line that joins them and by their distance.
+    """Field of pair forces between particles, along the line that joins them, by their distance.
 
         net(t, x)_i = sum_j (x_i - x_j) phi(|x_i - x_j|, t),        phi = mlp([features(u), embedding(t)]) / u,   u = sqrt(1 + r^2)
 
-    Divided by u, forces grow with the distance no faster than the distance, so that no trajectory ends in finite time.
-    It goes with rotations, reflections and permutations of the particles, ignores translations, and leaves their centre of
-    mass where it is (Köhler, Klein & Noé 2020, arXiv:2006.02425): with `MeanFreeNormal` as base it makes
-    a flow of particles without centre of mass.
+    - Because of the division by u, forces grow no faster than the distance, so no trajectory ends in finite time.
+    - The field is equivariant to rotations, reflections and permutations of the particles, invariant to translations, and keeps
+      their centre of mass (Köhler, Klein & Noé 2020, arXiv:2006.02425). With the base `MeanFreeNormal` it makes a flow of
+      particles without centre of mass.
 
-    Divergence: its own, closed: each ordered pair gives d phi + r phi'(r), at the price of two or three values whatever the
-    number of particles is.
+    Divergence: its own closed form. Each ordered pair gives d phi + r phi'(r), at two to three times the cost of the value for any
+    number of particles.
 
     Args:
         event_shape: `(particles, dimensions)`.
-        hidden: width of each hidden layer of phi, one at least.
-        gaussians: features of a distance beside itself, for positions of unit variance (`RadialLinear`).
-        activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        hidden: width of each hidden layer of phi, at least one.
+        gaussians: number of Gaussian features of a distance beside itself, for positions of unit variance (`RadialLinear`).
+        activation: class or function that makes an activation module, an elementwise function; a smooth one (see `MLP`).
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: as for `MLP`.
 
     Shape:
         t `()` or `(k,)`, x `(k, particles, dimensions)`; returns x's shape.
 
     Raises:
-        ValueError: gaussians that are no whole number of at least 0.
-        NetworkError: an event shape that is none of particles or no hidden layer; by a call, particles of another number.
+        ValueError: gaussians is not a whole number of at least 0.
+        NetworkError: the event shape is not one of particles, or hidden is empty; in a call, x has another number of particles.
 
     Example:
         >>> PairField((5, 3))(torch.tensor(0.5), torch.randn(2, 5, 3)).shape
@@ -62,7 +62,7 @@ class PairField(nn.Module):
         super().__init__()
         self.event_shape, self.time_embedding = particle_shape(event_shape, "PairField"), time_embedding
         if not hidden:
-            raise NetworkError("PairField needs a hidden layer at least, but hidden is empty")
+            raise NetworkError("PairField needs at least one hidden layer, but hidden is empty")
         self.distance = RadialLinear(hidden[0], gaussians)
         self.time = nn.Linear(time_features(time_embedding), hidden[0], bias=False)
         self.layers = nn.Sequential(activation(), *perceptron([*hidden, 1], activation, zero_init))
@@ -74,12 +74,12 @@ class PairField(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The field's value at (t, x); see the class for the shapes."""
+        """Value of the field at (t, x); see the class for the shapes."""
         difference, _, u = self._pairs(x)
         return self.incidence @ (difference / u * self.layers(self.distance(u) + self._of_time(t, x)))
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and its divergence, twice the sum over pairs of d phi + r phi'(r)."""
+        """Value `(k, particles, dimensions)` and divergence `(k,)`, twice the sum over pairs of d phi + r phi'(r)."""
         difference, squared, u = self._pairs(x)
         of_distance, its_slope = self.distance.with_slope(u)
         force, slope = push_forward(self.layers, of_distance + self._of_time(t, x), its_slope)
@@ -93,5 +93,5 @@ class PairField(nn.Module):
         return difference, *distances(difference)
 
     def _of_time(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch one hidden"]:
-        """What the first layer makes of time."""
+        """First layer, applied to time."""
         return self.time(condition(t, x, None, 0, self.time_embedding))[:, None]

@@ -1,4 +1,4 @@
-"""What networks of particles share: events `(particles, dimensions)`, distances, and features of kinds and of time."""
+"""Shared parts of networks of particles: event shapes `(particles, dimensions)`, distances, and features of kinds and of time."""
 
 from collections.abc import Sequence
 
@@ -19,26 +19,26 @@ __all__ = [
     "particle_shape",
 ]
 
-# Where Gaussians of distances are: of data of unit variance, clusters of tens of particles are no wider.
+# Range of the Gaussians of distances: at unit variance, clusters of tens of particles are no wider.
 _REACH = 6.0
 
 
 def particle_shape(event_shape: int | Sequence[int], network: str) -> tuple[int, int]:
-    """Number of particles and of spatial dimensions.
+    """Number of particles and of spatial dimensions of an event shape.
 
     Raises:
-        NetworkError: the event is no such thing, or one particle.
+        NetworkError: the event shape is not `(particles, dimensions)`, or has only one particle.
     """
     shape = checked_event_shape(event_shape)
     if len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
         raise NetworkError(
-            f"{network} needs events (particles, dimensions) of at least two particles, but the event shape is {shape}"
+            f"{network} needs events (particles, dimensions) with at least two particles, but the event shape is {shape}"
         )
     return shape[0], shape[1]
 
 
 def check_particles(x: Tensor, event_shape: tuple[int, int]) -> None:
-    """Refuse particles of another number or in other dimensions.
+    """Refuse another number of particles or of dimensions.
 
     Raises:
         NetworkError: naming both.
@@ -46,37 +46,37 @@ def check_particles(x: Tensor, event_shape: tuple[int, int]) -> None:
     if x.shape[1:] != event_shape:
         raise NetworkError(
             f"the network was built for {event_shape[0]} particles in {event_shape[1]} dimensions, x of shape "
-            f"(k, {event_shape[0]}, {event_shape[1]}), but x has shape {tuple(x.shape)}; build one for particles of another number"
+            f"(k, {event_shape[0]}, {event_shape[1]}), but x has shape {tuple(x.shape)}. Build a network for that number of particles"
         )
 
 
 def distances(difference: Float[Tensor, "*pairs dimensions"]) -> tuple[Tensor, Tensor]:
-    """r^2 and u = sqrt(1 + r^2) of differences, `(*pairs, 1)`: a distance that is smooth where particles meet."""
+    """Squared distances r^2 of differences, and u = sqrt(1 + r^2), which is smooth where particles meet, `(*pairs, 1)`."""
     squared = difference.square().sum(dim=-1, keepdim=True)
     return squared, (1 + squared).sqrt()
 
 
 def off_diagonal(x: Tensor) -> Float[Tensor, "1 particles particles 1"]:
-    """One for each pair of different particles, zero for a particle and itself."""
+    """One for each pair of different particles, zero for a particle with itself."""
     return (1 - torch.eye(x.shape[1], dtype=x.dtype, device=x.device))[None, :, :, None]
 
 
 def centered(v: Float[Tensor, "batch particles dimensions"]) -> Float[Tensor, "batch particles dimensions"]:
-    """Without the mean over particles. Of a field that is the same wherever all particles are, it has the same divergence."""
+    """Subtract the mean over particles. This does not change the divergence of a field that is invariant to translations."""
     return v - v.mean(dim=1, keepdim=True)
 
 
 class RadialLinear(nn.Module):
-    """A linear layer over features of a distance u: u itself, and Gaussians of it (Schütt et al. 2017, arXiv:1706.08566).
+    """Linear layer over features of a distance u: u itself, and Gaussians of it (Schütt et al. 2017, arXiv:1706.08566).
 
         W [u, exp(-((u - mu_1) / w)^2 / 2), ...] + b,      mu_k from 1 to 7, w their spacing
 
-    Without the Gaussians, forces that are sharp in the distance take several times as many steps to learn.
+    Without the Gaussians, forces that are sharp in the distance take several times as many training steps.
 
     Args:
-        out: features that it returns.
-        gaussians: how many; from 0.
-        bias: whether there is b.
+        out: number of output features.
+        gaussians: number of Gaussians, at least 0.
+        bias: whether there is a bias b.
     """
 
     centers: Tensor
@@ -89,11 +89,11 @@ class RadialLinear(nn.Module):
         self.width = _REACH / max(1, gaussians - 1)
 
     def forward(self, u: Float[Tensor, "*pairs 1"]) -> Float[Tensor, "*pairs out"]:
-        """The layer's value."""
+        """Value of the layer."""
         return self.linear(torch.cat([u, self._bumps(u)], dim=-1))
 
     def with_slope(self, u: Float[Tensor, "*pairs 1"]) -> tuple[Tensor, Tensor]:
-        """The value, and its derivative in u."""
+        """Value, and its derivative in u."""
         bumps = self._bumps(u)
         slopes = torch.cat([torch.ones_like(u), (self.centers - u) / self.width**2 * bumps], dim=-1)
         return self.linear(torch.cat([u, bumps], dim=-1)), nn.functional.linear(slopes, self.linear.weight)
@@ -103,19 +103,19 @@ class RadialLinear(nn.Module):
 
 
 class ParticleFeatures(nn.Module):
-    """Features of each particle to start from: its kind's, and those of the time.
+    """Initial features of each particle: those of its kind plus those of the time.
 
     Args:
-        particles: how many.
-        features: of each.
-        types: the kind of each particle, such as an atom's, counted from 0; None if all are alike.
+        particles: number of particles.
+        features: number of features of each.
+        types: kind of each particle, such as an atom's, counted from 0; None if all are alike.
         time_embedding: as for `MLP`.
 
     Shape:
         t `()` or `(k,)`, x `(k, particles, dimensions)`; returns `(k, particles, features)`.
 
     Raises:
-        NetworkError: types that are no whole number for each particle.
+        NetworkError: types are not a whole number for each particle.
     """
 
     types: Tensor
@@ -127,7 +127,7 @@ class ParticleFeatures(nn.Module):
         kinds = torch.as_tensor([0] * particles if types is None else list(types))
         if kinds.shape != (particles,) or kinds.is_floating_point() or kinds.min() < 0:
             raise NetworkError(
-                f"types must be a whole number from 0 for each of {particles} particles, but is {types!r}"
+                f"types must hold a whole number of at least 0 for each of {particles} particles, but is {types!r}"
             )
         self.register_buffer("types", kinds, persistent=False)
         self.kinds = nn.Embedding(int(kinds.max()) + 1, features)
@@ -135,5 +135,5 @@ class ParticleFeatures(nn.Module):
         self.time_embedding = time_embedding
 
     def forward(self, t: Tensor, x: Tensor) -> Float[Tensor, "batch particles features"]:
-        """The features at time t."""
+        """Features at time t."""
         return self.kinds(self.types) + self.time(condition(t, x, None, 0, self.time_embedding))[:, None]

@@ -1,4 +1,4 @@
-"""Gradient fields: velocities and scores that are the gradient of a scalar potential, with its Laplacian as divergence."""
+"""Gradient fields: velocities and scores that are gradients of a scalar potential, whose divergence is its Laplacian."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,24 +17,26 @@ __all__ = ["MLPPotential", "Potential", "QuadraticPotential"]
 
 
 class Potential(nn.Module):
-    """The gradient of a potential, v(t, x) = sign * grad_x (phi + quadratic)(t, x).
+    """Gradient of a potential as a field.
 
-    With sign -1 it is the velocity of OT-Flow (Onken et al. 2021, arXiv 2006.00104), or the score of an energy phi.
-    The divergence is the Laplacian, which `value_and_divergence` carries forward with the gradient where the
-    operations of phi have rules (`divflow.operators.forward_laplacian`): no double backward is left, not in training either. phi should
-    be smooth: the divergence takes its second derivatives, and training the third ones.
+        v(t, x) = sign * grad_x (phi + quadratic)(t, x),      div v = sign * laplacian (phi + quadratic)
+
+    With sign -1 it is the velocity of OT-Flow (Onken et al. 2021, arXiv 2006.00104), or the score of an energy phi. Where the
+    operations of phi have rules, `value_and_divergence` carries the Laplacian forward with the gradient
+    (`divflow.operators.forward_laplacian`), without a double backward pass, also in training. phi should be smooth: the divergence takes its
+    second derivatives, and training the third ones.
 
     Args:
-        phi: a module `phi(t, x) -> (k,)`, or `phi(t, x, context)` for a conditional field.
+        phi: module `phi(t, x) -> (k,)`, or `phi(t, x, context)` for a conditional field.
         sign: 1 or -1.
-        quadratic: another potential that is added, such as `QuadraticPotential`; None for none.
+        quadratic: another potential to add, such as `QuadraticPotential`; None for none.
 
     Shape:
-        t `()` or `(k,)`, x `(k, *event)`, context a row a sample; returns `(k, *event)`.
+        t `()` or `(k,)`, x `(k, *event)`, context one row a sample; returns `(k, *event)`.
 
     Raises:
-        NetworkError: another sign.
-        FieldError: by a call, where phi does not return one number a sample, or a complex one.
+        NetworkError: sign is neither 1 nor -1.
+        FieldError: in a call, phi does not return one real number a sample.
 
     Example:
         >>> class Bowl(nn.Module):
@@ -47,32 +49,32 @@ class Potential(nn.Module):
     def __init__(self, phi: nn.Module, sign: int = 1, quadratic: nn.Module | None = None) -> None:
         super().__init__()
         if sign not in (1, -1):
-            raise NetworkError(f"sign must be 1 or -1, but is {sign}; put any other factor into phi")
+            raise NetworkError(f"sign must be 1 or -1, but is {sign}. Include any other factor in phi")
         self.phi, self.sign, self.quadratic = phi, sign, quadratic
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The gradient at (t, x); see the class for the shapes."""
+        """Gradient at (t, x); see the class for the shapes."""
         return self.sign * gradient(lambda z: self.potential(t, z, context), x)
 
     def potential(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Float[Tensor, " batch"]:
-        """The potential itself, phi + quadratic, without the sign."""
+        """Potential phi + quadratic, without the sign."""
         value = self.phi(*_copies(t, x) if context is None else _copies(t, x, context))
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise FieldError(
                 f"phi must return one number a sample, shape ({x.shape[0]},) for x of shape {tuple(x.shape)}, but "
-                f"returned {found}; sum over the event's dimensions, or squeeze a last one of size 1"
+                f"returned {found}. Sum over the event's dimensions, or squeeze a last one of size 1"
             )
         value = value if self.quadratic is None else value + self.quadratic(*_copies(t, x))
         if value.is_complex():
             raise FieldError(
-                f"a potential must be real, as its field is, but phi returned {value.dtype}; take its real part, or derive a wave "
-                "function by divflow.operators, whose derivatives are complex"
+                f"a potential must be real, as its field is, but phi returned {value.dtype}. Take its real part, or differentiate a wave "
+                "function by divflow.operators, whose derivatives may be complex"
             )
         return value
 
     def value_and_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> ValueAndDivergence:
-        """The field `(k, *event)` and its divergence `(k,)`, sign times the Laplacian, from one pass.
+        """Field `(k, *event)` and its divergence `(k,)`, sign times the Laplacian, from one pass.
 
         Raises:
             FieldError: phi does not return one number a sample, or mixes samples.
@@ -92,25 +94,27 @@ def _copies(*given: Tensor) -> list[Tensor]:
 
 
 class QuadraticPotential(nn.Module):
-    """OT-Flow's quadratic part, 1/2 s^T A^T A s + b^T s with s = [x, t] (Onken et al. 2021, equation 9).
+    """Quadratic part of OT-Flow's potential, with s = [x, t] (Onken et al. 2021, equation 9).
 
-    Its constant is left out, which no field shows and no training finds. It starts with b = 0 and small A.
+        1/2 s^T A^T A s + b^T s
+
+    The constant is left out, because the field does not depend on it. b starts at 0, and A small.
 
     Args:
         event_shape: shape of one sample, without the batch; an int for vectors.
-        rank: the number of rows of A, at most D + 1.
+        rank: number of rows of A, at most D + 1.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`; returns `(k,)`.
 
     Raises:
-        NetworkError: a rank below 1.
+        NetworkError: rank is below 1.
     """
 
     def __init__(self, event_shape: int | Sequence[int], rank: int = 10) -> None:
         super().__init__()
         if rank < 1:
-            raise NetworkError(f"rank must be at least 1, but is {rank}; leave the quadratic part out for none")
+            raise NetworkError(f"rank must be at least 1, but is {rank}. For no quadratic part, leave it out")
         size = 1 + math.prod((event_shape,) if isinstance(event_shape, int) else event_shape)
         self.linear = nn.Parameter(torch.zeros(size))
         self.square_root = nn.Parameter(torch.randn(min(rank, size), size) / size)
@@ -122,23 +126,26 @@ class QuadraticPotential(nn.Module):
 
 
 class MLPPotential(Potential):
-    """The gradient of a multilayer perceptron with one output, over the flattened event, time and context.
+    """Gradient of a multilayer perceptron with one output, over the flattened event, time and context.
 
-    With one hidden layer its divergence costs about what its value does, with more about one forward pass a
-    dimension.
+    Divergence: with one hidden layer it costs about what the value does, with more about one forward pass a dimension.
 
     Args:
         event_shape: shape of one sample, without the batch; an int for vectors.
         hidden: width of each hidden layer.
         activation: class or function that makes an activation module; twice differentiable.
         context_features: number of features of the (flattened) context; 0 for none.
-        zero_init: start with a last layer of zeros: without quadratic part the field vanishes.
-        time_embedding: a module such as `SinusoidalEmbedding`; None for time itself.
+        zero_init: start with a last layer of zeros, so that without quadratic part the field vanishes.
+        time_embedding: module such as `SinusoidalEmbedding`; None for time itself.
         sign: 1 or -1.
-        quadratic_rank: of a `QuadraticPotential` that is added; 0 for none.
+        quadratic_rank: rank of a `QuadraticPotential` that is added; 0 for none.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
+
+    Example:
+        >>> MLPPotential(2)(torch.tensor(0.5), torch.randn(4, 2)).shape
+        torch.Size([4, 2])
     """
 
     def __init__(
@@ -157,7 +164,7 @@ class MLPPotential(Potential):
 
 
 class _ScalarMLP(nn.Module):
-    """Fully connected layers to one number; the last has no bias, which the gradient would not show."""
+    """Fully connected layers to one number; the last has no bias, on which the gradient would not depend."""
 
     def __init__(
         self,

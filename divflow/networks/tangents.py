@@ -1,4 +1,4 @@
-"""Layers through which tangents are carried beside the value: linear maps, and functions of single entries."""
+"""Layers that carry tangents beside the value: linear maps, and elementwise functions."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +22,10 @@ def perceptron(widths: Sequence[int], activation: Callable[[], nn.Module], zero_
 
 
 def push_forward(layers: Iterable[nn.Module], h: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """The value and the derivatives in some directions, `f(h)` and `J v`, at the cost of one more product a direction.
+    """Value and directional derivatives, `f(h)` and `J v`, at the cost of one more product a direction.
 
     Args:
-        layers: linear ones, and others that are functions of single entries.
+        layers: linear layers and elementwise functions.
         h: `(*rows, features)`.
         tangents: v, `(*directions, *rows, features)`, or what broadcasts to it.
 
@@ -42,7 +42,7 @@ def push_forward(layers: Iterable[nn.Module], h: Tensor, tangents: Tensor) -> tu
 
 
 def _value_and_slope(layer: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]:
-    """By reverse mode, whose conventions at kinks are autograd's."""
+    """Value and derivative by reverse mode, with autograd's conventions at kinks."""
     requires_grad = h.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
     differentiable = requires_grad and torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():

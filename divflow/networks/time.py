@@ -1,4 +1,4 @@
-"""Times as several features: waves of different frequencies, from which a network tells close times apart."""
+"""Embeddings of time: waves of different frequencies, by which a network distinguishes close times."""
 
 import math
 
@@ -12,27 +12,30 @@ __all__ = ["GaussianFourierEmbedding", "SinusoidalEmbedding"]
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Time and waves of fixed frequencies in geometric progression (as the positions of Vaswani et al. 2017).
+    """Embed time as time itself and waves of fixed frequencies, in geometric progression (Vaswani et al. 2017).
 
         [t, sin(w_2 t), ..., sin(w_m t), cos(w_1 t), ..., cos(w_m t)],   w_i = max_frequency^((i - 1) / (m - 1))
 
-    m is half the number of features. Time itself stands in place of sin(w_1 t), w_1 = 1, from which it hardly differs
-    on [0, 1]; it is one to one where the flow's times go further. It has no parameters, and nothing to save.
+    m is half the number of features. Time itself replaces sin(w_1 t), w_1 = 1: on [0, 1] the two hardly differ, and beyond it time is
+    still one to one. The embedding has no parameters, and nothing to save.
 
-    Discrete diffusion models use frequencies up to 1000 in these units. A field that is integrated in continuous time
-    pays for them: steps of an adaptive solver and nodes of a quadrature must resolve the fastest wave that the network
-    takes up. On untrained MLPs (two hidden layers, 32 features) dopri5 at a tolerance of 1e-5 took 1.5 times the
-    evaluations of time alone with a maximum of 10, 4 times with 50, 10 times with 200, 30 times with 1000.
+    High frequencies cost evaluations in continuous time, because the steps of an adaptive solver and the nodes of a quadrature must
+    resolve the fastest wave that the network uses. Discrete diffusion models use up to 1000 in these units. Evaluations of
+    dopri5 at a tolerance of 1e-5, relative to time alone, for untrained MLPs (two hidden layers, 32 features):
+
+    | max_frequency | 10 | 50 | 200 | 1000 |
+    |---|---|---|---|---|
+    | evaluations | 1.5 | 4 | 10 | 30 |
 
     Args:
-        features: how many columns; even.
-        max_frequency: of the fastest wave, in radians per unit of time.
+        features: number of columns, even.
+        max_frequency: frequency of the fastest wave, in radians per unit of time.
 
     Shape:
         t `(n,)`, returns `(n, features)`, in t's dtype but not below float32.
 
     Raises:
-        NetworkError: features that are not even and positive, or a frequency that is not positive.
+        NetworkError: features are not even and positive, or the frequency is not positive.
 
     Example:
         >>> SinusoidalEmbedding(4, max_frequency=10.0)(torch.tensor([0.0, 0.5]))
@@ -45,8 +48,8 @@ class SinusoidalEmbedding(nn.Module):
         self.features, self.max_frequency = _even(features), _positive(max_frequency, "max_frequency")
 
     def forward(self, t: Real[Tensor, " n"]) -> Float[Tensor, "n features"]:
-        """The features of each time; see the class."""
-        # Made anew at each call, frequencies are exact in every dtype, whatever the module was converted to.
+        """Features of each time; see the class."""
+        # Computed at each call, frequencies are exact in every dtype, whatever the module was converted to.
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         exponents = torch.linspace(0, 1, self.features // 2, dtype=t.dtype, device=t.device)
         return _waves(t, self.max_frequency**exponents)
@@ -57,25 +60,25 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class GaussianFourierEmbedding(nn.Module):
-    """Time and waves of random frequencies, drawn once when it is built (Tancik et al. 2020; Song et al. 2021).
+    """Embed time as time itself and waves of random frequencies (Tancik et al. 2020; Song et al. 2021).
 
         [t, sin(2 pi w_2 t), ..., sin(2 pi w_m t), cos(2 pi w_1 t), ..., cos(2 pi w_m t)],   w_i ~ N(0, scale^2)
 
-    m is half the number of features. The frequencies come from torch's generator, as parameters do; they are saved
-    with the network, and not learned.
+    m is half the number of features. The frequencies are drawn from torch's generator when the embedding is built. They are
+    saved with the network, and not trained.
 
-    Song et al. take a scale of 16, for the logarithm of the noise level. The default is lower, since high frequencies
-    cost evaluations in continuous time (see `SinusoidalEmbedding`): with 4 as many as there with a maximum of 50.
+    Song et al. use a scale of 16, for the logarithm of the noise level. The default is lower, because high frequencies cost
+    evaluations in continuous time: a scale of 4 costs as many as `SinusoidalEmbedding` with a maximum of 50.
 
     Args:
-        features: how many columns; even.
+        features: number of columns, even.
         scale: standard deviation of the frequencies, in cycles per unit of time.
 
     Shape:
         t `(n,)`, returns `(n, features)`, in t's dtype but not below float32.
 
     Raises:
-        NetworkError: features that are not even and positive, or a scale that is not positive.
+        NetworkError: features are not even and positive, or the scale is not positive.
     """
 
     frequencies: Tensor
@@ -86,7 +89,7 @@ class GaussianFourierEmbedding(nn.Module):
         self.register_buffer("frequencies", self.scale * torch.randn(self.features // 2))
 
     def forward(self, t: Real[Tensor, " n"]) -> Float[Tensor, "n features"]:
-        """The features of each time; see the class."""
+        """Features of each time; see the class."""
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         return _waves(t, 2 * math.pi * self.frequencies.to(t.dtype))
 

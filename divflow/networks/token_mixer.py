@@ -1,4 +1,4 @@
-"""One layer of self-attention between token-wise networks, whose divergence takes one product for each entry of a token."""
+"""One layer of self-attention between token-wise networks; its divergence takes one product for each entry of a token."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,34 +15,34 @@ __all__ = ["TokenMixer"]
 
 
 class TokenMixer(nn.Module):
-    """Tokens that are seen one by one, then attend to each other once, and are seen one by one again.
+    """Process tokens one by one, let them attend to each other once, and process them one by one again.
 
         e_i = before(x_i, t),    h = e + out(softmax(q k^T / sqrt(w)) v),    net(t, x)_i = after(h_i)
 
-    with several heads, q, k, v linear in e, w the width of a head (Vaswani et al. 2017, arXiv:1706.03762). It goes with
-    permutations of tokens of one type.
+    The attention has several heads of width w; q, k and v are linear in e (Vaswani et al. 2017, arXiv:1706.03762). The network is
+    equivariant to permutations of tokens of one type.
 
-    Divergence: its own. The block d h_i / d x_i of a token needs no other token's derivative, since token i enters its own
-    output by its query, and by its own key and value at the weight that it gives itself. So it costs as many products as a
-    token has entries, however many tokens there are; several layers of attention have no such form.
+    Divergence: its own closed form. Token i enters its own output by its query, and by its key and value at the weight that it
+    gives itself, so the block d h_i / d x_i needs no other token's derivative. It costs as many products as a token has
+    entries, for any number of tokens. Several layers of attention have no such form.
 
     Args:
         event_shape: `(tokens, entries)`.
-        hidden: width of each hidden layer of `before` and, in the same order, of `after`; one at least.
-        width: of a token between them, all heads together.
-        heads: of the attention; divides the width.
-        activation: class or function that makes an activation module, a function of single entries; a smooth one (see `MLP`).
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        hidden: width of each hidden layer of `before` and, in the same order, of `after`; at least one.
+        width: width of a token between them, all heads together.
+        heads: number of heads; divides the width.
+        activation: class or function that makes an activation module, an elementwise function; a smooth one (see `MLP`).
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: as for `MLP`.
-        types: the kind of each token, counted from 0, which `before` is told; `range(tokens)` if each has its own meaning,
+        types: kind of each token, counted from 0, as an input of `before`. Use `range(tokens)` if each has its own meaning,
             None if they are alike.
 
     Shape:
         t `()` or `(k,)`, x `(k, tokens, entries)`; returns x's shape.
 
     Raises:
-        NetworkError: an event shape that is none of tokens, no hidden layer, heads that do not divide the width, or types
-            that are no whole number for each token; by a call, tokens of another number.
+        NetworkError: the event shape is not one of tokens, hidden is empty, heads do not divide the width, or types are not a
+            whole number for each token; in a call, x has another number of tokens.
 
     Example:
         >>> TokenMixer((16, 4))(torch.tensor(0.5), torch.randn(2, 16, 4)).shape
@@ -63,9 +63,9 @@ class TokenMixer(nn.Module):
         super().__init__()
         self.event_shape, self.heads = particle_shape(event_shape, "TokenMixer"), heads
         if not hidden:
-            raise NetworkError("TokenMixer needs a hidden layer at least, but hidden is empty")
+            raise NetworkError("TokenMixer needs at least one hidden layer, but hidden is empty")
         if heads < 1 or width % heads:
-            raise NetworkError(f"heads must divide the width, but are {heads} of width {width}")
+            raise NetworkError(f"heads must divide width, but got heads={heads} and width={width}")
         tokens, entries = self.event_shape
         self.first = nn.Linear(entries, hidden[0], bias=False)
         self.features = ParticleFeatures(tokens, hidden[0], types, time_embedding)
@@ -82,7 +82,7 @@ class TokenMixer(nn.Module):
         return self.after(tokens + self.out(self._join(_weights(q, k) @ v)))
 
     def value_and_divergence(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value and its divergence, from each token's derivatives in its own entries."""
+        """Value `(k, tokens, entries)` and divergence `(k,)`, from the derivatives of each token in its own entries."""
         check_particles(x, self.event_shape)
         entries = self.event_shape[1]
         directions = self.first.weight.T.reshape(entries, 1, 1, -1)

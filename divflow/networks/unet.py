@@ -1,4 +1,4 @@
-"""A small UNet: convolutions at several resolutions, over image-shaped events."""
+"""A small UNet over image-shaped events: convolutions at several resolutions."""
 
 import itertools
 import math
@@ -18,32 +18,32 @@ _WAVES = SinusoidalEmbedding(32)
 
 
 class UNet(nn.Module):
-    """Residual blocks down to low resolution and up again (Ronneberger et al. 2015; Ho et al. 2020), as score or velocity.
+    """UNet as score or velocity: residual blocks down and up again (Ronneberger et al. 2015; Ho et al. 2020).
 
         block(h) = h + conv(activation(norm(conv(activation(norm(h))) + W c))),   c = mlp([embedding(t), context])
 
-    A convolution of stride 2 leads to each next level, nearest neighbours and a convolution back, where the features
+    A convolution of stride 2 leads down to the next level. Nearest neighbours and a convolution lead up again, where features
     of the way down are concatenated. `GroupNorm` acts within a sample, so samples stay independent.
 
-    Divergence: normalization (like attention) lets every pixel see all others, so `Exact` takes D products; `Hutchinson`
-    is the choice for all but small images.
+    Divergence: normalization and attention let every pixel see all others, so `Exact` takes D products. Use `Hutchinson` for all but
+    small images.
 
     Args:
         event_shape: `(channels, height, width)`.
-        channels: of each level, from full resolution to the lowest.
+        channels: channels of each level, from full resolution to the lowest.
         blocks: residual blocks of each level, on the way down and on the way up.
         attention: attend to all pixels of the lowest level.
         activation: class or function that makes an activation module; a smooth one (see `MLP`).
         context_features: number of features of the (flattened) context; 0 for none.
-        zero_init: start with a last layer of zeros: the field vanishes and a flow is the identity.
+        zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: as for `MLP`, a sinusoidal one by default; None for time itself, one feature.
 
     Shape:
         t `()` or `(k,)`, x `(k, channels, height, width)`, context `(k, context_features)`; returns x's shape.
 
     Raises:
-        NetworkError: an event that is no image, or whose height or width is no multiple of `2^(levels - 1)`, or no blocks
-            or channels.
+        NetworkError: the event is no image, its height or width is no multiple of `2^(levels - 1)`, or there are no blocks or
+            channels.
 
     Example:
         >>> UNet((3, 8, 8), channels=(8, 16))(torch.tensor(0.5), torch.randn(2, 3, 8, 8)).shape

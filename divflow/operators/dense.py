@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from divflow.operators.field import accumulation_dtype, event_size, flatten_event
 from divflow.operators.linearization import Linearization
-from divflow.operators.progress import tell
+from divflow.operators.progress import report
 from divflow.operators.transformed import transformed
 
 __all__ = [
@@ -118,7 +118,7 @@ def chunks(
             yield checkpoint(computed, start, stop, use_reentrant=False, preserve_rng_state=False)
         else:
             yield computed(start, stop)
-        tell("products", stop, count)
+        report("products", stop, count)
 
 
 def bounds(size: int, chunk_size: int) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 Field = Callable[[Tensor, Tensor], Tensor]
+"""A callable of time and states `(k, *event)` that returns the states' shape."""
 
 
 def event_size(x: Tensor) -> int:

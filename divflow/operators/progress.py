@@ -6,7 +6,7 @@ from contextvars import ContextVar
 
 import torch
 
-__all__ = ["tell", "watched"]
+__all__ = ["report", "watched"]
 
 Watcher = Callable[[str, int, int], None]
 """Called with what is counted, how many are done, and the total."""
@@ -28,7 +28,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _WATCHERS.set(tuple(other for other in _WATCHERS.get() if other is not watcher))
 
 
-def tell(what: str, done: int, total: int) -> None:
+def report(what: str, done: int, total: int) -> None:
     """Report to all watchers of this thread.
 
     Args:

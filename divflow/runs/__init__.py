@@ -1,1 +1,1 @@
-"""A run, from its config to what it leaves: settings, training, folder, logs and tables."""
+"""A run, from its config to its results: settings, training, folder, logs and tables."""

@@ -1,4 +1,4 @@
-"""torch.compile of the network of a run: where it can't work, and what it costs, said before."""
+"""torch.compile of the network of a run: what it costs, and where it can't work, reported before training."""
 
 import os
 import sysconfig
@@ -21,10 +21,10 @@ _COST = (
 
 
 def compile_network(density: FlowDensity | UnnormalizedDensity) -> None:
-    """Have a density's network compiled where it is first evaluated, and print what that costs.
+    """Compile the network of a density at its first evaluation, and print what that costs.
 
     Raises:
-        ConfigError: there is no C++ compiler, or no header of Python, which torch's needs.
+        ConfigError: there is no C++ compiler, or Python's header, which the compiler needs, is missing.
     """
     _check_compiler()
     rank_zero_only(print)(_COST)
@@ -43,11 +43,9 @@ def _check_compiler() -> None:
     except InvalidCxxCompiler as error:
         named = os.environ.get("CXX", "g++")
         raise ConfigError(
-            f"compile=true needs a C++ compiler, but {named} is not there or does not run; install g++, or name one by the environment "
+            f"compile=true needs a C++ compiler, but {named} is not there or does not run. Install g++, or name one by the environment "
             f"variable CXX, {off}"
         ) from error
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
-        raise ConfigError(
-            f"compile=true needs the headers of Python, but there is no {header}; install python3-dev, {off}"
-        )
+        raise ConfigError(f"compile=true needs Python's headers, but there is no {header}. Install python3-dev, {off}")

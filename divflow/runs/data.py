@@ -1,4 +1,4 @@
-"""The data of a run: divflow's own or a data module of one's own, and what a density must know of them."""
+"""The data of a run, divflow's or your own data module, and what a density must know of them."""
 
 import inspect
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ __all__ = ["build_data", "data_description"]
 
 
 def build_data(settings: Mapping[str, Any]) -> tuple[L.LightningDataModule, Keys | None]:
-    """The data module of a config, and where the parts of its batches are.
+    """Build the data module of a config; return it with `keys`, which names the parts of its batches.
 
     Args:
-        settings: plain, a class by `_target_` and its arguments; `keys` are no argument of it.
+        settings: plain values: a class by `_target_`, its arguments, and `keys`, which is no argument of it.
 
     Raises:
         ConfigError: an argument is missing.
-        DataError: it is no data module with all three loaders, or the keys say nothing of x.
+        DataError: the result is no data module with all three loaders, or the keys do not name x.
     """
     if missing := [name for name, value in settings.items() if value == "???"]:
-        raise ConfigError(f"data.{missing[0]} must be given: data.{missing[0]}=...")
+        raise ConfigError(f"data.{missing[0]} must be given. Add data.{missing[0]}=...")
     keys = settings.get("keys")
     check_keys(keys)
     data = instantiate({name: value for name, value in settings.items() if name != "keys"}, _convert_="all")
@@ -38,19 +38,19 @@ def build_data(settings: Mapping[str, Any]) -> tuple[L.LightningDataModule, Keys
 
 
 def data_description(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, Any]) -> dict[str, Any]:
-    """What a density must know of the data that it is trained on, as plain values.
+    """Describe, as plain values, what a density must know of its training data.
 
-    Of a data module of one's own they are its attributes `event_shape` and `transform`, where it has them; else the shapes of its
-    first training batch, and the data as they are.
+    For your own data module these are its attributes `event_shape` and `transform`, if it has them. Otherwise the shapes are those of
+    the first training batch, and the data are not transformed.
 
     Args:
-        data: divflow's, or any other.
+        data: data module, divflow's or any other.
         keys: where the parts of its batches are.
-        network: the config of the network that is to be built, which may ask for the features of the context.
+        network: config of the network, which may ask for the number of context features.
 
     Raises:
-        DataError: a batch that can't be read.
-        ConfigError: a context that a network of divflow does not take.
+        DataError: a batch can't be read.
+        ConfigError: divflow's networks do not take the context.
     """
     if not isinstance(data, TensorDataModule):
         return _own(data, keys, network)
@@ -73,10 +73,12 @@ def _own(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, A
     features = parts.context.shape[1] if is_features(parts.context) else 0
     ours, asks = network["_target_"].startswith("divflow."), _asks_for_features(network)
     if ours and not features:
-        told = ", ".join(f"{place} {leaf.dtype} {tuple(leaf.shape)}" for place, leaf in named_tensors(parts.context))
+        received = ", ".join(
+            f"{place} {leaf.dtype} {tuple(leaf.shape)}" for place, leaf in named_tensors(parts.context)
+        )
         raise ConfigError(
-            f"the networks of divflow take a context of floating-point features (k, n), but the batches have {told}; use network=custom "
-            "with a velocity(t, x, context) of your own, or say by data.keys what is no context"
+            f"the networks of divflow take a context of floating-point features (k, n), but the batches have {received}. Use network=custom "
+            "with a velocity(t, x, context) of your own, or leave the context out by data.keys"
         )
     return found | ({"context_features": features} if ours or (asks and features) else {})
 
@@ -84,5 +86,5 @@ def _own(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, A
 def _asks_for_features(network: Mapping[str, Any]) -> bool:
     try:
         return "context_features" in inspect.signature(get_object(network["_target_"])).parameters
-    except (ImportError, ValueError, TypeError):  # which is told where it is built
+    except (ImportError, ValueError, TypeError):  # which is reported when the network is built
         return False

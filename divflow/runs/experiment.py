@@ -29,7 +29,7 @@ from divflow.flow.evaluation_time import EvaluationTimeError
 from divflow.runs.compiled import compile_network
 from divflow.runs.data import build_data, data_description
 from divflow.runs.folder import claim, earlier_metrics, link_latest, save_config, save_results, take_along
-from divflow.runs.loggers import build_loggers, log_settings
+from divflow.runs.loggers import build_loggers, log_settings, own_wandb_run
 from divflow.runs.report import print_results
 from divflow.runs.signals import exit_code
 from divflow.runs.types import check_arguments, check_targets_arguments
@@ -42,24 +42,26 @@ from divflow.tasks.task import Task
 
 __all__ = ["train"]
 
-# What describes a density, beside its network and the ways to evaluate it.
+# Settings of a density besides its network, estimator, likelihood and solver.
 _FLOW = ("t_base", "t_data", "base")
 _SCORE = ("sde", "data_std", "noise_levels", "sampler")
 
 
 def train(config: DictConfig) -> dict[str, float]:
-    """Train, test and report.
+    """Train, test and report a run.
+
+    In `output_dir` the run leaves `config.yaml` (from which it can be started again), `metrics.csv`, `results.json`, `checkpoints/`,
+    `figures/` and `samples.npy`.
 
     Args:
-        config: as `configs/train.yaml` composes it. In its `output_dir` the run leaves `config.yaml` (from which it can be
-            started again), `metrics.csv`, `results.json`, `checkpoints/`, `figures/` and `samples.npy`.
+        config: as `configs/train.yaml` composes it.
 
     Returns:
-        The test metrics of the best checkpoint by name, and the validation's value by which it was the best.
+        The test metrics of the best checkpoint by name, and the validation value that made it the best.
 
     Raises:
         DivflowError: a setting, the data, the field or the solve is not what it needs to be.
-        SystemExit: after Ctrl-C (130) or SIGTERM (143), `checkpoints/last.ckpt` written.
+        SystemExit: after Ctrl-C (130) or SIGTERM (143), when `checkpoints/last.ckpt` has been written.
     """
     with contextlib.ExitStack() as held:
         return _train(config, held)
@@ -80,30 +82,31 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
     check_targets_arguments(_plain(config))
     check_arguments(L.Trainer, _plain(config.trainer), "trainer")
     check_arguments(L.Trainer, _plain(config.device), "device")
-    with _told_of("data"):
+    with _settings_of("data"):
         data, keys = build_data(_plain(config.data))
-    with _told_of("task"):
+    with _settings_of("task"):
         task = _build_task(config, data, keys)
-        task.configure_optimizers()  # for what it refuses
+        task.configure_optimizers()  # which refuses wrong optimizers and schedules
     resumed = None if ckpt_path is None else read_checkpoint(ckpt_path)
     if resumed is not None:
         check_state(task, resumed["state_dict"], ckpt_path)
         if isinstance(data, SplitData):
             data.check_columns(resumed.get(type(data).__qualname__, {}))
-    # A run that goes on has its own weights, wherever it started.
+    # A resumed run has its own weights, wherever it started.
     taken = (
         None
         if config.init_from is None or resumed is not None
         else init_weights(task.density, config.init_from, config.weights)
     )
-    with _told_of("trainer, device, logger or callbacks"):
+    held.enter_context(own_wandb_run())
+    with _settings_of("trainer, device, logger or callbacks"):
         trainer = _build_trainer(config)
     if resumed is not None:  # before anything is written; training itself warns of the rest
         with warnings.catch_warnings(action="ignore"):
             check_resumed(task, declared(trainer).callbacks, resumed)
     if trainer.is_global_zero:
         held.enter_context(claim(output, ckpt_path, 0 if resumed is None else resumed["global_step"], config.overwrite))
-        # Once the run's other processes, which are told its settings again, have found what these lead to.
+        # Only when training starts: until then the run's other processes resolve their settings, which may name this link.
         declared(trainer).callbacks.append(LambdaCallback(on_train_start=lambda *_: link_latest(output)))
         if taken is not None:
             print(f"starting from {taken}; the optimizer starts anew")
@@ -124,11 +127,11 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _told_of(group: str) -> Iterator[None]:
-    """Around what builds a part of a run: what a class that knows nothing of settings refuses is one of them.
+def _settings_of(group: str) -> Iterator[None]:
+    """Report errors of the classes that a group of settings builds as errors of these settings.
 
     Raises:
-        ConfigError: with its message.
+        ConfigError: with the message of the error.
     """
     try:
         yield
@@ -139,12 +142,12 @@ def _told_of(group: str) -> Iterator[None]:
 
 
 def _fit(trainer: L.Trainer, task: Task, data: L.LightningDataModule, config: DictConfig) -> float:
-    """Train, and return the seconds that it took."""
+    """Train, and return the seconds that this took."""
     started = time.perf_counter()
     try:
         with _stoppable(Path(config.output_dir), lambda: f"after {trainer.global_step} steps"):
             trainer.fit(task, datamodule=data, ckpt_path=config.ckpt_path, weights_only=True)
-    except MisconfigurationException as error:  # of Lightning, which a value that is not there to be monitored gets
+    except MisconfigurationException as error:  # by Lightning, if the monitored value does not exist
         raise ConfigError(str(error)) from error
     except RuntimeError as error:  # Lightning's, which names an argument of its Trainer
         if "parameters that were not used" not in str(error):
@@ -152,8 +155,8 @@ def _fit(trainer: L.Trainer, task: Task, data: L.LightningDataModule, config: Di
         unused = [name for name, it in task.density.named_parameters() if it.requires_grad and it.grad is None]
         named = f" ({', '.join(unused[:5])}{' and more' if len(unused) > 5 else ''})" if unused else ""
         raise ConfigError(
-            f"the loss does not depend on some parameters of the network{named}, of which the other processes wait to hear; leave "
-            "them out of the network, or use device.strategy=ddp_find_unused_parameters_true"
+            f"the loss does not depend on some parameters of the network{named}, for whose gradients the other processes wait. Remove "
+            "them from the network, or use device.strategy=ddp_find_unused_parameters_true"
         ) from error
     seconds = time.perf_counter() - started
     # A checkpoint of the last step was saved before Lightning counted it, and its epoch; the test is logged after both.
@@ -166,8 +169,8 @@ def _fit(trainer: L.Trainer, task: Task, data: L.LightningDataModule, config: Di
 def _test(
     trainer: L.Trainer, task: Task, data: L.LightningDataModule, config: DictConfig
 ) -> tuple[dict[str, float], str]:
-    """The test of the best weights and their values in validation, by name; and which they are, in words."""
-    # Processes that were started by themselves may each have thought of a folder; the first one's is the run's.
+    """Test the best weights: their test and validation values by name, and a description of the weights."""
+    # Processes that were started one by one may have different folders; that of the first is the run's.
     best = Path(trainer.strategy.broadcast(str(Path(config.output_dir) / "checkpoints" / "best.ckpt")))
     validated, tested = _best_value(trainer), f"weights of step {trainer.global_step}"
     if best.is_file() and not declared(trainer).fast_dev_run:
@@ -183,12 +186,12 @@ def _test(
 def _current_value(
     trainer: L.Trainer, task: Task, data: L.LightningDataModule, best: Path, monitor: str
 ) -> dict[str, float]:
-    """What the current weights of a checkpoint that was judged by averaged ones give in validation; nothing if it was not."""
+    """Validation value of the current weights, if the checkpoint was chosen by averaged ones; otherwise empty."""
     checkpoint = read_checkpoint(best, weights="current")
     if "weights" not in checkpoint:
         return {}
     load_state(task, checkpoint["state_dict"], best)
-    loggers, trainer.loggers = trainer.loggers, []  # it is no validation of the run's course
+    loggers, trainer.loggers = trainer.loggers, []  # this validation is no part of the learning curve
     try:
         values = trainer.validate(task, datamodule=data, verbose=False)[0]
     finally:
@@ -198,7 +201,7 @@ def _current_value(
 
 @contextlib.contextmanager
 def _stoppable(output: Path, where: Callable[[], str]) -> Iterator[None]:
-    """Around a part of a run that a signal or a limit may stop: it ends with where that was, and what to go on with."""
+    """Around a part of a run that a signal or a limit may stop: print where it stopped, and how to go on."""
     try:
         yield
     except (SystemExit, EvaluationTimeError) as stop:  # Lightning's answer to signals, once its callbacks have saved
@@ -214,7 +217,7 @@ def _build_task(config: DictConfig, data: L.LightningDataModule, keys: Keys | No
     plain = _plain(config)
     scored = "objective" in plain
     if scored and plain["base"] is not None:
-        raise ConfigError("a base is for flows, and a score's is the prior of its SDE; leave it at base=normal")
+        raise ConfigError("a base is for flows; the base of a score is the prior of its SDE. Leave it at base=normal")
     names = ("network", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
     density_config |= data_description(data, keys, plain["network"])
@@ -222,7 +225,7 @@ def _build_task(config: DictConfig, data: L.LightningDataModule, keys: Keys | No
     ways, evaluation = ({name: it[name] for name in names} for it in (plain, plain["evaluation"]))
     described = {name: plain[name] for name in ("objective", "times")} if scored else {}
     described |= {"training": ways} | ({} if keys is None else {"keys": keys})
-    # What is loaded back evaluates as the test did, and not as loosely as training.
+    # A loaded density evaluates as the test did, not with the looser settings of training.
     task = build_task(density_config | evaluation | {"task": plain["task"] | described})
     if config.compile:
         compile_network(cast(FlowDensity | UnnormalizedDensity, task.density))
@@ -261,17 +264,17 @@ def _check_gpus(devices: int | str | list[int]) -> None:
     numbers = devices if isinstance(devices, list) else range(there if devices in ("auto", -1, "-1") else int(devices))
     if there and all(0 <= int(number) < there for number in numbers):
         return
-    build = "" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} is built without CUDA; "
+    build = "" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} is built without CUDA. "
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    masked = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the others; " if hidden is not None else ""
-    remedy = f"use device.devices={there}" if there else "use device=cpu or device=multi_process_cpu"
+    masked = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the others. " if hidden is not None else ""
+    remedy = f"Use device.devices={there}" if there else "Use device=cpu or device=multi_process_cpu"
     raise ConfigError(
-        f"device.devices={devices} asks for GPUs of this machine, but torch sees {there or 'none'}; {build}{masked}{remedy}"
+        f"device.devices={devices} asks for GPUs of this machine, but torch sees {there or 'none'}. {build}{masked}{remedy}"
     )
 
 
 def _resume_metrics(trainer: L.Trainer, rows: list[dict[str, str]]) -> None:
-    """Give the logger the rows that the run had logged by its checkpoint's step; it would start with none."""
+    """Give the logger the rows that the run had logged by the step of its checkpoint; it would start with none."""
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and rows:
             writer = logger.experiment
@@ -283,7 +286,7 @@ def _resume_metrics(trainer: L.Trainer, rows: list[dict[str, str]]) -> None:
 
 
 def _quieten() -> None:
-    """Lightning's remarks on hardware and loggers, which say nothing of the run."""
+    """Silence Lightning's remarks on hardware and loggers, which do not concern the run."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for remark in (
         ".*does not have many workers",

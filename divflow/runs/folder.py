@@ -1,4 +1,4 @@
-"""The folder of a run: what it leaves there, and that nothing of another run is lost."""
+"""The folder of a run: its files, and the protection of another run's results."""
 
 import contextlib
 import csv
@@ -19,7 +19,7 @@ from divflow.saved.build import ConfigError
 
 try:
     import fcntl
-except ImportError:  # no folder can be locked there
+except ImportError:  # a system without file locks
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["claim", "earlier_metrics", "link_latest", "save_config", "save_results", "take_along"]
@@ -27,28 +27,28 @@ __all__ = ["claim", "earlier_metrics", "link_latest", "save_config", "save_resul
 _RESULTS = ("checkpoints/*.ckpt", "samples.npy", "results.json", "figures/*.png")
 _OTHERS = ("config.yaml", "metrics.csv")
 _FOLDER = "<output_dir>"
-# Where a run that is started again from its config.yaml leaves what it makes: in a folder of its own.
+# Folder of a run that is started again from its config.yaml: a new one.
 _AGAIN = "outputs/again/${now:%Y-%m-%d_%H-%M-%S-%f}"
 
 
 @contextlib.contextmanager
 def claim(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> Iterator[None]:
-    """Within it, the run's folder is there and this run's alone; it ends with the process, however that ends.
+    """Create the run's folder and hold it for this run alone, within this context and until the process ends.
 
     Args:
         output: the folder.
-        ckpt_path: the checkpoint to go on from; a run goes on in its own folder.
-        step: of that checkpoint.
-        overwrite: whether another run's results, or later ones of this one, shall be deleted.
+        ckpt_path: checkpoint to resume from, which may be in the same folder.
+        step: step of that checkpoint.
+        overwrite: whether results of another run, or later ones of this run, are deleted.
 
     Raises:
-        ConfigError: such are there, and nobody said that they may go; or another run is writing them.
+        ConfigError: there are such results and `overwrite` is False, or another run is writing to the folder.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
         folder = os.open(output, os.O_RDONLY) if fcntl is not None else None
     except OSError as error:
-        raise ConfigError(f"output_dir={output} can't be made: {error.strerror}; choose another folder") from error
+        raise ConfigError(f"output_dir={output} can't be made: {error.strerror}. Choose another folder") from error
     try:
         if folder is not None:
             _lock(folder, output)
@@ -64,7 +64,7 @@ def _lock(folder: int, output: Path) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(
-            f"another run is writing in {output} at this moment; choose another folder by output_dir=..., or wait for its end"
+            f"another run is writing to {output} now. Choose another folder by output_dir=..., or wait until it ends"
         ) from None
     except OSError:  # a file system without locks
         return
@@ -78,7 +78,7 @@ def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> N
         if done <= step or overwrite:
             return
         raise ConfigError(
-            f"{output} holds the results of this run at step {done}, later than step {step} of {ckpt_path}; go on from it in "
+            f"{output} holds the results of this run at step {done}, later than step {step} of {ckpt_path}. Go on from it in "
             "another folder by output_dir=..., or let the later results be replaced by overwrite=true"
         )
     if not held:
@@ -88,7 +88,7 @@ def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> N
         going_on = f", go on with that run by ckpt_path={last}," if last.is_file() else ""
         raise ConfigError(
             f"{output} holds the results of another run ({held[0].relative_to(output)}"
-            f"{f' and {len(held) - 1} more' if len(held) > 1 else ''}); choose another folder by output_dir=..."
+            f"{f' and {len(held) - 1} more' if len(held) > 1 else ''}). Choose another folder by output_dir=..."
             f"{going_on} or let them be deleted by overwrite=true"
         )
     for path in (*held, *(output / name for name in _OTHERS)):
@@ -96,7 +96,7 @@ def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> N
 
 
 def _steps(results: Path) -> int:
-    """Of a finished run; 0 where there is none."""
+    """Steps of a finished run; 0 if there is none."""
     try:
         return int(json.loads(results.read_text())["steps"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -108,12 +108,12 @@ def save_config(config: DictConfig, output: Path, resumed: str = "") -> None:
 
         divflow train --config-path=FOLDER --config-name=config
 
-    All values are resolved but the run's folder, which is another each time; files are named by their whole path.
+    All values are resolved except the run's folder, which is a new one each time. Files are named by absolute paths.
 
     Args:
         config: as composed.
         output: the run's folder.
-        resumed: what the run goes on from, which is noted; started again, it is trained from the beginning.
+        resumed: what the run resumes from, which is noted; started again, it trains from the beginning.
     """
     marked = config.copy()
     marked.output_dir = _FOLDER
@@ -141,13 +141,13 @@ def _replaced(value: Any, old: str, new: str) -> Any:
 
 
 def save_results(results: Mapping[str, float], seconds: float, steps: int, seed: int | None, output: Path) -> None:
-    """Write `results.json`: the test metrics, and how they came about.
+    """Write `results.json`: the test metrics, with seconds, steps and seed.
 
     Args:
-        results: the test metrics by name.
-        seconds: of training.
-        steps: of the optimizer.
-        seed: of the run.
+        results: test metrics by name.
+        seconds: duration of training.
+        steps: steps of the optimizer.
+        seed: seed of the run.
         output: the run's folder.
     """
     versions = {"divflow": divflow.__version__, "torch": torch.__version__}
@@ -166,7 +166,7 @@ def save_results(results: Mapping[str, float], seconds: float, steps: int, seed:
 
 
 def take_along(ckpt_path: Path, output: Path) -> None:
-    """Copy the checkpoint, and the best one so far, into the folder of the run that goes on, unless it has its own."""
+    """Copy the checkpoint, and the best one so far, into the folder of the resumed run, unless it has its own."""
     for source, name in ((ckpt_path, "last.ckpt"), (ckpt_path.with_name("best.ckpt"), "best.ckpt")):
         here = output / "checkpoints" / name
         if source.is_file() and not here.is_file():
@@ -175,7 +175,7 @@ def take_along(ckpt_path: Path, output: Path) -> None:
 
 
 def earlier_metrics(ckpt_path: Path, step: int, output: Path) -> list[dict[str, str]]:
-    """The rows of `metrics.csv` that a run had logged by its checkpoint's step, without those of a test."""
+    """Rows of `metrics.csv` that a run had logged by the step of its checkpoint, without those of a test."""
     files = [folder / "metrics.csv" for folder in (output, ckpt_path.parent.parent)]
     rows = next((list(csv.DictReader(path.read_text().splitlines())) for path in files if path.is_file()), [])
     # A row may have been cut off when the run was killed.
@@ -184,7 +184,7 @@ def earlier_metrics(ckpt_path: Path, step: int, output: Path) -> list[dict[str, 
 
 
 def link_latest(output: Path) -> None:
-    """Let `outputs/latest` lead to the latest run in `outputs`."""
+    """Link `outputs/latest` to the latest run in `outputs`."""
     folder = get_original_cwd() if HydraConfig.initialized() else "."  # a job may have changed it
     root = Path(folder, "outputs").absolute()
     if root not in output.absolute().parents:

@@ -1,6 +1,8 @@
-"""What a run is logged to: `metrics.csv`, and beside it what the user names."""
+"""Loggers of a run: `metrics.csv`, and those that the user names."""
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from divflow.saved.build import ConfigError
 
-__all__ = ["build_loggers", "log_settings"]
+__all__ = ["build_loggers", "log_settings", "own_wandb_run"]
 
 
 def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
-    """The logger of `metrics.csv`, and that of a config, unless that is the same.
+    """Build the logger of `metrics.csv`, and that of a config unless it is the same.
 
     Raises:
-        ConfigError: it needs a package that is not installed.
+        ConfigError: the logger needs a package that is not installed.
     """
     table = CSVLogger(output, name="", version="")
     if config is None or config._target_.endswith(".CSVLogger"):
@@ -30,11 +32,28 @@ def build_loggers(config: DictConfig | None, output: Path) -> list[Logger]:
         if not isinstance(error.__cause__, ModuleNotFoundError):
             raise
         package = config._target_.rpartition(".")[2].removesuffix("Logger").lower()
-        raise ConfigError(f"logger={package} needs a package that is not installed: pip install {package}") from error
+        raise ConfigError(
+            f"logger={package} needs the package {package}, which is not installed. Install it: pip install {package}"
+        ) from error
+
+
+@contextlib.contextmanager
+def own_wandb_run() -> Iterator[None]:
+    """Within it W&B's run begins, and ends with it: the next run of a sweep, in the same process, would be logged to it, too."""
+    before = _wandb_run()
+    try:
+        yield
+    finally:
+        if before is None and (run := _wandb_run()) is not None:
+            run.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def log_settings(trainer: L.Trainer, config: DictConfig) -> None:
-    """Give the settings of a run to the loggers that show them; `config.yaml` has them for `metrics.csv`."""
+    """Pass the settings of a run to the loggers that show them; for `metrics.csv`, `config.yaml` has them."""
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger):

@@ -1,4 +1,4 @@
-"""The table that a run, or a judgement of a trained density, ends with."""
+"""The table at the end of a run, and of an evaluation of a trained density."""
 
 import math
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ _UNITS = {"nll": "nats", "gap": "nats", "bits_per_dim": "bits/dim", "loss": "up 
 
 
 def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
-    """Metrics with their standard errors, and the evaluations of the field.
+    """Table of metrics with their standard errors, and of the evaluations of the field.
 
     Args:
-        metrics: by the names that the tasks log, without the stage: `nll`, `nll_standard_error`, ...
-        title: of the table.
+        metrics: values by the names that the tasks log, without the stage: `nll`, `nll_standard_error`, ...
+        title: title of the table.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("quantity")
@@ -58,7 +58,7 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
 
 
 def _add_weighted(table: Table, metrics: Mapping[str, float]) -> None:
-    """Rows of what weighted samples say, where there are such."""
+    """Add the estimates of weighted samples, if there are any."""
     if "effective_sample_fraction" in metrics:
         table.add_row("effective sample size", f"{100 * metrics['effective_sample_fraction']:.1f}", "% of the samples")
     for name_shown, name, unit in (
@@ -73,7 +73,7 @@ def _add_weighted(table: Table, metrics: Mapping[str, float]) -> None:
 
 
 def _add_both_weights(table: Table, results: Mapping[str, float]) -> None:
-    """Rows of what averaged and current weights give in validation, where training averaged them."""
+    """Add the validation values of averaged and current weights, if training averaged them."""
     for name, current in results.items():
         monitor = name.removesuffix("_current_weights")
         if monitor != name:
@@ -83,14 +83,14 @@ def _add_both_weights(table: Table, results: Mapping[str, float]) -> None:
 
 
 def print_results(results: Mapping[str, float], seconds: float, steps: int, output: Path, tested: str) -> None:
-    """Print the test metrics, the time, and what the run left.
+    """Print the test metrics, the time, and the files that the run left.
 
     Args:
         results: metrics by the names that the tasks log.
-        seconds: of training.
-        steps: of the optimizer.
+        seconds: duration of training.
+        steps: steps of the optimizer.
         output: the run's folder.
-        tested: which weights.
+        tested: description of the weights that were tested.
     """
     metrics = {name.removeprefix("test/"): value for name, value in results.items() if name.startswith("test/")}
     table = metrics_table(metrics, f"Test of {tested}")

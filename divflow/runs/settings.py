@@ -1,4 +1,4 @@
-"""The settings of a run, checked before anything is built of them."""
+"""Checks of the settings of a run, before anything is built from them."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from divflow.saved.build import WAYS, ConfigError, build_ways
 __all__ = ["check_paths", "check_settings", "check_values"]
 
 _LARGEST = 3.4e38
-# Settings that are lists, with what they look like.
+# Settings that are lists, with an example.
 _LISTS = {
     **dict.fromkeys(("hidden", "joint", "channels", "block_out_channels", "event_shape"), "[64,64]"),
     **dict.fromkeys(("down_block_types", "up_block_types"), "[DownBlock2D,AttnDownBlock2D]"),
@@ -22,17 +22,17 @@ _LISTS = {
 
 
 def check_settings(config: DictConfig) -> None:
-    """Refuse what can be seen to be wrong at once: before Lightning is there, whose import takes seconds.
+    """Refuse wrong settings before Lightning is imported, which takes seconds.
 
     Args:
         config: of a whole run.
 
     Raises:
-        ConfigError: a value is missing, a file or folder that is named is not there, or times are those of another task.
-        DivflowError: an estimator, a likelihood or a solver is given an option that it does not take.
+        ConfigError: a value is missing, a file or folder does not exist, or `times` are those of another task.
+        DivflowError: an estimator, a likelihood or a solver does not take an option.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{', '.join(missing)} must be given: {missing[0]}=...")
+        raise ConfigError(f"{', '.join(missing)} must be given. Add {missing[0]}=...")
     _check_groups(config)
     check_values(OmegaConf.to_container(config, resolve=True))
     if config.trainer.get("val_check_interval") == 0:
@@ -48,11 +48,26 @@ def check_settings(config: DictConfig) -> None:
 
 
 def _check_groups(config: DictConfig) -> None:
-    """What is chosen of a group, or named by its class; the settings of Lightning are no class."""
+    """Check that each group is chosen, or names a class; the settings of Lightning name none."""
+    for name in ("experiment", "recipe", "global", "_global"):
+        if name in config:
+            raise ConfigError(
+                f"a config file would have no effect, since its settings stand under {name!r}; make `# @package _global_` its first line"
+            )
+    if "_target_" in config:
+        raise ConfigError(
+            f"a file with `# @package _global_` sets _target_={config._target_} at the top of the config; take that line out of it, or "
+            "put the settings under their group, such as network:"
+        )
+    for key, value in config.items():
+        if isinstance(value, DictConfig) and list(value) == [key]:
+            raise ConfigError(
+                f"{key!s} holds another {key!s}: take the line `{key!s}:` out of the file of {key!s}=, or make `# @package _global_` its first line"
+            )
     groups = {name: config.get(name) for name in ("trainer", "device", "callbacks", "evaluation")}
     for name, value in groups.items():
         if not isinstance(value, DictConfig):
-            raise ConfigError(f"{name} must hold settings by name, but is {value!r}")
+            raise ConfigError(f"{name} must be a mapping of settings, but is {value!r}")
     chosen = {name: config.get(name) for name in ("task", "data", "network", *WAYS)}
     chosen |= {f"evaluation.{name}": config.evaluation.get(name) for name in WAYS}
     chosen |= {f"callbacks.{name}": value for name, value in config.callbacks.items() if value is not None}
@@ -60,11 +75,11 @@ def _check_groups(config: DictConfig) -> None:
         if not isinstance(value, DictConfig) or "_target_" not in value:
             raise ConfigError(f"{name} must be chosen, or name a class by {name}._target_, but is {value!r}")
     if "base" not in config:
-        raise ConfigError("base must be chosen: base=normal, or mean_free")
+        raise ConfigError("base must be chosen. Use base=normal or base=mean_free")
 
 
 def check_values(value: Any, name: str = "") -> None:
-    """Refuse what no setting can be: numbers that a computer's do not hold, and classes that have no name.
+    """Refuse numbers that a computer's numbers do not hold, and classes without a name.
 
     Raises:
         ConfigError: naming the setting and its value.
@@ -75,13 +90,13 @@ def check_values(value: Any, name: str = "") -> None:
     if name.endswith("._target_") and not isinstance(value, str):
         raise ConfigError(f"{name} must name a class or function, such as my_module.Velocity, but is {value!r}")
     if isinstance(value, float) and math.isfinite(value) and abs(value) > _LARGEST:
-        raise ConfigError(f"{name}={value} is beyond what single precision holds, {_LARGEST:.1e}")
+        raise ConfigError(f"{name}={value} is beyond the largest number of single precision, {_LARGEST:.1e}")
     if isinstance(value, int) and abs(value) > sys.maxsize:
-        raise ConfigError(f"{name}={value} is beyond what 64 bits hold, {sys.maxsize}")
+        raise ConfigError(f"{name}={value} is beyond the largest number of 64 bits, {sys.maxsize}")
 
 
 def _check_lists(settings: Any, place: str = "") -> None:
-    """Refuse text where a list belongs, which Python would take letter by letter; where names belong, it is one name."""
+    """Refuse text in place of a list, which Python would read letter by letter; where a list of names belongs, text is one name."""
     for name, value in settings.items() if isinstance(settings, Mapping) else ():
         if name in _LISTS and isinstance(value, str):
             raise ConfigError(f"{place}{name} must be a list, such as {_LISTS[name]}, but is the text {value!r}")
@@ -89,18 +104,18 @@ def _check_lists(settings: Any, place: str = "") -> None:
 
 
 def _check_times(config: DictConfig) -> None:
-    """One group holds the times of both tasks: densities that flow matching draws from, and weights over an SDE's."""
+    """Check `times`, one group for both tasks: densities of times for flow matching, weights over the times of an SDE."""
     if "times" not in config:
         return
     drawn = config.times.get("_target_")
     if "objective" in config and drawn is not None:
-        raise ConfigError(f"{drawn} is for the times of flow matching; task=score takes times=sde")
+        raise ConfigError(f"{drawn} is for the times of flow matching. Use times=sde with task=score")
     if "coupling" in config and drawn is None:
-        raise ConfigError("times=sde is for task=score; flow matching takes times=uniform, power or logit_normal")
+        raise ConfigError("times=sde is for task=score. Use times=uniform, power or logit_normal with flow matching")
 
 
 def check_paths(paths: Mapping[str, str | None]) -> None:
-    """Refuse settings, by name, that are the path of nothing: data may be a file or a folder, anything else is a file.
+    """Refuse settings that are paths of nothing: data may be a file or a folder, anything else is a file.
 
     Raises:
         ConfigError: naming the setting and where it was looked for.
@@ -113,4 +128,4 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
         found = Path(path).expanduser()
         what, there = ("file or folder", found.exists()) if name == "data.path" else ("file", found.is_file())
         if not there:
-            raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}); {name} must be that of one")
+            raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}). Set {name} to an existing {what}")

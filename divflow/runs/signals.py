@@ -1,4 +1,4 @@
-"""What a scheduler's signals do outside of training: they end the command, with a code of its own."""
+"""Signals of a scheduler outside of training: they end the command with an exit code of its own."""
 
 import contextlib
 import signal
@@ -9,19 +9,19 @@ from typing import NoReturn
 
 __all__ = ["Stopped", "alone", "exit_code", "heard"]
 
-# SIGTERM ends a job, and a scheduler's SIGUSR1 says that it will; both are gone on with alike.
+# SIGTERM ends a job, and a scheduler's SIGUSR1 announces that; runs resume alike from both.
 _STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Stopped(SystemExit):
-    """A signal has ended the command."""
+    """A signal ended the command."""
 
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Within it, SIGTERM and SIGUSR1 raise `Stopped` wherever the program is, as Ctrl-C raises KeyboardInterrupt.
+    """Within this context SIGTERM and SIGUSR1 raise `Stopped` wherever the program is, as Ctrl-C raises KeyboardInterrupt.
 
-    Training has an answer of its own (`divflow.callbacks.Processes`), which takes the place of this one while it lasts.
+    In training, `divflow.callbacks.Processes` handles signals instead.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone hears signals
         yield
@@ -36,7 +36,7 @@ def heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within it, a stop that an import or a library has made another error of stays what it was."""
+    """Within this context a stop that an import or a library has turned into another error stays a stop."""
     try:
         yield
     except Exception as error:
@@ -49,7 +49,7 @@ def alone() -> Iterator[None]:
 
 
 def exit_code(stop: SystemExit) -> int:
-    """143 for what a signal has ended, by this module or by Lightning; 130 for Ctrl-C, which Lightning ends with 1."""
+    """Exit code: 143 after a signal, which this module or Lightning handled; 130 after Ctrl-C, which Lightning ends with 1."""
     return 143 if type(stop) is not SystemExit else 130
 
 

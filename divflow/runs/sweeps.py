@@ -1,4 +1,4 @@
-"""Names for the runs of a sweep, `python train.py -m seed=0,1,2`: by what differs between them."""
+"""Names for the runs of a sweep, `divflow train -m seed=0,1,2`, by the settings that differ between them."""
 
 import re
 import sys
@@ -10,19 +10,19 @@ from omegaconf import OmegaConf
 __all__ = ["swept"]
 
 _LONGEST = 200
-# What a command line and a setting take as it is.
+# Characters that a command line and a setting take unquoted.
 _OTHERS = re.compile(r"[^A-Za-z0-9._+-]+")
 
 
 def swept(overrides: Sequence[str], number: int) -> str:
-    """The settings of a run that have other values in the sweep's other runs, such as `lr-0.003_seed-2`.
+    """Name a run by the settings that have other values in other runs of the sweep, such as `lr-0.003_seed-2`.
 
-    A setting goes by the last part of its name where no other does, and of its value letters, digits and `._+-` are left, with
-    `x` between the entries of a list: such a folder can be typed as it is, in a shell and in `ckpt_path=...`.
+    A setting is shortened to the last part of its name if that is unique. Of its value only letters, digits and `._+-` are kept, with
+    `x` between the entries of a list, so that the folder can be typed as it is in a shell and in `ckpt_path=...`.
 
     Args:
         overrides: all settings of the run.
-        number: of the run in its sweep, which tells runs of long names apart.
+        number: number of the run in its sweep, which distinguishes runs of long names.
     """
     parser = OverridesParser.create()
     given = parser.parse_overrides([argument for argument in sys.argv[1:] if "=" in argument and argument[0] != "-"])

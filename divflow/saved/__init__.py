@@ -1,1 +1,1 @@
-"""Densities as plain values: built from them, and brought back from checkpoints that hold them."""
+"""Densities as plain values: built from them, and loaded from checkpoints that hold them."""

@@ -1,4 +1,4 @@
-"""Densities and objectives from plain values: one recipe, for training and for loading back."""
+"""Densities and objectives from plain values: one recipe for training and for loading."""
 
 import functools
 import inspect
@@ -12,16 +12,19 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 
 from divflow.distributions import OnSubspace
-from divflow.errors import DivflowError
+from divflow.divergence import Estimator
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.flow.transforms import MeanFreeScale
+from divflow.likelihood import Likelihood
 from divflow.operators.differentiating import evaluated
+from divflow.saved.named import ConfigError, made, named
 from divflow.score import ScoreDensity, UnnormalizedDensity
 from divflow.score.objectives import Objective, TimeConditionalScoreMatching
 from divflow.score.probability_flow import probability_flow
 from divflow.score.sampling import Sampler
 from divflow.score.scaling import ScaledScore
 from divflow.score.sde import SDE
+from divflow.solver import Solver
 
 __all__ = [
     "WAYS",
@@ -32,20 +35,26 @@ __all__ = [
     "build_ways",
 ]
 
-WAYS = ("estimator", "likelihood", "solver")
-
-
-class ConfigError(DivflowError, ValueError):
-    """A setting is not what the program needs."""
+_KINDS = {"estimator": Estimator, "likelihood": Likelihood, "solver": Solver}
+WAYS = tuple(_KINDS)
 
 
 def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensity:
-    """The untrained density that a config describes.
+    """Build the untrained density that a config describes.
 
     Args:
-        config: plain values. `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
-            `event_shape` is that of the data, and so are `context_features` and `context_transform` where they have a context. A flow has `t_base`, `t_data` and `base` (None for the standard normal); a score has `sde`
-            (None for none), `data_std`, `noise_levels` and `sampler` (None for the SDE's probability flow).
+        config: plain values:
+
+            - `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
+            - `event_shape` is that of the data, as are `context_features` and `context_transform` if they have a context;
+            - a flow has `t_base`, `t_data` and `base` (None for the standard normal);
+            - a score has `sde` (None for none), `data_std`, `noise_levels` and `sampler` (None for the probability flow of the SDE).
+
+    Returns:
+        A `FlowDensity`, `ScoreDensity` or `UnnormalizedDensity`.
+
+    Raises:
+        ConfigError: settings that do not fit together.
     """
     shape = tuple(config["event_shape"])
     network = build_network(config["network"], shape, config.get("context_features", 0))
@@ -63,39 +72,46 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
     if sde is None:
         return UnnormalizedDensity(network, transform, sampler, levels if isinstance(levels, Sequence) else None)
     if levels is not None:
-        raise ConfigError(f"noise_levels={levels} are for sde=none; over an SDE the noise is the SDE's")
+        raise ConfigError(
+            f"noise_levels={levels} are for sde=none, since over an SDE the noise is that of the SDE. Leave them out"
+        )
     score = ScaledScore(network, sde, config["data_std"])
     return ScoreDensity(probability_flow(score, sde, **build_ways(config)), transform, sampler)
 
 
 def build_objective(config: Mapping[str, Any], density: ScoreDensity | UnnormalizedDensity) -> Objective:
-    """The score-matching objective of a config: `objective`, over the density's SDE, if it has one, by `times`.
+    """Build the score-matching objective of a config: `objective`, and over an SDE weighted by `times`.
 
     Raises:
-        ConfigError: several noise levels for an objective that has none, or others than it has.
+        ConfigError: several noise levels are given to an objective that takes one, or others than it has.
     """
     objective = instantiate(config["objective"], _convert_="all")
     if isinstance(density, UnnormalizedDensity):
         trained, levels = getattr(objective, "sigma", None), config["noise_levels"]
         if (trained is not None or density.levels is not None) and trained != (density.levels or levels):
             raise ConfigError(
-                f"noise_levels={levels} are for objective=denoising, which takes them as its sigma; one for others"
+                f"noise_levels={levels} are for objective=denoising, which takes them as sigma. Give one level, or none, to other objectives"
             )
         return objective
     return TimeConditionalScoreMatching(density.sde, objective, **config["times"])
 
 
 def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The estimator, likelihood and solver that a config names; those it does not name are left out."""
-    return {name: instantiate(config[name], _convert_="all") for name in WAYS if config.get(name) is not None}
+    """Build the estimator, likelihood and solver that a config names; others are left out.
+
+    Raises:
+        ConfigError: a class that can't be found, or is of another kind.
+    """
+    return {name: made(name, config[name], kind) for name, kind in _KINDS.items() if config.get(name) is not None}
 
 
 def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], context_features: int = 0) -> nn.Module:
     """Build the velocity network of a config, with the event shape if its class takes it, and the context's features if any.
 
     Raises:
-        ConfigError: what `_target_` makes is no module, or it takes no context and there is one.
+        ConfigError: `_target_` can't be found, what it makes is no module, or it takes no context and there is one.
     """
+    named(config["_target_"], "network._target_")
     make = instantiate({**config, "_partial_": True}, _convert_="all")
     if "event_shape" in _free_arguments(make):
         make = functools.partial(make, event_shape=event_shape)
@@ -103,13 +119,13 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], conte
         if "context_features" not in _free_arguments(make):
             raise ConfigError(
                 f"the data have a context of {context_features} features, but network._target_={config['_target_']} takes no "
-                "context_features; use network=mlp, or another network that does"
+                "context_features. Use network=mlp, or another network that does"
             )
         make = functools.partial(make, context_features=context_features)
     network = make()
     if not isinstance(network, nn.Module):
         raise ConfigError(
-            f"network._target_={config['_target_']} made a {type(network).__name__}; it must name an nn.Module, called as "
+            f"network._target_={config['_target_']} made a {type(network).__name__}. It must name an nn.Module, called as "
             "net(t, x)"
         )
     _materialize(network, event_shape, context_features)
@@ -117,7 +133,7 @@ def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], conte
 
 
 def _materialize(network: nn.Module, event_shape: tuple[int, ...], context_features: int) -> None:
-    """Evaluate a network with lazy layers once, which gives their parameters shapes."""
+    """Evaluate a network with lazy layers once, to give their parameters shapes."""
     if not any(is_lazy(parameter) for parameter in (*network.parameters(), *network.buffers())):
         return
     t, x = torch.zeros(()), torch.zeros(1, *event_shape)
@@ -126,15 +142,15 @@ def _materialize(network: nn.Module, event_shape: tuple[int, ...], context_featu
 
 
 def _check_base(base: Distribution | None, transform: nn.Module) -> None:
-    """Particles without centre of mass have a density on their subspace alone.
+    """Check that particles without centre of mass get a density on their subspace.
 
     Raises:
-        ConfigError: a base on the whole space, or a score.
+        ConfigError: the base is on the whole space, or the density is a score's.
     """
     if isinstance(transform, MeanFreeScale) and not (isinstance(base, OnSubspace) and base.mean_free):
         raise ConfigError(
-            "these data are particles whose centre of mass is zero, where a density on the whole space is none; use task=flow or "
-            "task=flow_matching with base=mean_free, and a network that leaves the centre where it is, such as hollow_egnn_mean_free"
+            "these data are particles with centre of mass zero, on which a density of the whole space is no density. Use task=flow or "
+            "task=flow_matching with base=mean_free, and a network that keeps the centre of mass, such as hollow_egnn_mean_free"
         )
 
 
@@ -143,26 +159,26 @@ def _build_base(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) 
 
 
 def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:
-    return None if config is None else instantiate({**config, "event_shape": list(event_shape)}, _convert_="all")
+    return None if config is None else made("sde", {**config, "event_shape": list(event_shape)}, SDE)
 
 
 def _build_sampler(config: Mapping[str, Any] | None, sde: SDE | None, event_shape: tuple[int, ...]) -> Sampler | None:
-    """A sampler, told the SDE or the event shape, whichever its class asks for.
+    """Build a sampler, with the SDE or the event shape that its class asks for.
 
     Raises:
         ConfigError: it samples SDEs and there is none, or the other way round.
     """
     if config is None:
         if sde is None:
-            raise ConfigError("a score without SDE has no probability flow; use sampler=annealed_langevin")
+            raise ConfigError("a score without SDE has no probability flow. Use sampler=annealed_langevin")
         return None
     make = instantiate({**config, "_partial_": True}, _convert_="all")
     if "sde" in _free_arguments(make):
         if sde is None:
-            raise ConfigError(f"{config['_target_']} needs an SDE; use sampler=annealed_langevin, or sde=vp")
+            raise ConfigError(f"{config['_target_']} needs an SDE. Use sampler=annealed_langevin, or sde=vp")
         return make(sde=sde)
     if sde is not None:
-        raise ConfigError(f"{config['_target_']} is for scores without SDE; use sampler=reverse_sde, or sde=none")
+        raise ConfigError(f"{config['_target_']} is for scores without SDE. Use sampler=reverse_sde, or sde=none")
     return make(event_shape=event_shape)
 
 

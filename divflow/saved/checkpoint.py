@@ -1,4 +1,4 @@
-"""Bringing a trained density back: rebuilt from the plain values in its checkpoint, without running code from it."""
+"""Loading trained densities: rebuilt from the plain values in a checkpoint, without running code from it."""
 
 import importlib
 import sys
@@ -31,12 +31,12 @@ __all__ = [
 ]
 
 
-# Of weights to start from.
+# Names of weights to start from.
 _OF_OTHER_DATA = ", the standardization of its data included, which is not that of these data"
 
 
 class CheckpointError(DivflowError, RuntimeError):
-    """A checkpoint can't be read, asks for classes that are not allowed, or is of another architecture."""
+    """A checkpoint can't be read, names classes that are not allowed, or is of another architecture."""
 
 
 def load(
@@ -46,31 +46,35 @@ def load(
     map_location: str | torch.device = "cpu",
     weights: str = "averaged",
 ) -> FlowDensity | UnnormalizedDensity:
-    """A trained density, in eval mode: `log_prob` and `sample`, and `score` if it was trained by score matching.
+    """Load a trained density from a checkpoint, in evaluation mode.
 
-    Everything is in the units of its data, whose columns, where these have names, are `columns`; a score that was trained
-    without an SDE has no `log_prob`.
+    It has `log_prob` and `sample`, and `score` if it was trained by score matching; a score without SDE has no `log_prob`. All
+    values are in the units of the data. `columns` names the columns of the data, if they have names.
 
-    The file is read with `weights_only=True`, so no code in it runs, and the density is rebuilt from the names of
-    classes in it only where these belong to divflow or torch.nn, or are given in `allow`.
+    No code in the file runs: it is read with `weights_only=True`, and only classes of divflow, of torch.nn and those in `allow` are
+    built.
 
     Args:
-        path: a checkpoint that `train.py` wrote, such as `checkpoints/best.ckpt`.
-        allow: further classes that may be built, such as a network of one's own.
-        map_location: device to put it on.
-        weights: "averaged" takes those where training averaged them, by which a run is judged; "current" the ones from
-            which it goes on.
+        path: checkpoint that `divflow train` wrote, such as `checkpoints/best.ckpt`.
+        allow: further classes that may be built, such as your own network.
+        map_location: device of the density.
+        weights: "averaged" takes the averaged weights, if training averaged them, by which validation and test evaluate a run.
+            "current" takes those from which training resumes.
+
+    Returns:
+        A `FlowDensity`, `ScoreDensity` or `UnnormalizedDensity`.
 
     Raises:
-        CheckpointError: no such file, not one of divflow's, a class that is not allowed, or another architecture.
-        ConfigError: no such weights.
+        CheckpointError: there is no such file, divflow did not write it, it names a class that is not allowed, or is of another
+            architecture.
+        ConfigError: there are no such weights.
 
     Example:
         density = divflow.load("outputs/latest/checkpoints/best.ckpt")
         density.log_prob(x)
         density.sample(1000)
     """
-    with torch.device("cpu"):  # where its tensors are made is not torch's default device's to say
+    with torch.device("cpu"):  # whatever torch's default device is
         density = rebuild(read_checkpoint(path, map_location, weights), path, allow)
     return density.to(map_location)
 
@@ -78,25 +82,25 @@ def load(
 def rebuild(
     checkpoint: Mapping[str, Any], path: str | Path, allow: Iterable[type] = ()
 ) -> FlowDensity | UnnormalizedDensity:
-    """The density of a checkpoint that has been read, in eval mode; `path` is for messages.
+    """Build the density of a checkpoint that has been read, in evaluation mode; `path` is for messages.
 
     Raises:
         CheckpointError: as `load`.
     """
     if "divflow" not in checkpoint:
         raise CheckpointError(
-            f"{path} has no description of a density: it was not written by train.py (but by a task without config); "
-            "build the density yourself and use load_state_dict"
+            f"{path} has no description of a density: a task without config wrote it, not train.py. "
+            "Build the density yourself and use load_state_dict"
         )
     config = dict(checkpoint["divflow"])
-    # Only names, whatever they look like.
+    # Names alone, which may look like anything.
     columns, given = config.pop("columns", None), config.pop("context_columns", None)
     check_targets(config, named_classes(allow))
     try:
         density = build_density(config)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} has no whole description of a density: {type(error).__name__}: {error}"
+            f"{path} has an incomplete description of a density: {type(error).__name__}: {error}"
         ) from error
     load_state(density, _density_state(checkpoint), path)
     density.columns = columns
@@ -106,27 +110,27 @@ def rebuild(
 
 
 def named_classes(allow: Iterable[type]) -> dict[str, type]:
-    """Classes by the names that a checkpoint has for them."""
+    """Classes by the names under which checkpoints name them."""
     return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in allow}
 
 
 def which_weights(checkpoint: Mapping[str, Any], path: str | Path) -> str:
-    """What `load` takes from a checkpoint, in words: `best.ckpt, averaged weights of step 1400`."""
+    """Describe what `load` takes from a checkpoint: `best.ckpt, averaged weights of step 1400`."""
     taken = checkpoint.get("weights", "averaged") if "averaging_state" in checkpoint else ""
     return f"{Path(path).name}, {taken} weights of step {checkpoint['global_step']}".replace("  ", " ")
 
 
 def init_weights(density: nn.Module, path: str | Path, weights: str = "averaged") -> str:
-    """Start a density of any task from the weights in another run's checkpoint: "averaged", if there are any, or "current".
+    """Start a density of any task from the weights in another run's checkpoint: "averaged", if it averaged them, or "current".
 
-    The data's transform is among them, so that it starts as the very density of that run: its standardization stays, whatever
-    the data are now.
+    The weights include the transform of the data, so that training starts from the very density of that run; its standardization is
+    kept, whatever the data are now.
 
     Returns:
-        What was taken, in words, and whether it is the standardization of other data.
+        A description of what was taken, and whether it is the standardization of other data.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, or names or shapes that differ, with the first of them.
+        CheckpointError: there is no such file, it is no checkpoint, or names or shapes differ; the message gives the first of them.
     """
     checkpoint = read_checkpoint(path, weights=weights)
     state = _density_state(checkpoint)
@@ -139,7 +143,7 @@ def init_weights(density: nn.Module, path: str | Path, weights: str = "averaged"
 
 
 def _density_state(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The state of the density in a task's."""
+    """Part of a task's state that belongs to its density."""
     state = checkpoint.get("state_dict", {}).items()
     return {name.removeprefix("density."): value for name, value in state if name.startswith("density.")}
 
@@ -147,16 +151,19 @@ def _density_state(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def read_checkpoint(
     path: str | Path, map_location: str | torch.device = "cpu", weights: str = "averaged"
 ) -> dict[str, Any]:
-    """The values in a checkpoint: tensors and plain Python ones, nothing else.
+    """Read the values in a checkpoint: tensors and plain Python values, nothing else.
 
     Args:
         path: of the file.
-        map_location: device of its tensors.
-        weights: which stand in its `state_dict`, "averaged" or "current"; where training averaged none these are the same.
+        map_location: device of the tensors.
+        weights: those to return as `state_dict`, "averaged" or "current"; they are the same if training did not average.
+
+    Returns:
+        The values by name.
 
     Raises:
-        CheckpointError: no such file, or one that holds something else.
-        ConfigError: no such weights.
+        CheckpointError: there is no such file, or it holds something else.
+        ConfigError: there are no such weights.
     """
     if weights not in ("averaged", "current"):
         raise ConfigError(f"weights must be averaged or current, but is {weights!r}")
@@ -166,7 +173,7 @@ def read_checkpoint(
         with warnings.catch_warnings():  # torch remarks on the pickle protocol before it refuses
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # of other bytes, unpickling makes errors of almost any type
+    except Exception as error:  # unpickling other bytes raises errors of almost any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         others = [other for name in ("last.ckpt", "best.ckpt") if (other := Path(path).with_name(name)) != Path(path)]
         hint = "".join(f"; beside it is {other}" for other in others if zipfile.is_zipfile(other))
@@ -181,14 +188,14 @@ def _check_parts(checkpoint: Any, path: str | Path) -> None:
     """Refuse what is no checkpoint of Lightning's.
 
     Raises:
-        CheckpointError: saying what it is.
+        CheckpointError: naming what it is.
     """
     if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, and is no checkpoint of a run")
+        raise CheckpointError(f"{path} is not the checkpoint of a run: it holds a {type(checkpoint).__name__}")
     if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         raise CheckpointError(
-            f"{path} holds the state of a module alone ({len(checkpoint)} tensors, such as {next(iter(checkpoint))!r}), and not which module "
-            "that is; build it and use load_state_dict"
+            f"{path} holds only the state of a module ({len(checkpoint)} tensors, such as {next(iter(checkpoint))!r}), not how to build "
+            "it. Build the module and use load_state_dict"
         )
     step = checkpoint.get("global_step", "missing")
     wrong = [] if isinstance(step, int) else [f"global_step is {step!r}"]
@@ -199,20 +206,20 @@ def _check_parts(checkpoint: Any, path: str | Path) -> None:
             shown = state if isinstance(state, str) else f"a {type(state).__name__}"
             wrong.append(f"{name} is {shown}, not {'settings' if name == 'divflow' else 'tensors'} by name")
     if wrong:
-        raise CheckpointError(f"{path} is no checkpoint of a run: its {'; its '.join(wrong)}")
+        raise CheckpointError(f"{path} is not the checkpoint of a run: its {'; its '.join(wrong)}")
 
 
 def load_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """`load_state_dict` after `check_state`."""
+    """Load a state into a module, after `check_state`."""
     check_state(module, state, path)
     module.load_state_dict(state)
 
 
 def check_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Refuse a state that does not fit the module, before anything is changed.
+    """Refuse a state that does not match the module, before anything is changed.
 
     Raises:
-        CheckpointError: names or shapes differ, with the first of them.
+        CheckpointError: names or shapes differ; the message gives the first of them.
     """
     own = module.state_dict()
     differences = [f"{name} is missing" for name in own.keys() - state.keys()]
@@ -226,29 +233,29 @@ def check_state(module: nn.Module, state: Mapping[str, torch.Tensor], path: str 
         raise CheckpointError(
             f"{path} is of another architecture: {'; '.join(sorted(differences)[:5])}"
             f"{f' and {len(differences) - 5} more' if len(differences) > 5 else ''}. Use the network and data settings "
-            "it was trained with; they are in config.yaml in the folder of its run"
+            "that it was trained with, which config.yaml in the folder of its run holds"
         )
 
 
 def check_targets(config: Any, allowed: Mapping[str, type], place: str = "divflow") -> None:
-    """Refuse a config that would build anything but classes of divflow, torch.nn modules and allowed classes.
+    """Refuse a config that would build anything but classes of divflow, modules of torch.nn and allowed classes.
 
     Raises:
-        CheckpointError: naming all of the classes, and their places.
+        CheckpointError: naming all of these classes, and their places.
     """
     if lacking := lacking_targets(config, allowed, place):
         asked = ", ".join(f"{name!r} (at {where})" for name, where in lacking.items())
         raise CheckpointError(
-            f"the checkpoint asks for {asked}, neither a class of divflow nor a module of torch.nn; if you trust what it asks for, "
-            f"import it and give it in load(..., allow=[{', '.join(lacking)}])"
+            f"the checkpoint names {asked}, neither a class of divflow nor a module of torch.nn. If you trust it, "
+            f"import it and pass load(..., allow=[{', '.join(lacking)}])"
         )
 
 
 def lacking_targets(config: Any, allowed: Mapping[str, type], place: str = "divflow") -> dict[str, str]:
-    """What a config would build that is neither of divflow nor a module of torch.nn nor allowed: places by names.
+    """Classes that a config would build and that are neither divflow's, nor modules of torch.nn, nor allowed: places by names.
 
     Raises:
-        CheckpointError: it holds an interpolation.
+        CheckpointError: the config holds an interpolation.
     """
     found: dict[str, str] = {}
     if isinstance(config, Mapping):
@@ -258,7 +265,7 @@ def lacking_targets(config: Any, allowed: Mapping[str, type], place: str = "divf
             found |= lacking_targets(value, allowed, f"{place}.{key}")
     elif isinstance(config, str):
         if "${" in config:
-            raise CheckpointError(f"{place} holds an interpolation, {config!r}, which a checkpoint must not")
+            raise CheckpointError(f"{place} holds an interpolation, {config!r}, which a checkpoint must not hold")
     elif isinstance(config, Sequence):
         for i, value in enumerate(config):
             found |= lacking_targets(value, allowed, f"{place}[{i}]")
@@ -269,7 +276,7 @@ def _is_allowed(target: Any, allowed: Mapping[str, type]) -> bool:
     if not isinstance(target, str):
         return False
     module, _, name = target.rpartition(".")
-    # A class may be named by another module that has it; which is looked at only where it was imported before.
+    # A class may be named by another module that has it, which is looked up only if it is already imported.
     if target in allowed or vars(sys.modules.get(module, sys)).get(name) in allowed.values():
         return True
     if not target.startswith(("divflow.", "torch.nn.")):

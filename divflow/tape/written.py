@@ -154,12 +154,18 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
     return torch.add(product if alpha == 1 else alpha * product, input if beta == 1 else beta * input)
 
 
-def _var_mean(input: Tensor, dim: Any, *, correction: float = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    return input.var(dim, correction=correction, keepdim=keepdim), input.mean(dim, keepdim=keepdim)
+def _var_mean(
+    input: Tensor, dim: Any, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
+) -> tuple[Tensor, Tensor]:
+    less = int(unbiased) if correction is None else correction
+    return input.var(dim, correction=less, keepdim=keepdim), input.mean(dim, keepdim=keepdim)
 
 
-def _std_mean(input: Tensor, dim: Any, *, correction: float = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    return input.std(dim, correction=correction, keepdim=keepdim), input.mean(dim, keepdim=keepdim)
+def _std_mean(
+    input: Tensor, dim: Any, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
+) -> tuple[Tensor, Tensor]:
+    less = int(unbiased) if correction is None else correction
+    return input.std(dim, correction=less, keepdim=keepdim), input.mean(dim, keepdim=keepdim)
 
 
 def _standardized(input: Tensor, dims: list[int], eps: float, statistic: Statistic, centred: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""The LightningModules."""
+"""LightningModules that train flows and scores: `FlowTask`, `FlowMatchingTask` and `ScoreTask`."""
 
 from divflow.tasks.errors import TaskError, TrainingError
 from divflow.tasks.flow_matching import FlowMatchingTask

@@ -1,4 +1,4 @@
-"""Tasks from plain values: one recipe, for a run and for bringing its task back from a checkpoint."""
+"""Tasks from plain values: one recipe for a run, and for restoring its task from a checkpoint."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -21,13 +21,17 @@ _Task = TypeVar("_Task", bound=L.LightningModule)
 
 
 def build_task(config: Mapping[str, Any], make: Callable[..., Any] | None = None, **arguments: Any) -> Any:
-    """The untrained task of a config, which it saves in its checkpoints.
+    """Build the untrained task that a config describes; the task saves the config in its checkpoints.
 
     Args:
-        config: what describes a density (`build_density`) as it is evaluated, and in `task` the class by `_target_`, its arguments, the
-            estimator, likelihood and solver of training (`training`), and for scores `objective` and `times`.
-        make: another class.
-        arguments: of the class, which go before those of the config.
+        config: plain values. It describes a density as `build_density` takes it, with the settings of evaluation. Its `task` holds
+            the class by `_target_`, the arguments of that class, the estimator, likelihood and solver of training (`training`),
+            and for scores `objective` and `times`.
+        make: class to build in place of that in the config.
+        arguments: arguments of the class, which override those of the config.
+
+    Returns:
+        The task.
     """
     settings = dict(config["task"])
     density = build_density({**config, **settings.pop("training")})
@@ -50,19 +54,22 @@ def restore_task(
     strict: bool | None,
     arguments: dict[str, Any],
 ) -> _Task:
-    """The task of a checkpoint that has been read, with its weights; `path` is for messages.
+    """Build the task of a checkpoint that has been read, with its weights.
 
     Args:
-        cls: which is asked for: the checkpoint's own, or one above or below it.
-        checkpoint: as `read_checkpoint` reads it.
-        path: of the checkpoint.
-        allow: classes that may be built, beside those of divflow, `torch.nn` and `torch.optim`.
-        strict: whether the names of all weights must fit; they must if None.
-        arguments: of the class, which go before those of the checkpoint.
+        cls: class that is asked for: the class of the checkpoint, or a base class or subclass of it.
+        checkpoint: values as `read_checkpoint` returns them.
+        path: of the checkpoint, for messages.
+        allow: classes that may be built, in addition to those of divflow, `torch.nn` and `torch.optim`.
+        strict: whether the names of all weights must match; True if None.
+        arguments: arguments of the class, which override those of the checkpoint.
+
+    Returns:
+        The task, with the weights of the checkpoint.
 
     Raises:
-        TaskError: the checkpoint describes no density and none is given, lacks another argument, or is of another task.
-        CheckpointError: a class that is not allowed, or another architecture.
+        TaskError: the checkpoint describes no density and none is given, another argument is missing, or it is of another task.
+        CheckpointError: the checkpoint names a class that is not allowed, or is of another architecture.
     """
     density, *others = (name for name, it in inspect.signature(cls).parameters.items() if it.default is it.empty)
     described = checkpoint.get("divflow") if density not in arguments else None
@@ -103,8 +110,8 @@ def _described(
     make = cls if isinstance(trained, type) and issubclass(cls, trained) else trained
     if not (isinstance(make, type) and issubclass(make, cls)):
         raise TaskError(
-            f"{path} is of a {trained.__name__}, not of a {cls.__name__}; use {trained.__name__}.load_from_checkpoint, or build a "
-            f"{cls.__name__} of the density that divflow.load brings back"
+            f"{path} is of a {trained.__name__}, not of a {cls.__name__}. Use {trained.__name__}.load_from_checkpoint, or build a "
+            f"{cls.__name__} of the density that divflow.load returns"
         )
     return build_task(config, make, **arguments)
 

@@ -1,4 +1,4 @@
-"""What can't be done with a task, as an error that says what can."""
+"""Errors of tasks and of training."""
 
 from divflow.errors import DivflowError
 
@@ -6,8 +6,8 @@ __all__ = ["TaskError", "TrainingError"]
 
 
 class TrainingError(DivflowError, RuntimeError):
-    """Training left the finite numbers."""
+    """Training reached a loss or gradient that is not finite, or data that its task can't train on."""
 
 
 class TaskError(DivflowError, ValueError):
-    """A task lacks what is requested, such as the log-density of a score without SDE; the message says what to do."""
+    """A task can't do what was asked of it, such as give the log-density of a score without SDE."""

@@ -14,7 +14,7 @@ from divflow.errors import check_count
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.matching import ConditionalFlowMatching
 from divflow.operators.context import repeated
-from divflow.tasks.judged_flow import FlowDensityTask
+from divflow.tasks.flow_density import FlowDensityTask
 from divflow.tasks.task import mean
 from divflow.verification import severed_fields
 
@@ -24,36 +24,46 @@ _OBJECTIVE = ConditionalFlowMatching()
 
 
 class FlowMatchingTask(FlowDensityTask):
-    """Flow matching: the loss is the mean of `ConditionalFlowMatching` over the batch, in squared units of transformed data.
+    """Train a flow by flow matching, without solving an ODE.
 
-    It is a weighted mean, where samples have weights (`Task`). Training solves no ODE: a step costs one evaluation of the velocity, forward and backward. The flow is judged by the exact
-    likelihood of the data, as `FlowTask` judges, which solves it; validate seldom.
+    The loss is the mean of `ConditionalFlowMatching` over a batch, in squared units of the transformed data. If samples have
+    weights, it is a weighted mean (`Task`). A training step costs one evaluation of the velocity, forward and backward.
+    Validation and test evaluate the exact likelihood of the data, as `FlowTask` does. They solve the ODE, so validate seldom.
 
-    Logged: `train/loss`; in validation and test what `FlowTask` logs there: `/nll` (nats), `/bits_per_dim`, `/gap`, `/nfe`,
-    `/nfe_divergence`, `/quadrature_error`, `/estimator_error`; in the test also the standard errors.
+    Logged:
+
+    - `train/loss`;
+    - in validation and test what `FlowTask` logs there: `/nll` (nats), `/bits_per_dim`, `/gap`, `/nfe`, `/nfe_divergence`,
+      `/quadrature_error`, `/estimator_error`;
+    - in the test also their standard errors.
 
     Args:
-        flow: what is trained and saved: a flow with t_base = 0 and t_data = 1, whose base gives the noise, or a `FlowDensity`, which
-            adds the data's transform to it. Its velocity takes one time a sample.
+        flow: flow that is trained and saved, or a `FlowDensity`, which adds the transform of the data to it. It needs t_base = 0
+            and t_data = 1; its base gives the noise; its velocity takes one time a sample.
         objective: path, coupling and times.
-        draws: pairs of noise and time for each datum in a step, 1 or more: they cost less than more data, and lower the variance
-            of the gradient almost as well.
-        optimizer: function of the parameters that makes the optimizer.
-        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every step of the optimizer, or, if it
-            is a `ReduceLROnPlateau`, after every validation; None for none.
-        evaluation: the flow that judges in validation and test, such as one of another estimator or solver that
-            shares the trained one's velocity; the trained one itself if None.
-        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density, and `load_from_checkpoint` the
-            task, if it has `task`, as `build_task` takes it.
-        monitor: the validation's value that `ReduceLROnPlateau` follows; `val/nll` if None.
-        keys: where x, context and weight are in a batch that is a dict or a tuple of other parts, such as `{"x": "image", "context":
-            "label"}` or `{"x": 0, "weight": 2}` (`divflow.data.batch.parts_of`).
+        draws: pairs of noise and time for each sample in a step, at least 1. More draws cost less than more data, and lower
+            the variance of the gradient almost as well.
+        optimizer: function of the parameters that returns the optimizer.
+        scheduler: function of the optimizer that returns a learning rate schedule; None for none. It steps after every
+            optimizer step; a `ReduceLROnPlateau` steps after every validation.
+        evaluation: flow that validation and test evaluate, for example with another estimator or solver. It shares the
+            velocity of the trained flow; that flow itself if None.
+        config: plain dict that is saved in each checkpoint. `divflow.load` rebuilds the density from it, and
+            `load_from_checkpoint` the task, if it has `task`, as `build_task` takes it.
+        monitor: name of the validation value that `ReduceLROnPlateau` follows; `val/nll` if None.
+        keys: where x, context and weight are in a batch that is a dict or a tuple of other parts, such as
+            `{"x": "image", "context": "label"}` or `{"x": 0, "weight": 2}` (`divflow.data.batch.parts_of`).
 
     Raises:
-        ValueError: a flow whose times are others than those of the paths, or no draws.
-        FieldError: when training begins, a velocity that mixes the batch, or takes none but scalar times.
-        DataError, FieldError: while training, a batch that `parts_of` refuses.
-        TrainingError: a loss or gradient that is not finite.
+        ValueError: the times of the flow are not those of the paths, or `draws` is no whole number of at least 1.
+        FieldError: when training begins, the velocity mixes the samples of a batch, or takes only scalar times.
+        DataError, FieldError: in training, `parts_of` refuses a batch.
+        TrainingError: in training, a loss or gradient is not finite.
+
+    Example:
+        >>> from divflow import ContinuousFlow
+        >>> from divflow.networks import MLP
+        >>> task = FlowMatchingTask(ContinuousFlow(MLP(2), 2))  # for lightning.Trainer().fit(task, loader)
     """
 
     def __init__(
@@ -74,12 +84,16 @@ class FlowMatchingTask(FlowDensityTask):
         t_base, t_data = self.density.flow.times()
         if (t_base, t_data) != (0.0, 1.0):
             raise ValueError(
-                f"the paths of flow matching begin with noise at t = 0 and end with data at t = 1, but the flow has t_base={t_base:g} "
-                f"and t_data={t_data:g}; leave both at their defaults, t_base=0.0 and t_data=1.0"
+                f"the paths of flow matching lead from noise at t = 0 to data at t = 1, but the flow has t_base={t_base:g} "
+                f"and t_data={t_data:g}. Leave both at their defaults, t_base=0.0 and t_data=1.0"
             )
 
     def check(self, batch: Batch) -> None:
-        """Before the first step: the velocity must be a field, treat the samples independently, and take a time for each."""
+        """Check the velocity before the first step: a field that treats samples independently and takes one time for each.
+
+        Raises:
+            FieldError: it is not.
+        """
         x, context = self.checked(batch)
         flow = self.density.flow
         with severed_fields("allow") if flow.detached else contextlib.nullcontext():
@@ -87,7 +101,7 @@ class FlowMatchingTask(FlowDensityTask):
         self.check_base(x, context)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean of the objective over a batch."""
+        """Mean of the objective over a batch."""
         flow, (x, context), weight = self.density.flow, self.transformed(batch), self.parts(batch).weight
         x, context, weight = (repeated(part, self.draws) for part in (x, context, weight))
         noise = flow.sample_base(len(x)).to(x)

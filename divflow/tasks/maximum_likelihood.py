@@ -14,53 +14,69 @@ from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.likelihood import PENALTIES
 from divflow.solver import Evaluations
-from divflow.tasks.judged_flow import FlowDensityTask
+from divflow.tasks.flow_density import FlowDensityTask
 from divflow.tasks.task import mean
 
 __all__ = ["FlowTask"]
 
 
 class FlowTask(FlowDensityTask):
-    """Maximum likelihood: the loss is the mean of -log p(x) over the batch, in nats.
+    """Train a flow by maximum likelihood.
 
-    It is a weighted mean, where samples have weights (`Task`). Log-densities are those of the data, not of what the data module's transform T makes of them:
+    The loss is the mean of -log p(x) over a batch, in nats, and a weighted mean if samples have weights (`Task`). The density is
+    that of the data x, not of the transformed data T(x) that the flow models:
 
         log p(x) = log p_flow(T(x)) + log |det dT/dx|
 
-    and where its data are discrete, bits per dimension are logged too.
+    Logged under `train/`, `val/` and `test/`:
 
-    Logged: `{train,val,test}/nll` (nats), `/bits_per_dim`, `/gap` (nats above the truth, where it is known),
-    `/nfe` (forward), `/nfe_divergence`, `/quadrature_error` (nats, where known), `train/nfe_backward`; in the test
-    also the standard errors `test/nll_standard_error`, and those of bits per dimension and gap. A stochastic estimator
-    adds `/estimator_error`, the standard error of one sample's log-density over its probes (root mean square, nats),
-    and, in the test, `/nll_estimator_error` and `/bits_per_dim_estimator_error`, what that leaves of error in the mean.
-    Where the data module draws noise several times for each row of the test (`num_draws`), log-densities are averages over
-    the draws, `/dequantization_error` and `/bits_per_dim_dequantization_error` say the same of that noise, and
-    `/bits_per_dim_importance_weighted` is the nearer bound, where the divergence is exact. Where the data have an energy, the test
-    logs what `reweighted` says of weighted samples.
+    | name | meaning |
+    |---|---|
+    | `nll` | mean of -log p(x), in nats |
+    | `bits_per_dim` | of discrete data |
+    | `gap` | nats above the true density, where it is known |
+    | `nfe`, `nfe_divergence` | evaluations of the velocity and of its divergence; `train/nfe_backward` those of the backward pass |
+    | `quadrature_error` | of the integral along the trajectory, in nats, where it is known |
+    | `estimator_error` | of a stochastic estimator: standard error of one sample's log-density, root mean square, in nats |
+
+    Logged in the test alone:
+
+    | name | meaning |
+    |---|---|
+    | `nll_standard_error`, ... | standard errors of `nll`, `bits_per_dim` and `gap` |
+    | `nll_estimator_error`, ... | error that the probes leave in the means |
+    | `dequantization_error`, `bits_per_dim_dequantization_error` | the same for the noise of discrete data, if the test draws it several times |
+    | `bits_per_dim_importance_weighted` | a tighter bound from several draws, for an exact divergence |
+    | values of `reweighted` | estimates of weighted samples, for data with an energy |
 
     Args:
-        flow: what is trained and saved: a flow, or a `FlowDensity`, which adds the data's transform to it.
-        optimizer: function of the parameters that makes the optimizer.
-        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every step of the optimizer, or, if it
-            is a `ReduceLROnPlateau`, after every validation; None for none.
-        regularization: weights of penalties that are added to the loss, in nats: `{"kinetic_energy": a, "jacobian_norm":
-            b}` adds the batch mean of a * integral of |v|^2 dt + b * integral of |dv/dx|_F^2 dt along the trajectories
-            (Finlay et al. 2020, equation 5); logged as `train/kinetic_energy` and `train/jacobian_norm`. A penalty
-            of weight zero is not computed. The first costs nothing, the second little where the divergence is
-            estimated (its products are used again), or one more probe at each node where it is exact.
-        evaluation: the flow that judges in validation and test, such as one of another estimator or solver that
-            shares the trained one's velocity; the trained one itself if None.
-        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density, and `load_from_checkpoint` the
-            task, if it has `task`, as `build_task` takes it.
-        monitor: the validation's value that `ReduceLROnPlateau` follows; `val/nll` if None.
-        keys: where x, context and weight are in a batch that is a dict or a tuple of other parts, such as `{"x": "image", "context":
-            "label"}` or `{"x": 0, "weight": 2}` (`divflow.data.batch.parts_of`).
+        flow: flow that is trained and saved, or a `FlowDensity`, which adds the transform of the data to it.
+        optimizer: function of the parameters that returns the optimizer.
+        scheduler: function of the optimizer that returns a learning rate schedule; None for none. It steps after every
+            optimizer step; a `ReduceLROnPlateau` steps after every validation.
+        regularization: weights of penalties that are added to the loss, `{"kinetic_energy": a, "jacobian_norm": b}`:
+
+            - `kinetic_energy` is the batch mean of the integral of |v|^2 dt along the trajectories; it costs nothing.
+            - `jacobian_norm` is that of |dv/dx|_F^2 dt. It reuses the products of an estimated divergence; beside an exact one it
+              costs one more probe at each node.
+            - Both are logged in training (Finlay et al. 2020, equation 5). A penalty of weight zero is not computed.
+        evaluation: flow that validation and test evaluate, for example with another estimator or solver. It shares the
+            velocity of the trained flow; that flow itself if None.
+        config: plain dict that is saved in each checkpoint. `divflow.load` rebuilds the density from it, and
+            `load_from_checkpoint` the task, if it has `task`, as `build_task` takes it.
+        monitor: name of the validation value that `ReduceLROnPlateau` follows; `val/nll` if None.
+        keys: where x, context and weight are in a batch that is a dict or a tuple of other parts, such as
+            `{"x": "image", "context": "label"}` or `{"x": 0, "weight": 2}` (`divflow.data.batch.parts_of`).
 
     Raises:
-        ValueError: an unknown or negative regularization.
-        DataError, FieldError: while training, a batch that `parts_of` refuses.
-        TrainingError: a loss or gradient that is not finite.
+        ValueError: a penalty is unknown, or its weight is negative or not finite.
+        DataError, FieldError: in training, `parts_of` refuses a batch.
+        TrainingError: in training, a loss or gradient is not finite.
+
+    Example:
+        >>> from divflow import ContinuousFlow
+        >>> from divflow.networks import MLP
+        >>> task = FlowTask(ContinuousFlow(MLP(2), 2))  # for lightning.Trainer().fit(task, loader)
     """
 
     density: FlowDensity
@@ -78,18 +94,22 @@ class FlowTask(FlowDensityTask):
     ) -> None:
         super().__init__(flow, optimizer, scheduler, evaluation, config, monitor, keys)
         self._regularization = _checked_regularization(regularization or {})
-        # Of the last step alone, whose graph would be kept with the rest.
+        # Evaluations of the last step alone: the result would keep its graph.
         self._evaluations: Evaluations | None = None
 
     def check(self, batch: Batch) -> None:
-        """Before the first step: the velocity must be a field, treat the samples independently, and have right derivatives."""
+        """Check the velocity before the first step: a field that treats samples independently, with correct derivatives.
+
+        Raises:
+            FieldError: it is not.
+        """
         flow, (x, context) = self.density.flow, self.checked(batch)
         field, t = flow.field(context), flow.times()[0]
         check_field(field, t, x, detached=flow.detached, gradient=True, estimator=flow.estimator)
         self.check_base(x, context)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of a batch, in nats: the mean of -log p(x), or of -log p(x | context), and the regularization."""
+        """Mean of -log p(x), or of -log p(x | context), over a batch, plus the penalties, in nats."""
         x, context, weight = self.parts(batch)
         result = self.density.evaluate(x, context, diagnostics=False, penalties=tuple(self._regularization))
         self._evaluations = result.evaluations
@@ -110,7 +130,7 @@ class FlowTask(FlowDensityTask):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the backward pass evaluated: something under an adjoint gradient, else nothing."""
+        """Log the evaluations of the backward pass, which only an adjoint gradient has."""
         if self._evaluations is not None:
             self.log("train/nfe_backward", self.count(self._evaluations.backward))
 
@@ -119,8 +139,10 @@ def _checked_regularization(weights: Mapping[str, float]) -> dict[str, float]:
     """The penalties of positive weight."""
     unknown = set(weights) - set(PENALTIES)
     if unknown:
-        raise ValueError(f"regularization must be of {sorted(PENALTIES)}, but got {sorted(unknown)}")
+        raise ValueError(f"the keys of regularization must be among {sorted(PENALTIES)}, but got {sorted(unknown)}")
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise ValueError(f"the weight of {name} must be finite and not negative, but is {weight!r}; 0 turns it off")
+            raise ValueError(
+                f"the weight of {name} must be finite and not negative, but is {weight!r}. Use 0 to turn it off"
+            )
     return {name: weight for name, weight in weights.items() if weight}

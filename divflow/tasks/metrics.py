@@ -1,4 +1,4 @@
-"""Means with their standard errors, over all batches and processes, and what is reported of them."""
+"""Means with standard errors, over all batches and processes, and the values that are reported from them."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from torchmetrics import Metric
 __all__ = ["Average", "MeanWithStandardError", "QuadratureWarning", "summarized", "warn_of_quadrature"]
 
 
-# The last digit in which results are shown: rows that are all alike have no spread.
+# The last digit of reported results; equal rows have no spread.
 _SHOWN = 1e-4
 
 
 class QuadratureWarning(UserWarning):
-    """A likelihood is known to less than its standard error says: the trajectory or the integral along it was too coarse."""
+    """A likelihood is less certain than its standard error states, since its trajectory or integral is too coarse."""
 
 
 class Average(NamedTuple):
-    """A mean, and its errors.
+    """A mean and its errors.
 
     Attributes:
         mean: m = sum_i w_i x_i / sum_i w_i.
-        standard_error: of m, by the spread of the values; NaN for fewer than two.
-        root: sqrt(sum_i w_i^2 x_i) / sum_i w_i: where the values are the variances of others, the error that these leave in
-            their mean.
+        standard_error: of m, from the spread of the values; NaN for fewer than two.
+        root: sqrt(sum_i w_i^2 x_i) / sum_i w_i. If the x_i are variances of other values, this is the error that they leave in the
+            mean of those.
     """
 
     mean: Tensor
@@ -35,24 +35,22 @@ class Average(NamedTuple):
 
 
 class MeanWithStandardError(Metric):
-    """The mean of all values, weighted or not, and the standard error of that mean.
+    """Mean of all values, weighted or not, with the standard error of that mean.
 
         m = sum_i w_i x_i / sum_i w_i      s = sqrt(n / (n - 1) * sum_i w_i^2 (x_i - m)^2) / sum_i w_i
 
-    by the delta method, n being the number of values of positive weight; of equal weights s is the standard deviation over
-    sqrt(n). Weights are known, as those of a survey or of importance: their size does not matter.
-
-    Sums are kept in float64, and added over processes.
+    by the delta method, n being the number of values of positive weight. For equal weights s is the standard deviation over
+    sqrt(n). Only ratios of weights matter. Sums are kept in float64 and added over processes.
 
     Args:
-        shared: whether each process is given values of its own, and not all of them.
+        shared: True if each process gets its own values, False if each gets all of them.
     """
 
     full_state_update = False
     count: Tensor
     weight: Tensor
     total: Tensor
-    # Of the squares of weights, alone and with values and their squares.
+    # Sums of squared weights, alone and times values and their squares.
     weight_2: Tensor
     total_2: Tensor
     squares_2: Tensor
@@ -63,7 +61,7 @@ class MeanWithStandardError(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weight: Tensor | None = None) -> None:
-        """Add values of any shape; with weights, of theirs."""
+        """Add values of any shape, with weights of the same shape if there are any."""
         values = values.detach().double()
         weight = torch.ones_like(values) if weight is None else weight.detach().to(values)
         self.count += weight.count_nonzero()
@@ -82,17 +80,21 @@ class MeanWithStandardError(Metric):
 
 
 def summarized(averages: Mapping[str, MeanWithStandardError], unit: float | None, *, errors: bool) -> dict[str, Tensor]:
-    """What is reported of values per sample: means, and with `errors` their standard errors, by name.
+    """Reported values: means by name and, with `errors`, their standard errors.
 
-    A mean of samples is off by the mean of their quadrature errors at most, which is reported in its units, too.
+    A mean is off by at most the mean of the quadrature errors, which is reported in its units, too. The variances
+    `estimator_variance` (probes) and `dequantization_variance` (noise) of single samples give two values each:
 
-    What the errors of single samples leave of error in a mean is that of `name_variance`, for its probes
-    (`estimator_variance`) and its noise (`dequantization_variance`): the root mean square of one sample's is `name_error`.
+    - `*_error` is the root mean square of one sample's error;
+    - `nll_*_error`, and so on, is the error that remains in a mean.
 
     Args:
-        averages: by the names that tasks judge by.
+        averages: averages by the names of `likelihood_values` and of the tasks.
         unit: nats of one bit per dimension, for discrete data.
         errors: report the standard errors, too.
+
+    Returns:
+        Values by the names under which they are logged, without the stage.
     """
     found: dict[str, Tensor] = {}
     for name, metric in averages.items():
@@ -114,11 +116,11 @@ def summarized(averages: Mapping[str, MeanWithStandardError], unit: float | None
 
 
 def warn_of_quadrature(results: Mapping[str, Tensor], remedy: str) -> None:
-    """Warn where a result's quadrature error is more than the standard error beside it.
+    """Warn if the quadrature error of a result exceeds the standard error beside it.
 
     Args:
-        results: what is reported, by name.
-        remedy: settings that make it smaller.
+        results: reported values by name.
+        remedy: settings that reduce the quadrature error, for the message.
     """
     for name, unit in (("bits_per_dim", "bits/dim"), ("nll", "nats"), ("gap", "nats")):
         error = results.get("bits_per_dim_quadrature_error" if name == "bits_per_dim" else "quadrature_error")
@@ -126,8 +128,8 @@ def warn_of_quadrature(results: Mapping[str, Tensor], remedy: str) -> None:
         if error is None or spread is None or not error > spread or error < _SHOWN:  # of one row the spread is NaN
             continue
         warnings.warn(
-            f"{name}, {float(results[name]):.4f} ± {float(spread):.4f} {unit}, may be off by another {float(error):.2g} {unit}: that is "
-            f"the estimated error of the trajectories and of the integrals along them, which the ± does not hold. Take {remedy}",
+            f"{name}, {float(results[name]):.4f} ± {float(spread):.4f} {unit}, may be off by another {float(error):.2g} {unit}: the "
+            f"estimated error of the trajectories and of the integrals along them, which the ± does not include. Use {remedy}",
             QuadratureWarning,
             stacklevel=3,
         )

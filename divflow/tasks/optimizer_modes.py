@@ -1,4 +1,4 @@
-"""Optimizers that train one set of weights and leave another to be evaluated, such as schedule-free ones."""
+"""Support for optimizers that train one set of weights and evaluate another, such as schedule-free ones."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -12,23 +12,23 @@ __all__ = ["OptimizerModes"]
 
 
 class OptimizerModes:
-    """Which weights are in a module: those its optimizers train, or those they leave to be evaluated.
+    """Switch a module between the weights that its optimizers train and those that they evaluate.
 
-    It is of optimizers that have methods `train()` and `eval()`, which change the weights from one to the other (schedule-free ones:
-    Defazio et al. 2024); with others it does nothing. Going back restores the very weights that training had: the optimizer's own way
-    rounds, and a run would depend on how often it is validated and saved.
+    It applies to optimizers with methods `train()` and `eval()`, which convert the weights (schedule-free ones: Defazio et al. 2024);
+    for others it does nothing. Switching back restores the exact weights of training. The optimizer's own conversion rounds, so
+    that a run would depend on how often it is validated and saved.
 
     Attributes:
-        training: whether the weights are those of training.
+        training: whether the module holds the weights of training.
     """
 
     def __init__(self) -> None:
         self.training = False
-        # Those of training, while others are in the module.
+        # Weights of training, while the module holds others.
         self._kept: dict[str, Tensor] | None = None
 
     def train(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Go on with the weights of training."""
+        """Restore the weights of training."""
         if self.training or not (switched := _switched(optimizers)):
             return
         for optimizer in switched:
@@ -40,7 +40,7 @@ class OptimizerModes:
         self._kept, self.training = None, True
 
     def eval(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Put the weights to evaluate in the place of those of training."""
+        """Replace the weights of training by those to evaluate."""
         if not self.training:
             return
         self._kept = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
@@ -49,11 +49,11 @@ class OptimizerModes:
         self.training = False
 
     def save(self, checkpoint: dict[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Let a checkpoint hold the weights to evaluate, and beside them those from which training goes on."""
+        """Save the weights to evaluate in a checkpoint, and beside them those of training."""
         training = self.training
         self.eval(module, optimizers)
         if self._kept is not None:
-            # Where a callback averages weights, the module's own stand beside those.
+            # If a callback averages weights, the checkpoint holds the module's own beside them.
             place = "current_model_state" if "current_model_state" in checkpoint else "state_dict"
             checkpoint[place] = {name: value.clone() for name, value in module.state_dict().items()}
             if "optimizer_states" in checkpoint:
@@ -63,7 +63,7 @@ class OptimizerModes:
             self.train(module, optimizers)
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on from the weights of training in a checkpoint, once training begins."""
+        """Take the weights of training from a checkpoint, to be restored when training begins."""
         self._kept, self.training = checkpoint.get("training_weights"), False
 
 

@@ -1,4 +1,4 @@
-"""What a run must have in common with the one that it goes on from, and what it takes from that one in place of its settings."""
+"""What a run must share with the run that it resumes, and the settings that it takes from that run's checkpoint."""
 
 import inspect
 import warnings
@@ -13,16 +13,16 @@ from divflow.errors import DivflowError
 
 __all__ = ["ResumeError", "check_resumed", "trained_by"]
 
-# What Lightning goes on from.
+# Parts of a checkpoint from which Lightning resumes.
 _STATES = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")
 
 
 class ResumeError(DivflowError, ValueError):
-    """A checkpoint can't be resumed by this run: another task or optimizer trained it, or an average of the weights."""
+    """A run can't resume from a checkpoint: another task or optimizer wrote it, or an average of the weights is missing."""
 
 
 def trained_by(task: L.LightningModule, optimizer: Optimizer) -> dict[str, str]:
-    """The classes that train, by name."""
+    """Names of the classes that train: task, optimizer and objective."""
     classes = {"task": type(task), "optimizer": type(optimizer)}
     if (objective := getattr(task, "objective", None)) is not None:
         classes["objective"] = type(objective)
@@ -30,20 +30,20 @@ def trained_by(task: L.LightningModule, optimizer: Optimizer) -> dict[str, str]:
 
 
 def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to resume a checkpoint of another training; warn about settings that the checkpoint overrides.
+    """Refuse to resume from a checkpoint of another training, and warn of settings that the checkpoint overrides.
 
     Args:
-        task: new.
+        task: the new task.
         callbacks: of the trainer.
-        checkpoint: what Lightning saved.
+        checkpoint: as Lightning saved it.
 
     Raises:
-        ResumeError: another task, optimizer or objective, or no average of the weights where the checkpoint has one.
+        ResumeError: task, optimizer or objective differ, or the checkpoint has an average of the weights and the run has none.
     """
     lacking = [name for name in _STATES if name not in checkpoint]
     if lacking or not isinstance(checkpoint["pytorch-lightning_version"], str):
         raise ResumeError(
-            f"the checkpoint holds weights alone, and not what training goes on from ({', '.join(lacking) or 'its version'}); start another run "
+            f"the checkpoint holds only weights, not what training resumes from ({', '.join(lacking) or 'its version'}). Start another run "
             "from its weights, by init_from=..."
         )
     new: Any = task.configure_optimizers()
@@ -52,13 +52,13 @@ def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], chec
     for name, before in checkpoint.get("trained_by", now).items():
         if now.get(name) != before:
             raise ResumeError(
-                f"the checkpoint was trained by the {name} {before}, and not by {now.get(name)}, which would take the state of that one for "
-                "its own; start another run from its weights, by init_from=..., or take the settings of config.yaml in its run's folder"
+                f"the checkpoint was trained by the {name} {before}, not by {now.get(name)}, which would take that state for "
+                "its own. Start another run from its weights, by init_from=..., or take the settings of config.yaml in its run's folder"
             )
     if "averaging_state" in checkpoint and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise ResumeError(
-            "the checkpoint's weights are averages over training, from which this run would go on as if it had trained to them, since it has "
-            "no callbacks.average; keep that, or start another run from its weights, by init_from=... and weights=averaged or current"
+            "the checkpoint's weights are averages over training, but this run has no callbacks.average and would resume from them as if "
+            "it had trained to them. Keep callbacks.average, or start another run from its weights, by init_from=... and weights=averaged or current"
         )
     for state in checkpoint["optimizer_states"][:1]:
         sizes = [
@@ -66,7 +66,7 @@ def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], chec
         ]
         if sizes[0] != sizes[1]:
             raise ResumeError(
-                f"the checkpoint's optimizer has groups of {sizes[0]} parameters, and not of {sizes[1]}, as this one; start another run from its "
+                f"the checkpoint's optimizer has groups of {sizes[0]} parameters, but this one has groups of {sizes[1]}. Start another run from its "
                 "weights, by init_from=..."
             )
         scheduled = bool(checkpoint["lr_schedulers"])
@@ -88,15 +88,15 @@ def _settings(group: dict[str, Any], scheduled: bool) -> dict[str, Any]:
 def _warn_of(what: str, make: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Warn of arguments of a class that two states of it differ in."""
     arguments = inspect.signature(make).parameters.keys() - {"params", "last_epoch"}
-    if "max_momentum" in before:  # which a schedule goes through
+    if "max_momentum" in before:  # which a schedule changes
         arguments -= {"betas", "momentum"}
     names = sorted(arguments & before.keys() & now.keys())
     plain = [name for name in names if isinstance(now[name], int | float | str | tuple | list)]
     other = [name for name in plain if not _same(before[name], now[name])]
     if other:
         warnings.warn(
-            f"the {what} goes on with {', '.join(f'{name}={before[name]}' for name in other)}, as the checkpoint has it, and not with "
-            f"{', '.join(f'{name}={now[name]}' for name in other)}; start another run from its weights, by init_from=..., to change that",
+            f"the {what} goes on with {', '.join(f'{name}={before[name]}' for name in other)} of the checkpoint, not with "
+            f"{', '.join(f'{name}={now[name]}' for name in other)}. Start another run from its weights, by init_from=..., to change that",
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""What a flow's samples, weighted towards the Boltzmann density of the data's energy, say of it."""
+"""Estimates from samples of a flow, weighted towards the Boltzmann density of the data's energy."""
 
 import warnings
 
@@ -13,34 +13,40 @@ from divflow.flow.importance import ImportanceWarning
 
 __all__ = ["reweighted"]
 
-# Effective samples, below which standard errors say less than the truth.
+# Effective samples below which standard errors are too small.
 _FEWEST = 20
 
 
 @torch.no_grad()
 def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generator | None = None) -> dict[str, float]:
-    """The effective sample size and the estimates of weighted samples, with standard errors, by name, beside known values.
+    """Effective sample size, and estimates by weighted samples with their standard errors.
 
-    `effective_sample_fraction` is 1 / (n sum W_i^2), from 1 / n to 1; `log_normalizer` log Z in nats, which is right for any flow, but the nearer
-    the larger the fraction; `free_energy_difference` that of a double well's two wells in kT. `_reference` is what the data module
-    knows of the same.
+    | name | value |
+    |---|---|
+    | `effective_sample_fraction` | 1 / (n sum W_i^2), from 1 / n to 1 |
+    | `log_normalizer` | log Z in nats: right for any flow, and more precise the larger the fraction |
+    | `free_energy_difference` | of the two wells of a double well, in kT |
+    | `*_reference` | what the data module knows of the same value |
 
-    Standard errors are those of the delta method: where few weights count they are far too small, and tend to zero, that of the free energy
-    at least, where one outweighs all. They are not to be believed below 20 effective samples, of which an `ImportanceWarning` tells.
+    Standard errors are those of the delta method. If few weights dominate, they are far too small; if one does, that of the free
+    energy tends to zero. Do not trust them below 20 effective samples, which an `ImportanceWarning` reports.
 
     Args:
-        density: with an exact divergence.
-        data: that has an energy.
+        density: flow with an exact divergence.
+        data: data module with an energy.
         generator: of the samples.
+
+    Returns:
+        Values by name.
 
     Raises:
         DivflowError: the data have no energy.
-        ImportanceError: an estimated divergence.
+        ImportanceError: the divergence is estimated.
     """
     energy = data.energy
     if energy is None:
         raise DivflowError(
-            "samples are weighted towards the energy of the data, but these have none; use data=dw4 or data=lj13"
+            "samples are weighted towards the energy of the data, but these data have no energy. Use data=dw4 or data=lj13"
         )
     weights = density.importance_weights(
         lambda x: -energy(x), data.num_weighted, generator, batch_size=data.eval_batch_size
@@ -48,8 +54,8 @@ def reweighted(density: FlowDensity, data: TensorDataModule, generator: Generato
     size = float(weights.effective_sample_size)
     if size < _FEWEST:
         warnings.warn(
-            f"what weighted samples estimate rests on {size:.1f} effective samples of {data.num_weighted}: below {_FEWEST} its standard errors "
-            "are too small, and not to be believed; take more samples by data.num_weighted, or a flow that is nearer to the energy",
+            f"estimates by weighted samples rest on {size:.1f} effective samples of {data.num_weighted}, and below {_FEWEST} their standard errors "
+            "are too small to be trusted. Take more samples by data.num_weighted, or a flow closer to the energy",
             ImportanceWarning,
             stacklevel=2,
         )

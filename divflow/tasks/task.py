@@ -1,4 +1,4 @@
-"""What all training tasks share: noise of each batch, judging by averages with standard errors, a stop at NaN."""
+"""Base of all training tasks: noise of each batch, averages with standard errors, and a stop at NaN."""
 
 import contextlib
 from abc import abstractmethod
@@ -18,21 +18,25 @@ from divflow.data.order import combined_seed
 from divflow.flow import FlowDensity
 from divflow.score import UnnormalizedDensity
 from divflow.tasks.errors import TaskError, TrainingError
-from divflow.tasks.judging import judge_likelihood
+from divflow.tasks.likelihood_values import likelihood_values
 from divflow.tasks.metrics import MeanWithStandardError, summarized, warn_of_quadrature
 from divflow.tasks.resuming import check_resumed, trained_by
 from divflow.tasks.trainable import Trainable
 
 __all__ = ["Task", "mean"]
 
-# What noise is for.
-_TRAINING, _JUDGING = 0, 1
-# What makes the quadrature error of a test smaller.
+# Purposes of noise.
+_TRAINING, _EVALUATION = 0, 1
+# Earlier names of methods of subclasses, and their present ones.
+_RENAMED = {"judge": "evaluate_batch", "judged": "evaluated_density", "check_judged": "check_evaluation"}
+# Settings that reduce the quadrature error of a test.
 _FINER = "a smaller evaluation.likelihood.tolerance, evaluation.solver.rtol and .atol, or smaller steps of a fixed-step solver"
 
 
 class Task(Trainable):
-    """A density that is trained. A subclass implements `loss`, `check` and `judge`, and is told what to log.
+    """Base of tasks: a density with its loss, and what validation and test evaluate.
+
+    A subclass implements `loss`, `check`, `evaluate_batch` and `evaluated_density`.
 
     **Batches** are `x`, `(x,)`, `(x, context)`, or dicts with x, context and weight, by these names or by `keys` (`parts_of`).
 
@@ -40,24 +44,24 @@ class Task(Trainable):
 
         sum_i w_i l_i / sum_i w_i
 
-    so that only their ratios count, as of weights of importance or of a survey, and the learning rate need not know their size. In
-    several processes the sum of weights is that of all of a step's samples, whichever process has them; over accumulated batches
-    it is the mean of the batches' weighted means. Such a mean is not free of bias where the weights of batches differ much in
-    sum: of k samples by about 1 / k, so take batches that are not small. Validation and test average all samples by
-    weight, with the standard error of a weighted mean.
+    - Only ratios of weights matter, as for importance or survey weights, so the learning rate need not know their size.
+    - In several processes the sum of weights runs over all samples of a step; over accumulated batches the weighted means of the
+      batches are averaged.
+    - If the sums of batches differ much, the weighted mean has a bias of about 1 / k for k samples, so avoid small batches.
+    - Validation and test average all samples by weight, with the standard error of a weighted mean.
 
     Args:
-        density: what is trained and saved, a module.
-        optimizer: function of the parameters that makes the optimizer.
-        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every step of the optimizer, or, if it
-            is a `ReduceLROnPlateau`, after every validation; None for none.
-        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density, and `load_from_checkpoint` the
-            task, if it has `task`, as `build_task` takes it.
-        monitor: the validation's value that `ReduceLROnPlateau` follows; `val/nll`, or `val/loss` of a score without SDE, if None.
-        keys: where the parts of a batch are, where they are not by their places or names.
+        density: module that is trained and saved.
+        optimizer: function of the parameters that returns the optimizer.
+        scheduler: function of the optimizer that returns a learning rate schedule; None for none. It steps after every
+            optimizer step; a `ReduceLROnPlateau` steps after every validation.
+        config: plain dict that is saved in each checkpoint. `divflow.load` rebuilds the density from it, and
+            `load_from_checkpoint` the task, if it has `task`, as `build_task` takes it.
+        monitor: name of the validation value that `ReduceLROnPlateau` follows; if None `val/nll`, or `val/loss` for a score without SDE.
+        keys: where the parts of a batch are, if not at their usual places or names.
 
     Attributes:
-        lr: a learning rate in the place of the optimizer's own, for all its parameters; None for that. `Tuner.lr_find` sets it.
+        lr: learning rate that replaces the optimizer's own for all its parameters; None to keep that. `Tuner.lr_find` sets it.
     """
 
     def __init__(
@@ -74,39 +78,57 @@ class Task(Trainable):
         self.keys = keys
         self._checked = False
         self._noise_seed: int | None = None
-        # Of the batches since the last optimizer step: number and loss.
+        # Numbers and losses of the batches since the last optimizer step.
         self._losses: list[tuple[int, Tensor]] = []
         # By stage, loader and name.
         self._metrics: dict[tuple[str, str, str], MeanWithStandardError] = {}
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a class that defines a method under its earlier name, which is no longer called.
+
+        Raises:
+            TaskError: naming the method and its present name.
+        """
+        super().__init_subclass__(**options)
+        for before, now in _RENAMED.items():
+            if before in vars(cls):
+                raise TaskError(f"{cls.__name__} defines {before}, which is called {now} now. Rename it")
+
     @property
     @abstractmethod
-    def judged(self) -> FlowDensity | UnnormalizedDensity:
-        """The density as validation and test evaluate it."""
+    def evaluated_density(self) -> FlowDensity | UnnormalizedDensity:
+        """Density that validation and test evaluate."""
 
     @abstractmethod
     def check(self, batch: Batch) -> None:
-        """Before the first step: what is trained must be a field, and treat the samples independently."""
+        """Check before the first step that what is trained is a field that treats samples independently.
 
-    def check_judged(self, batch: Batch) -> None:
-        """Before the first step, in evaluation mode: what is judged must hide no derivative, which it may do there alone."""
+        Raises:
+            FieldError: it is not.
+        """
+
+    def check_evaluation(self, batch: Batch) -> None:
+        """Check the evaluated density in evaluation mode, where it may hide derivatives that it shows in training."""
         self.check(batch)
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of a training batch, a scalar, and its logs."""
+        """Loss of a training batch, a scalar; logs what belongs to it."""
 
     @abstractmethod
-    def judge(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
-        """Values per sample of a validation or test batch, by name, to be averaged; None is left out.
+    def evaluate_batch(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+        """Evaluate a batch of validation or test.
 
         Args:
-            batch: of validation or test.
-            batch_idx: its number, another for each batch of each loader, for noise of its own.
+            batch: the batch.
+            batch_idx: a number that is unique over all loaders, to seed the noise of the batch.
+
+        Returns:
+            Values per sample by name, which `Task` averages; None is left out.
         """
 
     def parts(self, batch: Batch) -> Parts:
-        """The data of a batch, their context and their weights.
+        """Data, context and weights of a batch.
 
         Raises:
             DataError, FieldError: as `parts_of`.
@@ -114,7 +136,10 @@ class Task(Trainable):
         return parts_of(batch, self.keys)
 
     def shares(self, weight: Tensor | None) -> Tensor | None:
-        """The shares of samples in the mean of a batch, w_i over the sum of all, `(k,)`; over several processes their mean sum."""
+        """Shares `(k,)` of the samples in the mean of a batch: w_i over the sum of all weights; None without weights.
+
+        In several processes the sum is the mean of the processes' sums.
+        """
         if weight is None:
             return None
         total = weight.sum(dtype=torch.float64)
@@ -124,18 +149,18 @@ class Task(Trainable):
 
     @property
     def data(self) -> TensorDataModule | None:
-        """The data module, where it is one of divflow's."""
+        """The data module, if it is one of divflow's."""
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, TensorDataModule) else None
 
     def setup(self, stage: str) -> None:
-        """Fix what all noise comes from, for all processes: each batch seeds torch anew, which forgets it."""
+        """Fix the seed of all noise for all processes; it must be kept, since each batch seeds torch anew."""
         super().setup(stage)
         if self._noise_seed is None:
             self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Noise of the batch's own, whatever was drawn before: that of a run that never stopped.
+        """Check the field at the first step, and seed the noise of the batch as a run that was never interrupted would.
 
         Raises:
             FieldError: at the first step, the field mixes the samples of a batch, or is none.
@@ -143,25 +168,25 @@ class Task(Trainable):
         if not self._checked:
             self.check(batch)
             with self.evaluating():
-                self.check_judged(batch)
+                self.check_evaluation(batch)
             self._checked = True
         self._seed(_TRAINING, self.current_epoch, batch_idx)
 
     def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same noise at each validation."""
-        self._seed(_JUDGING, _number(batch_idx, dataloader_idx))
+        """Seed the noise of the batch, the same at each validation."""
+        self._seed(_EVALUATION, _number(batch_idx, dataloader_idx))
 
     def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same noise as in validation."""
-        self._seed(_JUDGING, _number(batch_idx, dataloader_idx))
+        """Seed the noise of the batch, as in validation."""
+        self._seed(_EVALUATION, _number(batch_idx, dataloader_idx))
 
     def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same noise as in validation."""
-        self._seed(_JUDGING, _number(batch_idx, dataloader_idx))
+        """Seed the noise of the batch, as in validation."""
+        self._seed(_EVALUATION, _number(batch_idx, dataloader_idx))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within it all modules are in evaluation mode; after it, each as it was."""
+        """Put all modules in evaluation mode within this context, and restore each afterwards."""
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -175,15 +200,15 @@ class Task(Trainable):
         torch.manual_seed(combined_seed(self._noise_seed, self.global_rank, *numbers))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch."""
+        """Loss of a batch."""
         loss = self.loss(batch)
         self._losses.append((batch_idx, loss.detach()))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Refuse losses and gradients that would make the weights NaN, so that a saved checkpoint is a good one.
+        """Stop at losses and gradients that are not finite, so that saved checkpoints have finite weights.
 
-        Losses and gradient are looked at together: each look makes the host wait for the device.
+        Losses and gradient are checked together, because each check makes the host wait for the device.
 
         Raises:
             TrainingError: one of them is not finite.
@@ -197,30 +222,30 @@ class Task(Trainable):
         self._stop_unless_finite(checked)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int | None = None) -> None:
-        """Add a batch to the validation averages, which are those of its loader, where there are several."""
-        self._judged("val", batch, batch_idx, dataloader_idx)
+        """Add a batch to the validation averages, separately for each loader."""
+        self._average("val", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int | None = None) -> None:
-        """Add a batch to the test averages, which are those of its loader, where there are several."""
-        self._judged("test", batch, batch_idx, dataloader_idx)
+        """Add a batch to the test averages, separately for each loader."""
+        self._average("test", batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """The log-density of each sample of a batch, `(k,)` in nats, of the data as they are, as validation evaluates it.
+        """Log-density of each sample of a batch, `(k,)` in nats per unit of the data, as validation evaluates it.
 
         Raises:
-            TaskError: a score without SDE has none.
+            TaskError: the task trains a score without SDE, which has no log-density.
         """
-        density = self.judged
+        density = self.evaluated_density
         if isinstance(density, UnnormalizedDensity):
             raise TaskError(
-                "trainer.predict gives log-densities, which a score without SDE has not; use task.density.score(x), or train over an SDE"
+                "trainer.predict returns log-densities, but a score without SDE has none. Use task.density.score(x), or train over an SDE"
             )
-        nll = self.judge_likelihood(density, batch)["nll"]
+        nll = self.likelihood_values(density, batch)["nll"]
         assert nll is not None  # the one value that is always known
         return -nll
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation averages; schedules follow them, before a checkpoint is saved."""
+        """Log the validation averages, and step the schedules that follow them before a checkpoint is saved."""
         found = self._report("val")
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.follow(found)
@@ -230,17 +255,17 @@ class Task(Trainable):
         self._report("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the run's noise comes from, too."""
+        """Save the seed of the noise, too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["noise_seed"] = self._noise_seed
         if optimizers := self.trainer.optimizers:
             checkpoint["trained_by"] = trained_by(self, optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the noise of the run that was saved; what is loaded without a trainer begins a run of its own.
+        """Continue with the noise of the saved run; a task that is loaded without a trainer begins a run of its own.
 
         Raises:
-            ResumeError: training is to go on from another task's, optimizer's or objective's, or without its average of the weights.
+            ResumeError: training is to resume from another task, optimizer or objective, or without its average of the weights.
         """
         super().on_load_checkpoint(checkpoint)
         trainer: Any = self._trainer
@@ -251,20 +276,20 @@ class Task(Trainable):
             check_resumed(self, trainer.callbacks, checkpoint)
 
     def count(self, number: int) -> Tensor:
-        """A number to log, filled in on the device: Lightning would copy it there, for which the host waits."""
+        """Make a tensor to log of a number, on the device. Lightning would copy it there, and the host would wait."""
         return torch.full((), float(number), device=self.device)
 
-    def judge_likelihood(self, density: FlowDensity, batch: Batch) -> dict[str, Tensor | None]:
-        """What a batch's log-density gives `judge`; in the test, of as many draws of noise as the data say."""
+    def likelihood_values(self, density: FlowDensity, batch: Batch) -> dict[str, Tensor | None]:
+        """Values of `evaluate_batch` from a batch's log-density; in the test over the data module's number of noise draws."""
         data = self.data
         draws = data.num_draws if data is not None and self.trainer.testing else 1
-        return judge_likelihood(density, self.parts(batch), data, draws)
+        return likelihood_values(density, self.parts(batch), data, draws)
 
-    def _judged(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int | None) -> None:
+    def _average(self, stage: str, batch: Batch, batch_idx: int, dataloader_idx: int | None) -> None:
         # As Lightning names values of several loaders.
         loader = "" if dataloader_idx is None else f"/dataloader_idx_{dataloader_idx}"
         parts = self.parts(batch)
-        for name, value in self.judge(parts, _number(batch_idx, dataloader_idx)).items():
+        for name, value in self.evaluate_batch(parts, _number(batch_idx, dataloader_idx)).items():
             if value is not None:
                 key = (stage, loader, name)
                 if key not in self._metrics:
@@ -274,7 +299,7 @@ class Task(Trainable):
     def _report(self, stage: str) -> dict[str, Tensor]:
         """Log the averages of each loader, and return them by the names under which they are logged."""
         logged: dict[str, Tensor] = {}
-        # What was averaged in an earlier validation alone, such as of other loaders, has nothing to say.
+        # Without values that only an earlier validation averaged, such as those of other loaders.
         metrics = {key: metric for key, metric in self._metrics.items() if key[0] == stage and metric.update_called}
         unit = None if self.data is None else self.data.bit_per_dim
         for loader in dict.fromkeys(loader for _, loader, _ in metrics):
@@ -298,14 +323,14 @@ class Task(Trainable):
         if finite:
             return
         what, batch_idx, value = next((it for it in checked if not torch.isfinite(it[2])), checked[-1])
-        # Lightning's own callback names two files, divflow's one.
+        # Attributes of Lightning's own callback, and of divflow's.
         names = ("last_good", "last_model_path", "best_model_path")
         paths = [getattr(callback, name, "") for name in names for callback in self.trainer.checkpoint_callbacks]
         last = next((path for path in paths if path and Path(path).is_file()), None)
         raise TrainingError(
             f"the {what} is {value.item()} at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}): "
             + (
-                f"the last good checkpoint is {last}; resume from it by ckpt_path={last}"
+                f"the last good checkpoint is {last}. Resume from it by ckpt_path={last}"
                 if last
                 else "no checkpoint yet"
             )
@@ -314,10 +339,10 @@ class Task(Trainable):
 
 
 def _number(batch_idx: int, dataloader_idx: int | None) -> int:
-    """Of a batch among those of all loaders; in the first one its number there. It may seed torch, which takes 32 bits of a seed."""
+    """Number of a batch among those of all loaders, below 2^32, since it may seed torch."""
     return batch_idx + ((dataloader_idx or 0) << 20)
 
 
 def mean(values: Tensor, shares: Tensor | None) -> Tensor:
-    """The mean of values `(k,)`, by their shares if they have any."""
+    """Mean of values `(k,)`, weighted by their shares if there are any."""
     return values.mean() if shares is None else (shares.to(values) * values).sum()

@@ -1,4 +1,4 @@
-"""What of a training task is not its mathematics: optimizer, learning rate schedule, and checkpoints with all that they need."""
+"""Base of tasks without their mathematics: optimizer, learning rate schedule, and complete checkpoints."""
 
 import contextlib
 import copy
@@ -24,19 +24,19 @@ _HALF = ("bf16-true", "16-true")
 
 
 class Trainable(L.LightningModule):
-    """A density with the optimizer and the schedule that train it.
+    """Base of tasks: a density with the optimizer and the schedule that train it.
 
     Args:
-        density: what is trained and saved, a module.
-        optimizer: function of the parameters that makes the optimizer.
-        scheduler: function of the optimizer that makes a learning rate schedule, stepped after every step of the optimizer, or, if it
-            is a `ReduceLROnPlateau`, after every validation; None for none.
-        config: a plain dict to save in each checkpoint, from which `divflow.load` rebuilds the density, and `load_from_checkpoint` the
-            task, if it has `task`, as `build_task` takes it.
-        monitor: the validation's value that `ReduceLROnPlateau` follows; `val/nll`, or `val/loss` of a score without SDE, if None.
+        density: module that is trained and saved.
+        optimizer: function of the parameters that returns the optimizer.
+        scheduler: function of the optimizer that returns a learning rate schedule; None for none. It steps after every
+            optimizer step; a `ReduceLROnPlateau` steps after every validation.
+        config: plain dict that is saved in each checkpoint. `divflow.load` rebuilds the density from it, and
+            `load_from_checkpoint` the task, if it has `task`, as `build_task` takes it.
+        monitor: name of the validation value that `ReduceLROnPlateau` follows; if None `val/nll`, or `val/loss` for a score without SDE.
 
     Attributes:
-        lr: a learning rate in the place of the optimizer's own, for all its parameters; None for that. `Tuner.lr_find` sets it.
+        lr: learning rate that replaces the optimizer's own for all its parameters; None to keep that. `Tuner.lr_find` sets it.
     """
 
     def __init__(
@@ -66,24 +66,28 @@ class Trainable(L.LightningModule):
         weights: str = "averaged",
         **arguments: Any,
     ) -> "Trainable":
-        """A task with its trained weights, from a checkpoint of the command, or of a trainer of one's own.
+        """Load a task with its trained weights, from a checkpoint of the command or of your own trainer.
 
-        The command's checkpoints describe the whole task. Others hold weights alone: give the flow or score as it was built for training,
-        `FlowTask.load_from_checkpoint(path, flow=flow)`; what else is not given, such as the optimizer, is the class's default.
+        Checkpoints of the command describe the whole task. Others hold only weights: give the flow or score as it was built for
+        training, `FlowTask.load_from_checkpoint(path, flow=flow)`. What else is not given, such as the optimizer, is the default of
+        the class.
 
         Args:
-            checkpoint_path: of a checkpoint.
-            map_location: device to put it on; the CPU if None.
+            checkpoint_path: of the checkpoint.
+            map_location: device of the task; the CPU if None.
             hparams_file: as Lightning takes it, for classes with hyperparameters of their own.
-            strict: whether the names of all weights must fit; they must if None.
-            weights_only: False reads a file by Lightning alone, which may run code in it.
-            allow: further classes that may be built, such as a network of one's own.
-            weights: "averaged", where training averaged them, or "current".
-            arguments: of the class, in place of those in the checkpoint.
+            strict: whether the names of all weights must match; True if None.
+            weights_only: False lets Lightning read the file, which may run code in it.
+            allow: further classes that may be built, such as your own network.
+            weights: "averaged" (where training averaged them) or "current".
+            arguments: arguments of the class, which override those of the checkpoint.
+
+        Returns:
+            The task, with the weights of the checkpoint.
 
         Raises:
             TaskError: the checkpoint does not describe what the task needs, or is of another task.
-            CheckpointError: no such file, a class that is not allowed, or another architecture.
+            CheckpointError: there is no such file, it names a class that is not allowed, or is of another architecture.
         """
         from divflow.saved.checkpoint import read_checkpoint
         from divflow.tasks.building import restore_task
@@ -98,10 +102,10 @@ class Trainable(L.LightningModule):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Trainable":
-        """A copy, as averages of the weights begin with one; tensors that modules compute from their parameters are copied as values.
+        """Copy the task, as averages of the weights do; tensors that modules compute from parameters are copied as values.
 
-        torch copies no tensor that has a graph, such as the `weight` of `weight_norm` or of a pruned layer, which is computed
-        anew at each evaluation.
+        torch can't copy a tensor with a graph, such as the `weight` of `weight_norm` or of a pruned layer, which each evaluation
+        computes anew.
         """
         for module in self.modules():
             for value in vars(module).values():
@@ -113,7 +117,7 @@ class Trainable(L.LightningModule):
         return new
 
     def configure_optimizers(self) -> OptimizerConfig | OptimizerLRSchedulerConfig:
-        """The optimizer, and the schedule by steps."""
+        """The optimizer and its schedule."""
         optimizer = self._optimizer(self.parameters())
         if self.lr is not None:
             for group in optimizer.param_groups:
@@ -123,26 +127,26 @@ class Trainable(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": stepping(self._scheduler(optimizer))}
 
     def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Any) -> None:
-        """After a step of the optimizer; what follows a value is stepped after validations."""
+        """Step a schedule after an optimizer step; those that follow a value step after validations."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 
     def setup(self, stage: str) -> None:
-        """Begin with the weights as they are, unless a checkpoint that is read after this says otherwise.
+        """Begin with the weights of the module, unless a checkpoint that is read later holds others.
 
         Raises:
-            TaskError: weights in half precision.
+            TaskError: the precision keeps weights in half precision.
         """
         if self.trainer.precision in _HALF:
             raise TaskError(
-                f"precision={self.trainer.precision!r} keeps weights and states in half precision, in which trajectories and divergences "
-                "are not to be had; use precision='bf16-mixed', which evaluates networks in it"
+                f"precision={self.trainer.precision!r} keeps weights and states in half precision, which is too coarse for trajectories and divergences. "
+                "Use precision='bf16-mixed', which only evaluates networks in half precision"
             )
         if stage == "fit":
             self._modes = OptimizerModes()
 
     def on_train_start(self) -> None:
-        """Refuse schedules that would not come to their steps; train the weights that the optimizer trains.
+        """Check the schedules, and switch to the weights of training.
 
         Raises:
             TaskError: see `check_schedules`.
@@ -152,7 +156,7 @@ class Trainable(L.LightningModule):
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Within it the weights are those that the optimizer leaves to be evaluated, as in validation."""
+        """Hold the weights to evaluate within this context, as in validation."""
         training = self._modes.training
         self._modes.eval(self, self.trainer.optimizers)
         try:
@@ -162,21 +166,21 @@ class Trainable(L.LightningModule):
                 self._modes.train(self, self.trainer.optimizers)
 
     def on_validation_start(self) -> None:
-        """Validate, and save as the best, the weights that the optimizer leaves to be evaluated."""
+        """Switch to the weights to evaluate, which are validated and saved as the best."""
         self._goes_on = self._modes.training
         self._modes.eval(self, self.trainer.optimizers)
 
     def on_validation_end(self) -> None:
-        """Go on with those of training."""
+        """Switch back to the weights of training."""
         if self._goes_on:
             self._modes.train(self, self.trainer.optimizers)
 
     def on_train_end(self) -> None:
-        """Leave the weights that are to be evaluated."""
+        """Switch to the weights to evaluate."""
         self._modes.eval(self, self.trainer.optimizers)
 
     def follow(self, values: Mapping[str, Tensor]) -> None:
-        """Step the schedules that follow a value, after a validation that logged these.
+        """Step the schedules that follow a value, after a validation that logged these values.
 
         Raises:
             TaskError: the value is not among them.
@@ -193,5 +197,5 @@ class Trainable(L.LightningModule):
         self._modes.save(checkpoint, self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the weights of training, where others are saved in their place."""
+        """Continue from the weights of training, if the checkpoint holds others in their place."""
         self._modes.load(checkpoint)

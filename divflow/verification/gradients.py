@@ -76,7 +76,7 @@ def check_gradient(g: Field, t: Tensor | float, x: Tensor, estimator: Estimator)
                 except Exception:  # it can't be copied, computes in one precision only, or has no second derivatives
                     continue
                 if miss is not None:
-                    _tell(miss, certain=dtype == torch.float64)
+                    _report(miss, certain=dtype == torch.float64)
                 return
 
 
@@ -99,7 +99,7 @@ class _Miss(NamedTuple):
     functions: list[str]
 
 
-def _tell(miss: _Miss, certain: bool) -> None:
+def _report(miss: _Miss, certain: bool) -> None:
     by = f"It calls {', '.join(miss.functions)}. " if miss.functions else ""
     message = (
         f"the gradient of {miss.of} is wrong: its derivative along a random direction of the parameters and of x is "

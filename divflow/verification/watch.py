@@ -95,9 +95,9 @@ class Watch:
                 "that belong together as one event."
             )
         record.wrong = False
-        self._judge(output, point)
+        self._compare(output, point)
 
-    def _judge(self, output: Tensor, point: Tensor) -> None:
+    def _compare(self, output: Tensor, point: Tensor) -> None:
         record = self._record
         if self._following is None or not isinstance(self._output, Tensor) or answer() == "allow":
             return

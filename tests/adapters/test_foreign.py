@@ -197,7 +197,7 @@ def test_times_outside_of_the_models_range(name):
     flow = ADAPTERS[name](called(name, lambda x, t: -x), 3)
     low, high = sorted(flow.times())
     for t in (low - 0.1, high + 0.1):
-        with pytest.raises(AdapterError, match=r"known for times in \["):
+        with pytest.raises(AdapterError, match=r"known for times of the flow in \["):
             flow.trajectory(torch.zeros(1, 3), [(low + high) / 2, t])
     assert flow.trajectory(torch.zeros(1, 3), [low, high]).shape == (2, 1, 3)
 

@@ -136,5 +136,5 @@ def test_scale_of_the_data_is_checked(data_std):
 
 def test_noise_levels_of_others_are_refused():
     flow = from_denoiser(lambda x, sigma: x / 2, 2, 0.1, 10.0)
-    with pytest.raises(AdapterError, match=r"\[-2\.30259, 2\.30259\].*asked for 2\."):
+    with pytest.raises(AdapterError, match=r"\[-2\.30259, 2\.30259\].*evaluated at 2\."):
         flow.trajectory(torch.zeros(1, 2), [0.0, 3.0])

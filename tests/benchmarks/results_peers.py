@@ -51,14 +51,14 @@ class Peer(Trained):
     def loss(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Of a batch, `()`."""
 
-    def judging(self) -> "Peer":
-        """The model ready to be judged."""
+    def evaluating(self) -> "Peer":
+        """The model ready to be evaluated."""
         self.model.eval()
         return self
 
 
 class Zuko(Peer):
-    """A flow of zuko over the transformed data, with the transform's log-determinant; a CNF is judged exactly."""
+    """A flow of zuko over the transformed data, with the transform's log-determinant; a CNF is evaluated exactly."""
 
     def __init__(self, model: nn.Module, data: TensorDataModule, rate: float) -> None:
         super().__init__(model, data)
@@ -68,12 +68,12 @@ class Zuko(Peer):
         """Maximum likelihood."""
         return -self.log_prob(x, context).mean()
 
-    def judging(self) -> "Zuko":
+    def evaluating(self) -> "Zuko":
         """With exact divergences, and their evaluations counted."""
         if isinstance(self.model, zuko.flows.CNF):
             self.model.transform.exact = True
             self.model.transform.ode.register_forward_hook(self._count)
-        return super().judging()
+        return super().evaluating()
 
     def _count(self, *_: object) -> None:
         self.evaluations += 1
@@ -192,9 +192,9 @@ def train(peer: Peer, batches: Iterator[Batch], seconds: float, decay: float) ->
     model = peer.model
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
     optimizer = torch.optim.AdamW(model.parameters(), peer.rate, weight_decay=0.0)
-    best, state, steps, judged = math.inf, model.state_dict(), 0, 0
+    best, state, steps, validations = math.inf, model.state_dict(), 0, 0
     started = time.perf_counter()
-    while (share := (time.perf_counter() - started) / seconds) < 1 or not judged:
+    while (share := (time.perf_counter() - started) / seconds) < 1 or not validations:
         for group in optimizer.param_groups:
             group["lr"] = peer.rate * (1 + math.cos(math.pi * min(share, 1))) / 2
         optimizer.zero_grad()
@@ -203,11 +203,11 @@ def train(peer: Peer, batches: Iterator[Batch], seconds: float, decay: float) ->
             optimizer.step()
             average.update_parameters(model)
         steps += 1
-        if share * peer.validations >= judged + 1 or share >= 1:
-            judged += 1
+        if share * peer.validations >= validations + 1 or share >= 1:
+            validations += 1
             averaged = copy.copy(peer)
             averaged.model = copy.deepcopy(average.module)
-            nll = validation(averaged.judging())
+            nll = validation(averaged.evaluating())
             if nll < best:
                 best, state = nll, {name: tensor.clone() for name, tensor in average.module.state_dict().items()}
     model.load_state_dict(state)
@@ -236,7 +236,7 @@ def main(name: str, folder: str, out: str, measure: str = "") -> None:
     started = time.perf_counter()
     steps = train(peer, endless(data), ours["seconds"], config.callbacks.average.decay)
     seconds = time.perf_counter() - started
-    metrics = tested(peer.judging())
+    metrics = tested(peer.evaluating())
     if peer.evaluations:
         metrics["nfe"] = peer.evaluations / len(data.test_dataloader())
     if measure:

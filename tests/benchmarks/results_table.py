@@ -1,11 +1,11 @@
-"""The table of results in Markdown, and its figure."""
+"""The tables of results in Markdown, of five columns at most, and their figure."""
 
 import itertools
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -18,29 +18,53 @@ Result = dict[str, Any]
 BEGIN, END = "<!-- written by tests/benchmarks/results.py -->", "<!-- end -->"
 # The rows of the README, won and lost; docs/results.md has all.
 HEADLINES = ("uci_casp", "uci_ccpp", "sbi_slcp", "digits_flow_matching", "mnist_flow_matching", "mnist_likelihood")
-HEAD = (
-    "| data | model | NLL | ± rows | ± seeds | quadrature | seeds | evaluations | training, s | peak, MiB | parameters |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
+
+
+class Measures(NamedTuple):
+    """A table of what `results_measures.py` has measured.
+
+    Attributes:
+        caption: above the table.
+        labels: of the measures, by their names.
+        transposed: whether the measures are its lines and the experiments its columns.
+    """
+
+    caption: str
+    labels: dict[str, str]
+    transposed: bool = False
+
+
+MEASURED = (
+    Measures(
+        "**Posteriors.** C2ST is the accuracy of a classifier between the samples and the published ones. One half is best.",
+        {"c2st": "C2ST, ± over observations", "log_prob_per_second": "log-probabilities per second"},
+    ),
+    Measures(
+        "**Exact and estimated likelihoods** of 64 test rows. The estimate takes one product at each of 15 nodes. The error is that of one "
+        "estimated log p, by probes that are orthogonal from node to node and by one fixed probe.",
+        {
+            "exact_seconds": "exact, s",
+            "orthogonal_seconds": "estimated, s",
+            "orthogonal_error": "error, orthogonal, nats",
+            "fixed_error": "error, one fixed, nats",
+        },
+    ),
+    Measures(
+        "**Particles.** Each column is an experiment.",
+        {
+            "likelihoods_seconds": "10,000 exact likelihoods, s",
+            "brute_force_seconds": "the same by a trace of products in the ODE, s",
+            "effective_sample_fraction": "effective sample size, as a fraction",
+            "log_normalizer": "log Z by exact weights, ± by their spread",
+            "log_normalizer_reference": "known log Z",
+            "exact_log_normalizer": "log Z by exact weights of 2,000 samples, less the known",
+            "one_probe_log_normalizer": "the same by one probe that is fixed for the solve",
+            "free_energy_difference": "free energy, outer less inner well, kT",
+            "free_energy_difference_reference": "the same by quadrature of the energy, kT",
+        },
+        transposed=True,
+    ),
 )
-# Measures of `results_measures.py`, by what they are called in the table.
-MEASURED = {
-    "bits_per_dim_estimator_error": "of the error over rows, by probes, bits/dim",
-    "c2st": "C2ST, ± over observations",
-    "log_prob_per_second": "log-probabilities a second",
-    "likelihoods_seconds": "10,000 exact likelihoods, s",
-    "brute_force_seconds": "the same by a trace of products in the ODE, s",
-    "effective_sample_fraction": "effective sample size, of one",
-    "log_normalizer": "log Z by exact weights, ± by the weights' spread",
-    "log_normalizer_reference": "log Z as it is known",
-    "exact_log_normalizer": "log Z by exact weights of 2,000 samples, less the known",
-    "one_probe_log_normalizer": "the same by one probe that is fixed for the solve",
-    "free_energy_difference": "free energy, outer less inner well, kT",
-    "free_energy_difference_reference": "the same by quadrature of the energy, kT",
-    "exact_seconds": "exact likelihood of 64 test rows, s",
-    "orthogonal_seconds": "estimated by a product at each of 15 nodes, s",
-    "orthogonal_error": "error of one log p, orthogonal probes, nats",
-    "fixed_error": "error of one log p, one fixed probe, nats",
-}
 
 
 def grouped(found: Sequence[Result]) -> list[list[Result]]:
@@ -88,37 +112,79 @@ def coarse(seeds: Sequence[Result]) -> bool:
 
 
 def markdown(found: Sequence[Result]) -> str:
-    """The table of likelihoods, and below it the notes of its rows and what else was measured, means over seeds of one's errors."""
-    lines, more = [HEAD], ["| data | model | measure | value |", "|---|---|---|---|"]
-    for seeds in grouped(found):
-        row, who, count = ROWS[seeds[0]["row"]].what, seeds[0]["who"], len(seeds)
+    """The tables of likelihoods, of their solves, of costs, of notes and of what else was measured: means over seeds, errors of one."""
+    groups = grouped(found)
+    likelihoods, solves, costs = [], [], []
+    for seeds in groups:
+        what = [ROWS[seeds[0]["row"]].what, seeds[0]["who"]]
         unit, mean, over_rows, over_seeds = likelihood(seeds)
-        spread = "" if np.isnan(over_seeds) else f"{over_seeds:.3f}"
+        spread = "" if np.isnan(over_seeds) else f"{over_seeds:.3f} "
+        likelihoods.append([*what, f"{mean:.3f} {unit}", f"{over_rows:.3f}", f"{spread}({len(seeds)})"])
+        if evaluations(seeds):
+            solves.append([*what, evaluations(seeds), shown(quadrature(seeds)), by_probes(seeds)])
         peak, size = average(seeds, "peak_memory_mib"), seeds[0]["parameters"]
-        lines.append(
-            f"| {row} | {who} | {mean:.3f} {unit} | {over_rows:.3f} | {spread} | {shown(quadrature(seeds))} | {count} | {evaluations(seeds)} "
-            f"| {average(seeds, 'seconds'):.0f} | {peak:.0f} | {size:,} |"
-        )
-        for name, what in MEASURED.items():
-            values = [result["metrics"][name] for result in seeds if name in result["metrics"]]
-            if any(values):
-                errors = [
-                    given for seed in seeds if (given := seed["metrics"].get(f"{name}_standard_error")) is not None
-                ]
-                error = np.sqrt(np.mean(np.square(errors))) if errors else None
-                measured = f"{np.mean(values):.4g}" + ("" if error is None else f" ± {error:.2g}")
-                more.append(f"| {row} | {who} | {what} | {measured} |")
-    notes = [
-        f"- {row.what}: {row.note}" for name, row in ROWS.items() if row.note and name in {it["row"] for it in found}
+        costs.append([*what, f"{average(seeds, 'seconds'):.0f}", f"{peak:.0f}", f"{size:,}"])
+    notes = [[row.what, row.note] for name, row in ROWS.items() if row.note and name in {it["row"] for it in found}]
+    for seeds in groups:
+        if coarse(seeds):
+            error = f"quadrature error {shown(quadrature(seeds))} {likelihood(seeds)[0]}"
+            notes.append([ROWS[seeds[0]["row"]].what, f"{error}: more than its ± over rows, and not in it"])
+    parts = [
+        "**Likelihoods.** ± rows is the standard error over the test rows, ± seeds that over seeds, whose number is in brackets.",
+        table(["data", "model", "NLL", "± rows", "± seeds"], likelihoods),
+        "**Solves.** Evaluations of the field for the likelihood of a batch: by the solve + by the divergence, or one number for both. The errors "
+        "are in the unit of the result, and not in its ±.",
+        table(["data", "model", "evaluations", "quadrature error", "error by probes"], solves),
+        "**Cost.** The peak is the memory of the whole process, Python and torch included.",
+        table(["data", "model", "training, s", "peak, MiB", "parameters"], costs),
+        table(["data", "what to know"], notes),
+        *(part for measures in MEASURED for part in measured(measures, groups)),
     ]
-    notes += [
-        f"- {ROWS[seeds[0]['row']].what}: its quadrature error, {shown(quadrature(seeds))} {likelihood(seeds)[0]}, is more than its ± over rows, and "
-        "not in it"
-        for seeds in grouped(found)
-        if coarse(seeds)
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; nothing without lines."""
+    if not lines:
+        return ""
+    return (
+        "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+        .replace("| ---", "|---")
+        .replace("--- |", "---|")
+    )
+
+
+def measured(measures: Measures, groups: Sequence[Sequence[Result]]) -> list[str]:
+    """Caption and table of what was measured of these; nothing where nothing was."""
+    cells = [(seeds[0], [cell(seeds, name) for name in measures.labels]) for seeds in groups]
+    cells = [(of, values) for of, values in cells if any(values)]
+    if not cells:
+        return []
+    if measures.transposed:
+        head = ["", *(f"`{of['row']}`" for of, _ in cells)]
+        columns = zip(*(values for _, values in cells), strict=True)
+        lines = [[label, *values] for label, values in zip(measures.labels.values(), columns, strict=True)]
+        return [measures.caption, table(head, lines)]
+    peers = len({of["who"] for of, _ in cells}) > 1
+    head = ["data", *["model"] * peers, *measures.labels.values()]
+    return [
+        measures.caption,
+        table(head, [[ROWS[of["row"]].what, *[of["who"]] * peers, *values] for of, values in cells]),
     ]
-    parts = [lines, notes, more if len(more) > 2 else []]
-    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def cell(seeds: Sequence[Result], name: str) -> str:
+    """The mean of a measure over seeds, and the error of one; nothing where it was not taken."""
+    values = [result["metrics"][name] for result in seeds if name in result["metrics"]]
+    if not any(values):
+        return ""
+    errors = [given for seed in seeds if (given := seed["metrics"].get(f"{name}_standard_error")) is not None]
+    return f"{np.mean(values):.4g}" + (f" ± {np.sqrt(np.mean(np.square(errors))):.2g}" if errors else "")
+
+
+def by_probes(seeds: Sequence[Result]) -> str:
+    """The standard error that probes leave in the mean over rows, in bits/dim; nothing for exact divergences."""
+    return cell(seeds, "bits_per_dim_estimator_error")
 
 
 def average(seeds: Sequence[Result], name: str) -> float:

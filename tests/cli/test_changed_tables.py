@@ -63,7 +63,7 @@ def here(trained, tmp_path, monkeypatch):
 def test_a_grown_table_is_tested_on_the_rows_that_training_held_out(here):
     main(["evaluate", BEST, "out=before.csv"])
     write(np.concatenate([VALUES, VALUES[:60] + 1]))
-    said = "160 rows, and had 100 when the density was trained: 100 of these are here, 0 are gone or changed, and 60 are new"
+    said = "160 rows, and had 100 when the density was trained: 100 of those are still here, 0 are gone or changed, and 60 are new"
     with pytest.warns(UserWarning, match=said):
         main(["evaluate", BEST, "out=after.csv"])
     assert read("after.csv") == read("before.csv")
@@ -114,7 +114,7 @@ def test_a_run_goes_on_with_the_rows_of_its_training_alone(here):
 
 def test_a_run_of_other_columns_does_not_go_on(here):
     write(VALUES, "other.csv", "a,c")
-    with pytest.raises(SystemExit, match="trained on the columns a, b, and these are a, c"):
+    with pytest.raises(SystemExit, match="trained on the columns a, b, but these are a, c"):
         run_here(*FAST, "data=table", "data.path=other.csv", "ckpt_path=run/checkpoints/last.ckpt", "output_dir=other")
     assert not Path("other").exists()
 
@@ -124,7 +124,7 @@ def test_data_that_are_named_may_be_others(here):
     write(VALUES + 0.1, "other.csv")
     main(["evaluate", BEST, "+data.path=other.csv", "out=other.npy"])
     write(np.concatenate([VALUES[:50], VALUES[:50] + 0.1]), "half.csv")
-    with pytest.warns(UserWarning, match="50 of these are here, 50 are gone"):
+    with pytest.warns(UserWarning, match="50 of those are still here, 50 are gone"):
         main(["evaluate", BEST, "data=table", "data.path=half.csv", "out=half.npy"])
 
 
@@ -155,7 +155,7 @@ def test_a_table_with_a_context_from_the_command(tmp_path, monkeypatch):
     np.testing.assert_allclose(np.load("other.npy")[:, 0], expected, rtol=1e-5)
     write([[21.0, 0.0], [30.0, 0.0]], "none.csv", "a,id")
     assert "none.csv has no column b" in refused("evaluate", BEST, "data=table", "data.path=none.csv", "out=none.npy")
-    assert "1 numbers: b, context=" in refused("sample", BEST, "out=none.npy")
+    assert "1 numbers: b, as context=" in refused("sample", BEST, "out=none.npy")
     assert "names a, but the columns of the context are b" in refused("sample", BEST, "context={a: 1}", "out=none.npy")
     assert "context must be a list of numbers" in refused("sample", BEST, "context='12'", "out=none.npy")
     given = refused("evaluate", BEST, "data=table", "data.path=t.csv", "data.context=a", "out=none.npy")

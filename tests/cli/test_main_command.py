@@ -63,10 +63,10 @@ def test_the_installed_command_is_train_py(installed, tmp_path):
 def test_a_folder_of_ones_own_joins_the_configs(installed, tmp_path):
     (tmp_path / "mine" / "network").mkdir(parents=True)
     (tmp_path / "mine" / "network" / "tiny.yaml").write_text("_target_: divflow.networks.MLP\nhidden: [3]\n")
-    told = printed(
+    output = printed(
         "-m", "divflow", "train", "--config-dir=mine", "network=tiny", "--cfg=job", cwd=tmp_path, path=installed
     )
-    assert "- 3\n" in told
+    assert "- 3\n" in output
     (tmp_path / "mine" / "whole.yaml").write_text("answer: 42\n")
     whole = ["--config-path=mine", "--config-name=whole", "-c", "job"]  # relative to the current folder
     assert printed("-m", "divflow", "train", *whole, cwd=tmp_path, path=installed) == "answer: 42\n"
@@ -78,8 +78,8 @@ def test_the_script_starts_its_further_processes(installed, tmp_path):
     script = tmp_path / "divflow"
     script.write_text("import sys\nfrom divflow.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
     settings = [*FAST, *SMALL_TOY, "trainer.max_steps=1", "trainer.val_check_interval=1"]
-    told = printed(script, "train", *settings, "device=multi_process_cpu", cwd=tmp_path, path=installed)
-    assert told.count("negative log-likelihood") == 1
+    output = printed(script, "train", *settings, "device=multi_process_cpu", cwd=tmp_path, path=installed)
+    assert output.count("negative log-likelihood") == 1
     (flow,) = (tmp_path / "outputs").glob("flow_two_moons/*/results.json")
     assert (tmp_path / "outputs" / "latest").resolve() == flow.parent
 
@@ -129,17 +129,17 @@ for arguments, heavy in {may_not!r}:
         print("ended:", arguments)
     print("loaded:", arguments, [name for name in heavy if name in sys.modules])
 """
-    told = printed("-c", code, cwd=tmp_path)
+    output = printed("-c", code, cwd=tmp_path)
     for arguments, _ in may_not:
-        assert f"loaded: {arguments} []\n" in told
-    assert told.count("ended:") == len(may_not)
+        assert f"loaded: {arguments} []\n" in output
+    assert output.count("ended:") == len(may_not)
 
 
 def test_the_configs_are_those_of_the_repository_where_it_is_worked_on():
     assert config_dir() == ROOT / "configs"
 
 
-def test_warnings_are_told_as_errors_are():
+def test_warnings_are_reported_as_errors_are():
     """Without the line of a library that they come from; the library's own way comes back."""
     with application._plain_warnings():
         assert warnings.formatwarning(UserWarning("look"), UserWarning, "/a/library.py", 3) == "warning: look\n"

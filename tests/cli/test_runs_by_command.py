@@ -72,7 +72,7 @@ def test_runs_are_named_by_what_differs(runs, tmp_path, monkeypatch, capsys):
     [
         (["{runs}"], "there.png exists.*--out.*--overwrite"),
         (["nowhere"], "there is no finished run"),
-        (["broken"], "broken/results.json is not that of a run"),
+        (["broken"], "broken/results.json was not written by a run"),
     ],
 )
 def test_what_can_not_be_compared(runs, tmp_path, monkeypatch, capsys, arguments, message):
@@ -105,7 +105,7 @@ def test_seeds_are_one_line_and_the_best_comes_first(tmp_path, monkeypatch, caps
     (tmp_path / "sweep" / "broken" / "results.json").write_text("{")
     main(["compare", "sweep"])
     printed = capsys.readouterr()
-    assert re.search("left out: .*broken/results.json is not that of a run", printed.err)
+    assert re.search("left out: .*broken/results.json was not written by a run", printed.err)
     lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in printed.out.splitlines()]
     table = {cells[0]: cells[1:] for cells in lines if len(cells) == 4}
     assert table[""] == ["lr-0.01_seed-*", "alone", "lr-0.1_seed-*"]
@@ -124,13 +124,13 @@ def test_one_failing_run_of_a_sweep_leaves_the_others(tmp_path, monkeypatch, cap
     assert done.parent.name == "method-dopri5"
 
 
-def test_an_output_that_can_not_be_written_is_told_before_the_work(runs, tmp_path, monkeypatch):
+def test_an_output_that_can_not_be_written_is_reported_before_the_work(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
     monkeypatch.setattr("divflow.cli.evaluate.load_trained", None)  # is not come to
     for out in ("file/log_prob.csv", "folder.csv", "/proc/log_prob.csv"):
-        with pytest.raises(SystemExit, match=rf"out={out} can't be written \(.+\); choose another file by out="):
+        with pytest.raises(SystemExit, match=rf"out={out} can't be written \(.+\)\. Choose another file by out="):
             main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", f"out={out}", "overwrite=true"])
 
 
@@ -147,7 +147,7 @@ def test_what_can_not_be_written_at_the_end_is_kept_elsewhere(runs, tmp_path, mo
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", "out=there/log_prob.csv"])
-    kept = re.search(r"could not be written \(No space left on device\); it is in (\S+)", ended.value.code)
+    kept = re.search(r"could not be written \(No space left on device\)\. It is saved as (\S+)", ended.value.code)
     assert len(pd.read_csv(kept[1])) == 30
     assert list((tmp_path / "there").iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""What a batch may be: nothing in it is left out without being told to."""
+"""What a batch may be: nothing in it is left out unless keys leave it out."""
 
 from collections import namedtuple
 
@@ -50,14 +50,14 @@ def test_parts_by_place_name_and_key(batch, keys, expected):
         ({"image": X, "label": C}, None, r"the keys 'image', 'label'.*keys=\{'x': 'image'\}"),
         ({"x": X, "label": C}, None, r"the keys 'x', 'label'"),  # a label is not left out
         (Named(X, C, W), None, "tuple of 3|Named of 3"),
-        ({"image": X}, {"x": "imgae"}, "keys say that x is 'imgae', but a batch has the keys 'image'"),
-        ((X, C), {"x": 0, "weight": 2}, "weight is 2, but a batch has the keys 0, 1"),
+        ({"image": X}, {"x": "imgae"}, "keys name 'imgae' as x, but a batch has the keys 'image'"),
+        ((X, C), {"x": 0, "weight": 2}, "keys name 2 as weight, but a batch has the keys 0, 1"),
         (X, {"x": "image"}, "no keys, being a Tensor"),
-        ({"x": X}, {"context": "x"}, "keys must say where x is"),
-        ({"x": X}, {"x": "x", "label": "x"}, "keys must say where x is"),
+        ({"x": X}, {"context": "x"}, "keys must name x"),
+        ({"x": X}, {"x": "x", "label": "x"}, "keys must name x"),
         ("rows", None, "is a str"),
         ({"x": [1.0]}, None, "x of a batch must be a tensor.*is a list"),
-        ({"x": X, "weight": W[:3]}, None, r"real numbers \(4,\).*float32 \(3,\)"),
+        ({"x": X, "weight": W[:3]}, None, r"real numbers of shape \(4,\).*float32 \(3,\)"),
         ({"x": X, "weight": W[:, None]}, None, r"float32 \(4, 1\)"),
         ({"x": X, "weight": W > 0}, None, r"torch\.bool"),
         ({"x": X, "weight": -W}, None, "row 0 of 4, counted from 0, is -1"),

@@ -78,7 +78,7 @@ def test_a_density_of_whole_numbers_sums_to_one_and_is_weighted_as_such():
     ("settings", "message"),
     [
         ({"context": "c"}, "context is of column c, but the columns are a, visits, b"),
-        ({"context": NAMES}, "are all columns"),
+        ({"context": NAMES}, "names all columns"),
         ({"discrete": "a"}, r"discrete column a has \S+ in row 0 .* 500 of 500 rows"),
         ({"discrete": "b", "context": "b"}, "discrete is of column b, but the columns that are modelled are a, visits"),
         (

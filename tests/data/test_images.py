@@ -166,7 +166,7 @@ FOLDERS = {
     "floats": (lambda p: folder(p, GREY.astype(np.float32), ".tiff"), r"000\.tiff has pixels of mode F"),
     "alpha": (lambda p: folder(p, np.repeat(GREY[..., None], 4, 3)), r"000\.png has an alpha.*RGBA.*data\.mode=RGB"),
     "transparent palette": (transparent, r"0\.png has an alpha.*mode P"),
-    "color space": (other_mode, r"0\.tiff has pixels of mode CMYK; convert.*data\.mode=RGB"),
+    "color space": (other_mode, r"0\.tiff has pixels of mode CMYK\. Convert.*data\.mode=RGB"),
     "frames": (frames, r"0\.gif holds 2 frames"),
     "truncated": (lambda p: corrupt(folder(p, GREY)), r"009\.png could not be read as an image"),
 }
@@ -190,7 +190,7 @@ def test_files_that_are_no_images(tmp_path):
         Images(tmp_path)
     with pytest.raises(DataError, match=r"there is no .*nowhere.*data\.path"):
         Images(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"notes\.txt is neither a folder"):
+    with pytest.raises(DataError, match=r"a folder of images.*notes\.txt is neither"):
         Images(tmp_path / "notes.txt")
     with pytest.raises(DataError, match="mode must be L.*'CMYK'"):
         Images(tmp_path, mode="CMYK")
@@ -217,14 +217,14 @@ def test_arrays_that_are_refused(tmp_path, kind):
 
 def test_archives_that_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=GREY, labels=np.arange(20, dtype=np.uint8))
-    with pytest.raises(DataError, match=r"x\.npz holds images \(20, 5, 7\), labels \(20,\); choose.*data\.key="):
+    with pytest.raises(DataError, match=r"x\.npz holds images \(20, 5, 7\), labels \(20,\)\. Choose.*data\.key="):
         Images(tmp_path / "x.npz")
     with pytest.raises(DataError, match=r"no array pixels, but images .*data\.key="):
         Images(tmp_path / "x.npz", key="pixels")
     with pytest.raises(DataError, match=r"x\.npz, array labels, has shape \(20,\)"):
         Images(tmp_path / "x.npz", key="labels")
     np.save(tmp_path / "x.npy", GREY)
-    with pytest.raises(DataError, match=r"key=a names.*x\.npy holds one array"):
+    with pytest.raises(DataError, match=r"key=a names.*x\.npy holds only one array"):
         Images(tmp_path / "x.npy", key="a")
     with pytest.raises(DataError, match=r"mode=L converts image files"):
         Images(tmp_path / "x.npy", mode="L")
@@ -316,5 +316,5 @@ def test_images_are_turned_as_their_camera_says(tmp_path):
 
 def test_no_images(tmp_path):
     np.save(tmp_path / "none.npy", np.zeros((0, 8, 8), np.uint8))
-    with pytest.raises(DataError, match=r"none\.npy holds no images: its shape is \(0, 8, 8\)"):
+    with pytest.raises(DataError, match=r"none\.npy holds no images, since its shape is \(0, 8, 8\)"):
         Images(tmp_path / "none.npy")

@@ -122,8 +122,8 @@ def test_a_step_by_the_weights_of_dicts_and_what_is_loaded_back(own):
     ("change", "error", "message"),
     [
         (["data.keys=null"], DataError, r"the keys 'image', 'label', 'night', 'w', 'file'.*data\.keys=\{x: image\}"),
-        (["data.keys={x: picture}"], DataError, "x is 'picture', but a batch has the keys 'image'"),
-        (["data.keys=image"], DataError, "keys must say where x is.*but is 'image'"),
+        (["data.keys={x: picture}"], DataError, "keys name 'picture' as x, but a batch has the keys 'image'"),
+        (["data.keys=image"], DataError, "keys must name x.*but is 'image'"),
         (["data._target_=my_data.Untested"], DataError, "Untested has no test_dataloader"),
         (["data._target_=my_data.Rows", "~data.batch_size", "+data.count=3", "+data.seed=0"], DataError, "made a Rows"),
         (
@@ -133,7 +133,7 @@ def test_a_step_by_the_weights_of_dicts_and_what_is_loaded_back(own):
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(own, change, error, message):
+def test_mistakes_are_reported_before_anything_is_trained(own, change, error, message):
     given = [it for it in ONE_STEP if not (change[0].startswith("network=") and it.startswith("network"))]
     with pytest.raises(error, match=message):
         train(

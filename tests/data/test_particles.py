@@ -77,7 +77,7 @@ def test_a_flow_that_is_the_density_of_the_data_has_no_gap():
 
 def test_samples_are_made_once(tmp_path, made, capsys):
     first = particles(tmp_path)
-    assert "once: they are kept in" in capsys.readouterr().out
+    assert "once, to be kept in" in capsys.readouterr().out
     again = particles(tmp_path)
     assert len(made) == 1
     assert capsys.readouterr().out == ""
@@ -115,8 +115,8 @@ HARMS = {
     "fewer": (lambda path: save(path, samples=torch.load(path)["samples"][:-1]), r"no samples of shape \(440, 3, 2\)"),
     "no energies": (lambda path: save(path, energies=None), "no energies"),
     "no log Z": (lambda path: save(path, log_normalizer=None), "no number log_normalizer"),
-    "NaN": (lambda path: save(path, samples=torch.full((440, 3, 2), math.nan)), "other energies"),
-    "bit": (flip, "other energies"),
+    "NaN": (lambda path: save(path, samples=torch.full((440, 3, 2), math.nan)), "whose energies differ"),
+    "bit": (flip, "whose energies differ"),
 }
 
 
@@ -138,7 +138,7 @@ def test_what_is_damaged_is_made_anew(tmp_path, kept, made, capsys, harm):
     damage(path)
     again = particles(tmp_path, LennardJones(3, 2))
     assert len(made) == 1
-    assert re.search(f"{why}.*made anew", capsys.readouterr().out)
+    assert re.search(f"{why}.*Making it again", capsys.readouterr().out)
     assert torch.equal(first.train.rows, again.train.rows)
     particles(tmp_path, LennardJones(3, 2))
     assert len(made) == 1
@@ -174,7 +174,7 @@ def test_an_energy_of_another_formula_is_sampled_anew(tmp_path, made, capsys):
     edited = particles(tmp_path, springs(lambda squared: squared))
     assert list(tmp_path.iterdir()) == kept
     assert len(made) == 2
-    assert "formula is another" in capsys.readouterr().out
+    assert "formula of the energy has changed" in capsys.readouterr().out
     assert edited.train.rows.std() < 0.9 * first.train.rows.std()
     again = particles(tmp_path, springs(lambda squared: 1 * squared))
     assert len(made) == 2
@@ -192,7 +192,7 @@ def test_a_cache_that_cant_be_written_to_is_refused_before_sampling(tmp_path, ma
         path.mkdir()
     else:
         cache.write_text("")
-    with pytest.raises(DataError, match=r"file.*folder.*cache="):
+    with pytest.raises(DataError, match=r"file.*cache="):
         particles(cache / "more" if place == "below" else cache)
     assert not made
 

@@ -87,7 +87,7 @@ def test_contexts_are_those_of_their_parameters():
 
 
 @pytest.mark.parametrize("task", ["flow", pytest.param("flow_matching", marks=pytest.mark.slow)])
-def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch, task):
+def test_conditional_flows_train_are_evaluated_and_come_back(tmp_path, monkeypatch, task):
     results = train(config(f"task={task}", *SMALL, *DRAWN, f"output_dir={tmp_path}"))
     density = divflow.load(tmp_path / "checkpoints" / "best.ckpt")
     data = Simulations("two_moons", 60, 20)
@@ -99,10 +99,10 @@ def test_conditional_flows_train_are_judged_and_come_back(tmp_path, monkeypatch,
         density.log_prob(x, context[:, :1])
     assert (tmp_path / "figures" / "final.png").is_file()
     monkeypatch.chdir(tmp_path)
-    main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=judged.npy", "batch_size=7"])
-    np.testing.assert_allclose(np.load("judged.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
+    main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=evaluated.npy", "batch_size=7"])
+    np.testing.assert_allclose(np.load("evaluated.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
     for given, message in {
-        "null": r"conditional: give the context of its samples, 2 numbers",
+        "null": r"conditional, but no context was given\. Give 2 numbers",
         "[0.1]": r"tensor \(k, 2\).*of shape \(1000, 1\)",
         "[0.1,a]": r"list of numbers.*'a'",
         "0.1": "list of numbers",
@@ -153,19 +153,21 @@ def test_what_takes_no_context_is_refused(tmp_path):
         train(config("task=score", *SMALL, *FAST, f"output_dir={tmp_path}"))
     fast = [setting for setting in FAST if "hidden" not in setting]
     with pytest.raises(
-        ConfigError, match=r"context of 2 features, but .*HollowMLP takes no\s+context_features; use network=mlp"
+        ConfigError, match=r"context of 2 features, but .*HollowMLP takes no\s+context_features\. Use network=mlp"
     ):
         train(config(*SMALL, *fast, "network=hollow_mlp", f"output_dir={tmp_path}/other"))
 
 
 def test_what_is_not_there_is_named(monkeypatch):
-    with pytest.raises(DataError, match=r"no simulator 'gaussian'; data\.name must be one of two_moons, slcp"):
+    with pytest.raises(
+        DataError, match=r"data\.name must be one of two_moons, slcp, but there is no simulator 'gaussian'"
+    ):
         Simulations("gaussian")
     with pytest.raises(DataError, match=r"at least 20 .* but they are 10 and 2000"):
         Simulations("slcp", num_simulations=10)
     data = Simulations("slcp", 100)
-    with pytest.raises(DataError, match="numbered from 1 to 10, but 11"):
+    with pytest.raises(DataError, match="from 1 to 10, but is 11"):
         data.reference(11)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"sbibm, which is not installed: pip install --no-deps sbibm"):
+    with pytest.raises(DataError, match=r"sbibm, which is not installed.*: pip install --no-deps sbibm"):
         data.observation(1)

@@ -47,7 +47,7 @@ def test_a_prior_is_a_distribution_too_and_simulations_have_any_shape():
 
 
 WRONG = {
-    "rows": (lambda p: p[:3], r"\(120, \.\.\.\) of 120 parameters, but returned \(3, 1\)"),
+    "rows": (lambda p: p[:3], r"\(120, \.\.\.\) for 120 parameters, but returned shape \(3, 1\)"),
     "a string": (lambda p: "x", "returned a str"),
     "nothing": (lambda p: None, "returned a NoneType"),
     "NaN": (lambda p: (p - 0.5).log(), r"of 120 simulations are not finite, such as that of the parameters \[0\."),

@@ -8,7 +8,7 @@ import torch
 
 from divflow.data import DataError, DiscreteImages
 from divflow.data.columns import Columns
-from divflow.data.split import row_digests, told_of_changes
+from divflow.data.split import describe_changes, row_digests
 
 ROWS = torch.randn(100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 NEW = torch.randn(60, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -26,14 +26,14 @@ def rows_of(data):
 CHANGES = {
     "grown": (
         torch.cat([ROWS, NEW]),
-        "160 rows, and had 100 .* 100 of these are here, 0 are gone or changed, and 60 are new",
+        "160 rows, and had 100 .* 100 of those are still here, 0 are gone or changed, and 60 are new",
     ),
     "in front": (torch.cat([NEW, ROWS]), "160 rows, and had 100"),
-    "shrunk": (ROWS[:70], "70 rows, and had 100 .* 70 of these are here, 30 are gone"),
+    "shrunk": (ROWS[:70], "70 rows, and had 100 .* 70 of those are still here, 30 are gone"),
     "one out of the middle": (torch.cat([ROWS[:10], ROWS[11:]]), "99 rows, and had 100"),
     "one changed": (
         torch.cat([ROWS[:10], NEW[:1], ROWS[11:]]),
-        "100 rows, and had 100 .* 99 of these are here, 1 are gone .* 1 are new",
+        "100 rows, and had 100 .* 99 of those are still here, 1 are gone .* 1 are new",
     ),
     "in another order": (ROWS.flip(0), "100 rows, and had 100 .* in another order"),
 }
@@ -64,22 +64,20 @@ def test_the_same_rows_are_nothing_to_speak_of():
     assert rows_of(data) == rows_of(trained)
     state = {"order_seed": 3}  # of before rows had digests
     data.load_state_dict(state)
-    assert told_of_changes(state, row_digests(ROWS)) == ""
+    assert describe_changes(state, row_digests(ROWS)) == ""
 
 
 def test_repeated_rows_are_told_apart_by_their_order():
     rows = ROWS.repeat(3, 1)
     trained, data = table(rows), table(torch.cat([rows, NEW]))
-    with pytest.warns(UserWarning, match="300 of these are here, 0 are gone or changed, and 60 are new"):
+    with pytest.warns(UserWarning, match="300 of those are still here, 0 are gone or changed, and 60 are new"):
         data.load_state_dict(trained.state_dict())
     assert torch.equal(data.test.numbers, trained.test.numbers)
 
 
 def test_another_seed_does_not_test_what_was_trained_on():
     trained, data = table(ROWS), table(ROWS, seed=1)
-    with pytest.warns(
-        UserWarning, match=r"by val_fraction=0\.1, test_fraction=0\.1, seed=0, and not the one of seed=1"
-    ):
+    with pytest.warns(UserWarning, match=r"by val_fraction=0\.1, test_fraction=0\.1, seed=0, not by seed=1"):
         data.keep_split(trained.state_dict())
     assert rows_of(data) == rows_of(trained)
 
@@ -88,7 +86,7 @@ def test_other_rows_altogether():
     trained, data = table(ROWS), table(NEW)
     before = rows_of(data)
     data.keep_split(trained.state_dict(), other=True)
-    with pytest.warns(UserWarning, match="60 rows, and had 100 .* none of these is here"):
+    with pytest.warns(UserWarning, match="60 rows, and had 100 .* none of those is among them"):
         data.keep_split(trained.state_dict())
     assert rows_of(data) == before
 
@@ -96,13 +94,13 @@ def test_other_rows_altogether():
 def test_too_few_rows_are_left():
     trained = table(ROWS)
     kept = torch.cat([trained.train.rows, NEW])
-    with pytest.raises(DataError, match=r"of its split into 80, 10, 10 .* are left 80, 0, 0|left 80, 0, 0"):
+    with pytest.raises(DataError, match=r"Of the 80, 10, 10 rows .* 80, 0, 0 are left"):
         table(kept).keep_split(trained.state_dict())
 
 
 def test_other_columns_are_refused():
     data = Columns(ROWS, ["a", "c"])
-    with pytest.raises(DataError, match=r"trained on the columns a, b, and these are a, c.*data\.columns=.*init_from"):
+    with pytest.raises(DataError, match=r"trained on the columns a, b, but these are a, c.*data\.columns=.*init_from"):
         data.load_state_dict(table(ROWS).state_dict())
 
 
@@ -125,4 +123,4 @@ def test_digests_are_of_every_digit():
     rows[7, 1] += 1e-15 * rows[7, 1].abs()
     different = (row_digests(rows) != row_digests(ROWS)).nonzero().flatten().tolist()
     assert different == [7]
-    assert re.match("the data have 100 rows", told_of_changes({"digests": row_digests(ROWS)}, row_digests(rows)))
+    assert re.match("the data have 100 rows", describe_changes({"digests": row_digests(ROWS)}, row_digests(rows)))

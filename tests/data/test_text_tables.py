@@ -46,7 +46,7 @@ def test_encodings_without_a_mark_are_set(tmp_path, encoding):
     np.testing.assert_array_equal(rows.numpy(), VALUES)
 
 
-def test_a_letter_far_below_is_told_too(tmp_path):
+def test_a_letter_far_below_is_reported_too(tmp_path):
     (tmp_path / "t.csv").write_bytes((text(header="a,b\n") * 1 + "größe,1\n").encode("latin-1"))
     with pytest.raises(DataError, match=r"not encoded as.*data\.encoding=latin-1"):
         Table(tmp_path / "t.csv")
@@ -77,19 +77,19 @@ def test_decimal_commas(tmp_path):
         DataError, match=r"""separated by ';'.*"data\.separator=';'", and the decimal comma by "data\.decimal=','"""
     ):
         Table(tmp_path / "t.csv")
-    with pytest.raises(DataError, match=r"""not numbers: a .*Set "data\.decimal=','" """):
+    with pytest.raises(DataError, match=r"""not numbers: a .*set "data\.decimal=','" """):
         Table(tmp_path / "t.csv", separator=";")
     same(tmp_path / "t.csv", separator=";", decimal=",")
 
 
 def test_digits_in_groups(tmp_path):
     (tmp_path / "t.csv").write_text(text('"{:,.3f}"'))
-    with pytest.raises(DataError, match=r"""not numbers: b .*Set "data\.thousands=','" """):
+    with pytest.raises(DataError, match=r"""not numbers: b .*set "data\.thousands=','" """):
         Table(tmp_path / "t.csv")
     same(tmp_path / "t.csv", thousands=",")
     (tmp_path / "t.csv").write_text(text("{:,.3f}", ";", change=german))
     same(tmp_path / "t.csv", separator=";", decimal=",", thousands=".")
-    with pytest.raises(DataError, match=r"""not numbers: a.*Set "data\.decimal=','" "data\.thousands='\.'" \("""):
+    with pytest.raises(DataError, match=r"""not numbers: a.*set "data\.decimal=','" "data\.thousands='\.'" \("""):
         Table(tmp_path / "t.csv", separator=";", thousands=" ")
 
 
@@ -108,7 +108,7 @@ def test_a_first_row_of_decimal_commas_is_data(tmp_path):
 def test_a_mark_among_numbers_is_what_is_named(tmp_path):
     (tmp_path / "t.csv").write_text(text() + "?,3\n1,2\n")
     with pytest.raises(
-        DataError, match=r"'\?' among the numbers of column 'a', and 1 of 42 .*row 40 \(counted from 0\)"
+        DataError, match=r"'\?' among the numbers of column 'a', and 1 of its 42 .*row 40 \(counted from 0\)"
     ):
         Table(tmp_path / "t.csv")
 
@@ -124,7 +124,7 @@ def test_what_is_missing_is_named(tmp_path):
         Table(tmp_path / "t.csv")
 
 
-def test_categories_are_told_what_they_can_be(tmp_path):
+def test_categories_are_reported_with_what_they_can_be(tmp_path):
     (tmp_path / "t.csv").write_text("a,kind\n" + "".join(f"{a},{'red' if a > 3 else 'blue'}\n" for a, _ in VALUES))
     with pytest.raises(DataError, match=r"such as '(red|blue)'\).*columns=\[a\].*2 here.*get_dummies.*data\.context="):
         Table(tmp_path / "t.csv")
@@ -141,8 +141,8 @@ def test_no_rows(tmp_path, kind):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decimal": ",,"}, "decimal must be one sign.*',,'"),
-        ({"thousands": "5"}, "thousands must be one sign.*'5'"),
+        ({"decimal": ",,"}, "decimal must be one character.*',,'"),
+        ({"thousands": "5"}, "thousands must be one character.*'5'"),
         ({"decimal": ",", "thousands": ","}, "both are ','"),
         ({"encoding": "utf-9"}, "no encoding 'utf-9'"),
     ],
@@ -161,7 +161,7 @@ WARNED = {
     "whole numbers": (lambda n: {"visits": np.arange(n) % 7}, r"column visits .*data\.discrete=\[visits\]"),
     "ids": (
         lambda n: {"id": [12345678901234567890 + 10_007 * i for i in range(n)]},
-        r"column id .*more digits.*\[a,b\]",
+        r"column id .*more than the 15 digits.*\[a,b\]",
     ),
 }
 

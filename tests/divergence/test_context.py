@@ -158,11 +158,11 @@ def test_closures_over_a_batch_are_warned_of_once_and_contexts_are_not():
         warnings.simplefilter("error")
         for _ in range(10):
             step(True)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(20):
             step(False)
-    (once,) = told
+    (once,) = caught
     assert once.category is FieldWarning
     assert "planned anew at each call" in str(once.message)
     assert "context=c" in str(once.message)
@@ -173,7 +173,7 @@ def test_what_is_no_tree_of_tensors_is_refused_by_its_path():
         divergence(Field(), 0.0, X, context={"given": torch.ones(6), "more": [3]})
 
 
-def test_a_flow_over_a_closure_is_told_of_its_nodes_and_the_context():
+def test_a_flow_over_a_closure_reports_its_nodes_and_the_context():
     c = torch.randn(6, 2, dtype=torch.float64)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 

@@ -232,7 +232,7 @@ def test_random_numbers_are_drawn_once(mode):
         torch.testing.assert_close(*results)
 
 
-def test_what_the_field_is_told_of_x_does_not_change_from_call_to_call():
+def test_what_the_field_knows_of_x_does_not_change_from_call_to_call():
     def field(t, x):
         h = torch.tanh(x @ W)
         h.retain_grad()

@@ -1,4 +1,4 @@
-"""How an exact divergence is chosen: once for a field, for reasons that are told, and what is kept of it."""
+"""How an exact divergence is chosen: once for a field, for reasons that are reported, and what is kept of it."""
 
 import functools
 import gc

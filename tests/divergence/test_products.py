@@ -18,7 +18,7 @@ NORMS = {
     "groups": nn.GroupNorm(2, 4),
     "instances": nn.InstanceNorm2d(4, affine=True),
     "layer": nn.LayerNorm((4, 2, 2)),
-    "batch, judged": nn.BatchNorm2d(4).eval(),
+    "batch, evaluation": nn.BatchNorm2d(4).eval(),
     "root mean square": nn.RMSNorm((2,)),
 }
 

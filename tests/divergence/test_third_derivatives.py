@@ -33,7 +33,7 @@ NORMS = {
     "instance_norm": lambda z, w, b: F.instance_norm(z, weight=w, bias=b),
     "torch.instance_norm": lambda z, w, b: torch.instance_norm(z, w, b, None, None, True, 0.1, 0.1, False),
     "batch_norm, in training": lambda z, w, b: F.batch_norm(z, None, None, w, b, training=True),
-    "batch_norm, judged": lambda z, w, b: F.batch_norm(z, 0.1 * B, W**2, w, b),
+    "batch_norm, evaluation": lambda z, w, b: F.batch_norm(z, 0.1 * B, W**2, w, b),
     "native_batch_norm": lambda z, w, b: torch.native_batch_norm(z, w, b, None, None, True, 0.1, 1e-5)[0],
     "_batch_norm_with_update": lambda z, w, b: torch.ops.aten._batch_norm_with_update(
         z, w, b, torch.zeros(4).double(), torch.ones(4).double(), 0.1, 1e-5

@@ -67,7 +67,7 @@ class Of(PairEnergy):
         (DoubleWell(c=0.1), 4.0, "not resolve"),
         (LennardJones(4, 2), 1.5, "not resolve"),
         (DoubleWell(), 100.0, "split.*below.*100"),
-        (Of(), 1.0, "not hold its particles together"),
+        (Of(), 1.0, "not bind its particles"),
         (Of(constant=math.nan), 1.0, "finite.*nan"),
         (lambda x: x, 4.0, "must be a PairEnergy.*function"),
     ],

@@ -153,8 +153,8 @@ class Of(Springs):
 @pytest.mark.parametrize(
     ("energy", "message"),
     [
-        (Near(near=math.nan), r"Near.*is NaN, thus not finite, at \d+\.\d%.*\+inf where"),
-        (Of(factor=math.nan), "is NaN, thus not finite, at 100.0%"),
+        (Near(near=math.nan), r"Near.*is NaN, so not finite, at \d+\.\d%.*\+inf where"),
+        (Of(factor=math.nan), "is NaN, so not finite, at 100.0%"),
         (Of(factor=math.inf), "the energy of 100.0% of the samples.*not finite"),
         (Of(detached=True), "has no gradient.*detach"),
         (lambda x: x, "must be a PairEnergy.*function.*pair"),
@@ -167,7 +167,7 @@ def test_energies_that_are_refused(energy, message):
 
 
 def test_a_target_out_of_reach_is_refused():
-    with pytest.raises(EnergyError, match=r"exchanges 0\.\d%.*more rungs"):
+    with pytest.raises(EnergyError, match=r"exchanges only 0\.\d%.*more rungs"):
         Tempering(rungs=1, **SHORT)(Springs(stiffness=4_000.0), 200, seed())
 
 

@@ -31,7 +31,7 @@ def ended(arguments, log, sent, when):
 @pytest.mark.parametrize("sent", CODES)
 @pytest.mark.parametrize("stage", ["validation", "test"])
 def test_after_the_last_step(tmp_path, stage, sent):
-    """Seconds of validation, or of the test; what is resumed judges what was trained."""
+    """Seconds of validation, or of the test; what is resumed evaluates what was trained."""
     few = [setting for setting in SMALL_TOY if not setting.startswith(("data.num_val", "data.num_test"))]
     rows = [f"data.num_{name}={5000 if stage.startswith(name) else 20}" for name in ("val", "test")]
     kept = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -68,8 +68,8 @@ def test_before_the_first_step(tmp_path, seconds, sent):
 
 
 @pytest.mark.parametrize("sent", CODES)
-@pytest.mark.parametrize("judged", ["evaluate", "sample"])
-def test_in_the_other_commands(tmp_path, judged, sent):
+@pytest.mark.parametrize("name", ["evaluate", "sample"])
+def test_in_the_other_commands(tmp_path, name, sent):
     subprocess.run(command(*FAST, *SMALL_TOY, f"hydra.run.dir={tmp_path}/run"), check=True, capture_output=True)
     long = {"evaluate": ["+data.num_test=2000000", "batch_size=10"], "sample": ["num_samples=2000000", "batch_size=10"]}
     out = tmp_path / "out.csv"
@@ -77,14 +77,14 @@ def test_in_the_other_commands(tmp_path, judged, sent):
         sys.executable,
         "-m",
         "divflow",
-        judged,
+        name,
         f"ckpt_path={tmp_path}/run/checkpoints/best.ckpt",
         f"out={out}",
     ]
     started = time.monotonic()
     late = lambda: time.monotonic() - started > 8  # noqa: E731
     os.environ["PYTHONPATH"] = str(ROOT)
-    code, said = ended([*arguments, *long[judged]], tmp_path / "log", sent, late)
+    code, said = ended([*arguments, *long[name]], tmp_path / "log", sent, late)
     assert code == CODES[sent], said
     assert "Traceback" not in said
     assert not list(tmp_path.glob("out.csv*"))

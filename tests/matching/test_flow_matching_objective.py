@@ -111,16 +111,16 @@ def test_the_loss_is_a_function_of_its_generator_alone(objective):
 
 @pytest.mark.parametrize("coupling", [IndependentCoupling(), OptimalTransportCoupling()], ids=str)
 def test_context_stays_with_its_datum(coupling):
-    """A velocity that is told the datum knows the path exactly: (x_1 - x_t) / (1 - t). Told another, it does not."""
+    """A velocity that takes the datum as context knows the path exactly, (x_1 - x_t) / (1 - t); given another datum, it does not."""
 
-    def told(t, x, context):
+    def informed(t, x, context):
         return (context - x) / (1 - t)[:, None]
 
     x = torch.randn(12, 2, dtype=torch.float64)[torch.arange(12) // 3]  # some data, and so some contexts, are alike
     t = 0.9 * torch.rand(12, dtype=torch.float64)
     objective = ConditionalFlowMatching(coupling=coupling)
-    torch.testing.assert_close(objective(told, x, context=x, t=t), torch.zeros(12).double())
-    assert objective(told, x, context=x.roll(3, 0), t=t).min() > 1e-3
+    torch.testing.assert_close(objective(informed, x, context=x, t=t), torch.zeros(12).double())
+    assert objective(informed, x, context=x.roll(3, 0), t=t).min() > 1e-3
 
 
 def test_noise_of_a_context_is_as_it_is_sampled():

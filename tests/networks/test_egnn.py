@@ -48,9 +48,9 @@ def test_more_than_pairs_matter():
     """A third particle, moved about the first at the same distance, changes what the second does to the first."""
     network, t, x = perturbed(HollowEGNN((3, 2), hidden=6, layers=1)), TIMES[0], states(3, 2, k=1)
     seen = torch.autograd.functional.jacobian(lambda z: network.conditioner(t, z)[0], x)[..., 0, :, :]
-    told_by_second = seen[0, 1].abs().amax(dim=(0, 2))
-    assert told_by_second[0] == 0
-    assert (told_by_second[1:] > 0).all()
+    sent_by_second = seen[0, 1].abs().amax(dim=(0, 2))
+    assert sent_by_second[0] == 0
+    assert (sent_by_second[1:] > 0).all()
 
 
 def test_forces_on_a_particle_depend_on_each_other():
@@ -110,8 +110,8 @@ class Seeing(HollowEGNN):
     """One whose messages have been where they go, as those of `EGNN`."""
 
     def conditioner(self, t, x):
-        told = super().conditioner(t, x)
-        return told + told.mean(dim=1, keepdim=True)
+        features = super().conditioner(t, x)
+        return features + features.mean(dim=1, keepdim=True)
 
 
 def test_what_is_not_hollow_is_refused():
@@ -143,7 +143,7 @@ def test_where_particles_meet_it_is_smooth(kind):
     [
         ({"event_shape": (3,)}, NetworkError, r"GNN.*\(3,\)"),
         ({"types": [0, 1]}, NetworkError, r"each of 4 particles.*\[0, 1\]"),
-        ({"types": [0, 1, -1, 0]}, NetworkError, "from 0"),
+        ({"types": [0, 1, -1, 0]}, NetworkError, "of at least 0"),
         ({"hidden": 0}, ValueError, "hidden.*0"),
         ({"layers": -1}, ValueError, "layers.*-1"),
     ],
@@ -155,5 +155,7 @@ def test_errors(kind, arguments, error, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_particles_of_another_number_are_refused(kind):
-    with pytest.raises(NetworkError, match=r"4 particles in 3 dimensions.*\(2, 5, 3\).*another number"):
+    with pytest.raises(
+        NetworkError, match=r"4 particles in 3 dimensions.*\(2, 5, 3\).*Build a network for that number"
+    ):
         KINDS[kind]((4, 3))(torch.tensor(0.0), torch.ones(2, 5, 3))

@@ -24,21 +24,21 @@ def test_divergence_is_exact(name, t):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_entry_sees_all_others_and_is_told_nothing_of_itself(name):
+def test_every_entry_sees_all_others_and_receives_nothing_of_itself(name):
     network, t = perturbed(NETWORKS[name](), scale=1.0), TIMES[0]
     x = states(*network.event_shape, k=1)
-    told = torch.autograd.functional.jacobian(lambda z: network.conditioner(t, z)[0], x)
-    told = told.reshape(network.size, -1, network.size).abs().amax(dim=1)
+    seen = torch.autograd.functional.jacobian(lambda z: network.conditioner(t, z)[0], x)
+    seen = seen.reshape(network.size, -1, network.size).abs().amax(dim=1)
     own = torch.eye(network.size, dtype=torch.bool)
-    assert (told[own] == 0).all()
+    assert (seen[own] == 0).all()
     if name != "narrow":
-        assert (told[~own] > 0).all()
+        assert (seen[~own] > 0).all()
         seen = torch.autograd.functional.jacobian(lambda z: network(t, z), x).reshape(network.size, network.size)
         assert (seen != 0).all()
 
 
 class Seeing(HollowMLP):
-    """One that is told a little of its own entry."""
+    """One whose features depend a little on their own entry."""
 
     def conditioner(self, t, x):
         return super().conditioner(t, x) + 1e-3 * self.parts(x).tanh()

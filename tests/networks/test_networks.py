@@ -176,7 +176,7 @@ def test_diffusers_is_asked_for_when_it_is_needed(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MLP(2, time_embedding=nn.Tanh()), "Tanh has no integer attribute `features`"),
+        (lambda: MLP(2, time_embedding=nn.Tanh()), "integer attribute `features`, but Tanh has none"),
         (lambda: UNet((3,)), r"UNet.*\(3,\).*MLP"),
         (lambda: UNet((1, 4, 4), blocks=0), r"at least 1, but are 0 and \(32, 64\)"),
         (lambda: UNet((1, 4, 4), channels=(0, 8)), r"at least 1, but are 1 and \(0, 8\)"),

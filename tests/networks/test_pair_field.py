@@ -59,7 +59,7 @@ def test_where_particles_meet_it_is_smooth():
         (lambda: PairField((4, 3), hidden=()), "hidden layer"),
         (
             lambda: PairField((4, 3))(torch.tensor(0.0), torch.ones(2, 5, 3)),
-            r"4 particles in 3.*\(2, 5, 3\).*another number",
+            r"4 particles in 3.*\(2, 5, 3\).*Build a network for that number",
         ),
         (lambda: divergence(PairField((4, 3)), 0.0, torch.ones(2, 4, 2)), r"4 particles in 3.*\(2, 4, 2\)"),
     ],

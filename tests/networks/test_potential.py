@@ -122,7 +122,7 @@ def test_flow_of_a_bowl_has_its_density():
     ("phi", "message"),
     [
         (lambda t, x: x.sum(1, keepdim=True), r"\(4,\) for x of shape \(4, 3\), but returned shape \(4, 1\).*squeeze"),
-        (lambda t, x: x.square(), r"returned shape \(4, 3\); sum over the event"),
+        (lambda t, x: x.square(), r"returned shape \(4, 3\)\. Sum over the event"),
         (lambda t, x: x.sum(), r"returned shape \(\)"),
         (lambda t, x: 1.0, "returned a float"),
     ],

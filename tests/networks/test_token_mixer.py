@@ -59,7 +59,7 @@ def test_it_costs_a_product_an_entry_whatever_the_number_of_tokens():
     [
         (lambda: TokenMixer((3,)), r"TokenMixer.*\(3,\)"),
         (lambda: TokenMixer((4, 3), hidden=()), "hidden layer"),
-        (lambda: TokenMixer((4, 3), width=10, heads=4), "4 of width 10"),
+        (lambda: TokenMixer((4, 3), width=10, heads=4), "heads=4 and width=10"),
         (lambda: TokenMixer((4, 3), types=[0, 1]), r"each of 4 particles.*\[0, 1\]"),
         (lambda: divergence(TokenMixer((4, 3)), 0.0, torch.ones(2, 5, 3)), r"\(2, 5, 3\)"),
     ],

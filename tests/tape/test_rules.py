@@ -37,6 +37,8 @@ OPERATIONS = {
     "layer_norm": lambda h: F.layer_norm(h.view(-1, 2, 3), (3,), V[:3], V[3:], 1e-2).flatten(1),
     "batch_norm": NORM,
     "var_mean": lambda h: torch.cat(torch.var_mean(h, 1, keepdim=True), dim=1),
+    "var_mean, unbiased": lambda h: torch.cat(torch.var_mean(h, 1, unbiased=False, keepdim=True), dim=1),
+    "var_mean, in order": lambda h: torch.cat(torch.var_mean(h, 1, False, True), dim=1),
     "std_mean": lambda h: torch.cat(torch.std_mean(h, 1, correction=0, keepdim=True), dim=1),
     "var": lambda h: torch.var(h.view(-1, 2, 3), dim=2, unbiased=False),
     "std": lambda h: h.std(1, keepdim=True),

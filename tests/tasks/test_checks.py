@@ -1,4 +1,4 @@
-"""What tasks check before their first step: in training mode, and in that of evaluation, which judges."""
+"""What tasks check before their first step: in training mode, and in evaluation mode."""
 
 import lightning as L
 import pytest
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from divflow.divergence import FieldError
 from divflow.flow import ContinuousFlow
 from divflow.score.objectives import ImplicitScoreMatching
-from divflow.tasks import FlowMatchingTask, FlowTask, ScoreTask
+from divflow.tasks import FlowMatchingTask, FlowTask, ScoreTask, TaskError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`", "ignore:The number of training batches"
@@ -61,3 +61,13 @@ def test_what_evaluation_hides_is_refused_before_the_first_step(name):
 @pytest.mark.parametrize("name", ["likelihood", "flow matching"])
 def test_a_flow_that_means_it_trains(name):
     assert _fit(TASKS[name](True)).global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [("judge", "evaluate_batch"), ("judged", "evaluated_density"), ("check_judged", "check_evaluation")],
+)
+def test_a_method_under_its_earlier_name_is_refused(before, now):
+    with pytest.raises(TaskError, match=f"Mine defines {before}, which is called {now} now. Rename it"):
+        type("Mine", (FlowTask,), {before: lambda self, *arguments: None})
+    assert type("Mine", (FlowTask,), {now: getattr(FlowTask, now)}).__name__ == "Mine"

@@ -55,7 +55,7 @@ def test_a_copy_after_fit_is_a_task_of_its_own(name, tmp_path):
     trainer(tmp_path).fit(copied, datamodule=data)
     assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
     assert not all(torch.equal(value, before[key]) for key, value in copied.state_dict().items())
-    assert {id(it) for it in copied.judged.parameters()} == {id(it) for it in copied.density.parameters()}
+    assert {id(it) for it in copied.evaluated_density.parameters()} == {id(it) for it in copied.density.parameters()}
 
 
 AVERAGES = {

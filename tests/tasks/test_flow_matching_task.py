@@ -62,11 +62,11 @@ def test_learns_the_density_of_the_data(tmp_path, coupling):
     assert abs(results["test/nll"] - entropy) < 3 * results["test/nll_standard_error"] + 0.02
 
 
-def test_is_judged_as_maximum_likelihood_is(tmp_path):
+def test_is_evaluated_as_maximum_likelihood_is(tmp_path):
     flow, rows = ContinuousFlow(MLP(2, hidden=(8,)), 2), loader(torch.randn(40, 2), 20)
-    judged = [trainer(tmp_path).test(task(flow), rows, verbose=False)[0] for task in (FlowMatchingTask, FlowTask)]
-    assert judged[0] == judged[1]
-    assert {"test/nll", "test/nll_standard_error", "test/nfe", "test/quadrature_error"} <= set(judged[0])
+    results = [trainer(tmp_path).test(task(flow), rows, verbose=False)[0] for task in (FlowMatchingTask, FlowTask)]
+    assert results[0] == results[1]
+    assert {"test/nll", "test/nll_standard_error", "test/nfe", "test/quadrature_error"} <= set(results[0])
 
 
 def test_a_step_evaluates_the_velocity_once_at_a_time_for_each_draw(tmp_path):
@@ -124,7 +124,7 @@ def test_a_velocity_that_mixes_the_batch_is_refused(tmp_path):
     [
         (
             lambda: FlowMatchingTask(ContinuousFlow(MLP(2), 2, t_base=1.0, t_data=0.0)),
-            "t_base=1 and t_data=0; leave both",
+            "t_base=1 and t_data=0. Leave both",
         ),
         (lambda: FlowMatchingTask(ContinuousFlow(MLP(2), 2, t_data=2.0)), "t_base=0 and t_data=2"),
         (lambda: FlowMatchingTask(ContinuousFlow(MLP(2), 2), draws=0), "draws must be a whole number of at least 1"),

@@ -58,7 +58,7 @@ def test_its_settings_are_those_of_the_run(trained):
     task = FlowTask.load_from_checkpoint(path)
     assert task._regularization == {"kinetic_energy": 0.1}
     assert str(task.density.flow.estimator).startswith("Hutchinson")
-    assert str(task.judged.flow.estimator).startswith("Exact")
+    assert str(task.evaluated_density.flow.estimator).startswith("Exact")
     other = FlowTask.load_from_checkpoint(path, optimizer=torch.optim.SGD, scheduler=None, regularization=None)
     assert type(other.configure_optimizers()["optimizer"]) is torch.optim.SGD
     assert not other._regularization
@@ -76,7 +76,7 @@ class Mine(FlowTask):
 def test_the_task_is_that_of_the_checkpoint(trained):
     path, _ = trained("flow")
     assert type(Mine.load_from_checkpoint(path)) is Mine
-    with pytest.raises(TaskError, match="is of a FlowTask, not of a ScoreTask; use FlowTask.load_from_checkpoint"):
+    with pytest.raises(TaskError, match="is of a FlowTask, not of a ScoreTask. Use FlowTask.load_from_checkpoint"):
         ScoreTask.load_from_checkpoint(path)
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         TASKS["flow"]().load_from_checkpoint(path)
@@ -171,5 +171,5 @@ def test_checkpoints_of_before_are_densities_of_tasks(tmp_path, trained):
     del before["divflow_task"]
     torch.save(before, tmp_path / "before.ckpt")
     task, density, x = FlowTask.load_from_checkpoint(tmp_path / "before.ckpt"), load(path), torch.randn(5, 2)
-    torch.testing.assert_close(task.judged.log_prob(x), density.log_prob(x))
+    torch.testing.assert_close(task.evaluated_density.log_prob(x), density.log_prob(x))
     assert type(task.configure_optimizers()["optimizer"]) is torch.optim.Adam

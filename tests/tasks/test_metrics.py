@@ -1,4 +1,4 @@
-"""Means of what is judged, the errors beside them, and a warning where one of these is not in the other."""
+"""Means of what is evaluated, the errors beside them, and a warning where one of these is not in the other."""
 
 import math
 import warnings
@@ -40,7 +40,7 @@ def test_a_quadrature_error_is_reported_in_units_of_the_result():
 @pytest.mark.parametrize(
     ("values", "unit", "message"),
     [
-        ({"nll": [1.0, 3.0], "quadrature_error": [2.0, 0.5]}, None, r"nll, 2\.0000 ± 1\.0000 nats, may be off by another 1\.2 nats.*Take care"),
+        ({"nll": [1.0, 3.0], "quadrature_error": [2.0, 0.5]}, None, r"nll, 2\.0000 ± 1\.0000 nats, may be off by another 1\.2 nats.*Use care"),
         ({"nll": [1.0, 3.0], "quadrature_error": [math.inf, 0.5]}, None, "another inf nats"),
         ({"nll": [1.0, 3.0], "quadrature_error": [0.9, 0.9]}, None, None),
         ({"nll": [1.0, 3.0], "gap": [0.1, 0.2], "quadrature_error": [0.9, 0.9]}, None, "gap, 0.1500 ± 0.0500 nats.*another 0.9"),
@@ -69,9 +69,9 @@ def test_by_the_commands(tmp_path, monkeypatch, capsys):
     coarse = ["solver@evaluation.solver=euler", "evaluation.solver.options.step_size=0.5"]
     fast = [it for it in FAST if "evaluation.solver" not in it]
     untrained = ["network.zero_init=false", "task.optimizer.lr=1.0", "output_dir=run"]
-    with pytest.warns(QuadratureWarning, match=r"Take a smaller evaluation\.likelihood\.tolerance"):
+    with pytest.warns(QuadratureWarning, match=r"Use a smaller evaluation\.likelihood\.tolerance"):
         run_here(*fast, *SMALL_TOY, *coarse, *untrained)
-    with pytest.warns(QuadratureWarning, match=r"Take likelihood=quadrature_tight.*solver\.rtol"):
+    with pytest.warns(QuadratureWarning, match=r"Use likelihood=quadrature_tight.*solver\.rtol"):
         main(["evaluate", "ckpt_path=run/checkpoints/best.ckpt"])
     assert capsys.readouterr().out.count("beside that ±, quadrature error") == 2
     main(

@@ -1,4 +1,4 @@
-"""Whole runs on particles: trained either way, judged by weighted samples, loaded back; and what is refused."""
+"""Whole runs on particles: trained either way, evaluated by weighted samples, loaded back; and what is refused."""
 
 import math
 import warnings
@@ -49,7 +49,7 @@ def run(tmp_path, kept, *overrides):
 
 
 @alternated(task=["flow", "flow_matching"], data=["dw4", "lj13"])
-def test_either_way_trains_and_is_judged(tmp_path, kept, data, task):
+def test_either_way_trains_and_is_evaluated(tmp_path, kept, data, task):
     results = run(tmp_path, kept, f"data={data}", f"task={task}")
     assert 1 / 40 <= results["test/effective_sample_fraction"] <= 1
     assert math.isfinite(results["test/nll"])
@@ -138,7 +138,7 @@ def test_too_few_effective_samples_are_warned_of(tmp_path):
     data = Particles(
         DoubleWell(), Tempering(rungs=8, power=2.0, std=2.0, chains=20, warm_up=20), 2, 2, 2, 100, cache=tmp_path
     )
-    with pytest.warns(ImportanceWarning, match=r"rests on \d+\.\d effective samples of 100.*num_weighted"):
+    with pytest.warns(ImportanceWarning, match=r"rest on \d+\.\d effective samples of 100.*num_weighted"):
         found = reweighted(density, data, Generator().manual_seed(0))
     assert 100 * found["effective_sample_fraction"] < 20
     data.energy = _Springs()

@@ -43,7 +43,7 @@ def test_an_estimate_is_that_of_validation(tmp_path):
 
 
 def test_a_score_without_sde_has_none(tmp_path):
-    with pytest.raises(TaskError, match=r"log-densities, which a score without SDE has not; use task\.density\.score"):
+    with pytest.raises(TaskError, match=r"log-densities, but a score without SDE has none\. Use task\.density\.score"):
         trainer(tmp_path).predict(TASKS["score"](), datamodule=moons())
 
 
@@ -68,5 +68,5 @@ def test_a_prediction_writer_has_every_row_once(processes, tmp_path):
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     rows = [row for part, _ in parts for row in part]
     assert sorted(rows) == list(range(21))
-    expected = task.judged.log_prob(data.test.rows)
+    expected = task.evaluated_density.log_prob(data.test.rows)
     torch.testing.assert_close(torch.cat([found for _, found in parts]), expected[rows])

@@ -47,7 +47,7 @@ def test_recovers_a_linear_score(tmp_path):
     assert results["test/loss"] == pytest.approx(-torch.trace(fitted).item() / 2, abs=0.3)
 
 
-def test_trains_over_an_sde_and_is_judged_by_its_likelihood(tmp_path):
+def test_trains_over_an_sde_and_is_evaluated_by_its_likelihood(tmp_path):
     torch.manual_seed(0)
     rows = 0.5 * torch.randn(3_000, 2)
     sde = VariancePreserving(event_shape=2, epsilon=1e-3)
@@ -64,7 +64,7 @@ def test_trains_over_an_sde_and_is_judged_by_its_likelihood(tmp_path):
     assert untrained > entropy + 0.08  # of a normal density of standard deviation 0.65, 0.116 in expectation
     assert abs(results["test/nll"] - entropy) < 3 * results["test/nll_standard_error"] + 0.03
     assert {"test/nfe", "test/nfe_divergence", "test/quadrature_error", "test/loss_standard_error"} <= set(results)
-    samples = task.judged.sample(4_000, generator=torch.Generator().manual_seed(0))
+    samples = task.evaluated_density.sample(4_000, generator=torch.Generator().manual_seed(0))
     assert samples.std() == pytest.approx(0.5, abs=0.05)
 
 
@@ -217,7 +217,7 @@ def test_lightnings_own_checkpoint_is_named(tmp_path):
                 TimeConditionalScoreMatching(VarianceExploding(event_shape=2)),
             ),
             ValueError,
-            "over VariancePreserving.*objective over VarianceExploding",
+            "over VariancePreserving.*objective is over VarianceExploding",
         ),
         (
             lambda: UnnormalizedDensity(nn.Linear(2, 2), Affine(), AnnealedLangevin(2, [1.0, 0.3]), [1.0, 0.1]),
@@ -239,7 +239,7 @@ def test_lightnings_own_checkpoint_is_named(tmp_path):
                 evaluation=probability_flow(nn.Linear(2, 2), VariancePreserving(event_shape=2)),
             ),
             ValueError,
-            "evaluation is a flow.*leave it out",
+            "evaluation must be None.*Leave it out",
         ),
         (
             lambda: ScoreDensity(

@@ -111,7 +111,7 @@ def test_a_third_tensor_is_not_left_out():
 
 
 @pytest.mark.parametrize("task", [FlowTask, FlowMatchingTask])
-def test_labels_that_a_velocity_does_not_take_are_told(task):
+def test_labels_that_a_velocity_does_not_take_are_reported(task):
     with pytest.raises(FieldError, match=r"v\(t, x, context\), but the batches have a context.*keys=\{'x': 0\}"):
         fit(task(ContinuousFlow(Shift(), 1)), (X, W))
     fit(task(ContinuousFlow(Shift(), 1), keys={"x": 0}), (X, W))

@@ -49,7 +49,7 @@ def test_an_option_of_the_trainer(task, option, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_half_precision_is_refused(precision, tmp_path):
-    with pytest.raises(TaskError, match=f"precision='{precision}' keeps weights.*use precision='bf16-mixed'"):
+    with pytest.raises(TaskError, match=f"precision='{precision}' keeps weights.*Use precision='bf16-mixed'"):
         trainer(tmp_path, precision=precision).fit(TASKS["flow"](), datamodule=moons())
 
 

@@ -130,7 +130,7 @@ def test_conditional_fields(count):
                     check_gradient(field, 0.0, X[:count], Exact())
 
 
-def test_both_numbers_are_said():
+def test_both_numbers_are_reported():
     """exp(x) has the divergence sum exp(x), which is its own derivative along x; autograd finds none."""
     with pytest.raises(FieldError, match=r"is -?\d.*e?.* by central differences, and 0 by autograd"):
         check_field(lambda t, x: Kept.apply(x), 0.0, X, gradient=True)

@@ -1,4 +1,4 @@
-"""Samples that are mixed are an error of every estimator, and what keeps a state is told from what mixes."""
+"""Samples that are mixed are an error of every estimator, and what keeps a state is distinguished from what mixes."""
 
 import pytest
 import torch

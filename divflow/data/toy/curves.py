@@ -15,17 +15,17 @@ Curve = Callable[[Tensor], Tensor]
 
 
 class CurveDensity(SmoothDensity):
-    """The density of c(u) + noise * n, u uniform on [0, 1], n standard normal, c one of several curves at random.
+    """Density of points c(u) + noise * n on a random curve c, with u uniform on [0, 1] and n standard normal.
 
         p(x) = mean over curves of integral from 0 to 1 of N(x; c(u), noise^2 I) du
 
-    The integral is taken by Gauss-Legendre quadrature with nodes closer than noise / 2, which is exact to about
-    1e-12: the integrand is analytic, of width noise.
+    The integral is a Gauss-Legendre quadrature with nodes closer than noise / 2. It is exact to about 1e-12, because the integrand is
+    analytic, of width noise.
 
     Args:
         curves: functions of u `(n,)` that return points `(n, 2)`.
-        noise: standard deviation.
-        scale: the points are multiplied by it, noise included.
+        noise: standard deviation of the noise.
+        scale: factor of the points, noise included.
         quadrature_nodes: nodes per curve.
     """
 

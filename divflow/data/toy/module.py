@@ -20,7 +20,7 @@ _NAMED = {
 
 @runtime_checkable
 class Density(Protocol):
-    """A density in the plane that can be sampled and evaluated."""
+    """Protocol of densities in the plane that can be sampled and evaluated."""
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         """Points `(count, 2)`."""
@@ -33,7 +33,7 @@ class Density(Protocol):
 
 @runtime_checkable
 class HasScore(Protocol):
-    """A density with a score: `ToyDensity` takes it from the log-density."""
+    """Protocol of densities with a score; `ToyDensity` takes it from the log-density."""
 
     def score(self, x: Tensor) -> Tensor:
         """The score of x, grad log p(x), of x's shape."""
@@ -41,22 +41,27 @@ class HasScore(Protocol):
 
 
 class Toy(TensorDataModule):
-    """Points drawn from a density that is known, so that a run reports its gap to the truth, and its score's.
+    """Points drawn from a known density in the plane, so that a run reports its gap to the truth.
 
-    The gap, the mean of log p(x) - log q(x) over the test points, estimates the Kullback-Leibler divergence
-    from the model q to the truth p, in nats.
+    The gap is the mean of log p(x) - log q(x) over the test points. It estimates the Kullback-Leibler divergence from the
+    model q to the truth p, in nats. For scores the truth is known, too.
 
     Args:
-        density: a `Density`, such as `two_moons()`, a function that makes one, or the name of one of these functions.
-        num_train: training points, drawn once.
-        num_val: validation points.
-        num_test: test points.
+        density: a `Density`, such as `two_moons()`, a function that makes one, or the name of such a function.
+        num_train: number of training points, drawn once.
+        num_val: number of validation points.
+        num_test: number of test points.
         batch_size: points a training step, in each process.
         eval_batch_size: points a validation or test step; `batch_size` if None.
         seed: of all points.
 
     Raises:
-        DataError: a split of fewer than two points; a name of no density.
+        DataError: a split has fewer than two points, or there is no density of that name.
+
+    Example:
+        >>> data = Toy("two_moons", num_train=100)
+        >>> data.event_shape
+        (2,)
     """
 
     event_shape = (2,)
@@ -82,17 +87,17 @@ class Toy(TensorDataModule):
         )
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """The true log-density of x `(k, 2)` in nats, `(k,)`."""
+        """True log-density of x `(k, 2)` in nats, `(k,)`."""
         return self.density.log_prob(x)
 
     def score(self, x: Tensor) -> Tensor | None:
-        """The true score of x `(k, 2)`, `(k, 2)`; None for a density that has none, such as one with edges."""
+        """True score of x `(k, 2)`, `(k, 2)`; None for a density without score, such as one with edges."""
         return self.density.score(x) if isinstance(self.density, HasScore) else None
 
 
 def _made(density: Density | Callable[[], Density] | str) -> Density:
     if isinstance(density, str):
         if density not in _NAMED:
-            raise DataError(f"there is no density {density!r}; it must be one of {', '.join(_NAMED)}")
+            raise DataError(f"density must be one of {', '.join(_NAMED)}, but there is no density {density!r}")
         density = _NAMED[density]
     return density if isinstance(density, Density) else density()

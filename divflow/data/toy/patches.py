@@ -11,12 +11,12 @@ __all__ = ["Checkerboard", "Pinwheel", "RingOfGaussians", "checkerboard", "eight
 
 
 class RingOfGaussians(SmoothDensity):
-    """An equal mixture of Gaussians whose means lie on a circle.
+    """Equal mixture of Gaussians with means on a circle.
 
     Args:
-        count: of the Gaussians.
-        radius: of the circle.
-        noise: standard deviation of each.
+        count: number of Gaussians.
+        radius: radius of the circle.
+        noise: standard deviation of each Gaussian.
     """
 
     def __init__(self, count: int, radius: float, noise: float) -> None:
@@ -56,18 +56,18 @@ class Checkerboard:
 
 
 class Pinwheel(SmoothDensity):
-    """Five Gaussian blades, sheared into a pinwheel by a rotation whose angle grows with the distance.
+    """Five Gaussian blades, sheared to a pinwheel by a rotation whose angle depends on the distance from the centre.
 
-    In a blade's own frame a point is normal with mean (1, 0) and standard deviations (radial, tangential); it is
-    then rotated by the blade's angle plus rate * exp(r), r its distance from the centre. Rotating by an angle that
-    depends on the distance alone keeps areas, so the density is the mixture of the blades' own.
+    In its own frame a blade is normal with mean (1, 0) and standard deviations (radial, tangential). It is then rotated by its own
+    angle plus rate * exp(r), r the distance from the centre. Such a rotation preserves areas, so the density is the mixture of the
+    blades' own densities.
 
     Args:
-        blades: how many.
+        blades: number of blades.
         radial: standard deviation along a blade.
         tangential: standard deviation across it.
-        rate: of the shear.
-        scale: the points are multiplied by it.
+        rate: rate of the shear.
+        scale: factor of the points.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Pinwheel(SmoothDensity):
         return torch.tensor([self.radial, self.tangential], dtype=torch.float64, device="cpu")
 
     def _angles(self, points: Tensor) -> Tensor:
-        """By how much each blade would rotate the points, `(blades, k)`."""
+        """Angle by which each blade would rotate the points, `(blades, k)`."""
         own = 2 * math.pi * torch.arange(self.blades, dtype=torch.float64, device="cpu") / self.blades
         return own[:, None] + self.rate * points.norm(dim=1).exp()
 

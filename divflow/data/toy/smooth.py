@@ -10,7 +10,7 @@ __all__ = ["SmoothDensity"]
 
 
 class SmoothDensity(ABC):
-    """A density in the plane, differentiable and positive everywhere."""
+    """Base of densities in the plane that are differentiable and positive everywhere."""
 
     @abstractmethod
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:

@@ -27,7 +27,7 @@ from divflow.operators.field import (
 )
 from divflow.operators.linearization import linearize_field
 from divflow.operators.plan import Plan, conditions
-from divflow.operators.progress import tell
+from divflow.operators.progress import report
 from divflow.operators.transformed import forward_mode, transformed
 from divflow.tape import NoRule
 from divflow.tape.graph import graph_of
@@ -86,7 +86,7 @@ def evaluate(g: Field, t: Tensor | float, x: Tensor, chunk_size: int) -> ValueAn
             set_rng_states(states)
         value, columns = _columns(g, t, x, basis(x, start, stop))
         divergence = divergence + trace_of_chunk(columns, start, stop)
-        tell("products", stop, event_size(x))
+        report("products", stop, event_size(x))
     if transformed():  # there are no numbers to compare
         return ValueAndDivergence(value, divergence)
     schedule, after = _schedule(g, t, x), rng_states(x)

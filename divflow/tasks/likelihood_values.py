@@ -1,4 +1,4 @@
-"""What is said of a batch's log-density, and of discrete data through the noise that makes them continuous."""
+"""Log-densities of a batch with their errors and costs, and those of discrete data through the noise that makes them continuous."""
 
 import math
 import warnings
@@ -11,40 +11,44 @@ from divflow.data.module import TensorDataModule
 from divflow.flow import FlowDensity
 from divflow.operators.context import Context
 
-__all__ = ["judge_likelihood"]
+__all__ = ["likelihood_values"]
 
 Values = dict[str, Tensor | None]
 
 
-def judge_likelihood(
+def likelihood_values(
     density: FlowDensity,
     batch: Batch,
     data: TensorDataModule | None = None,
     num_draws: int = 1,
     generator: Generator | None = None,
 ) -> Values:
-    """Values per sample, by name, None where unknown: `nll` and `gap` (nats), evaluations, errors, `bits_per_dim`.
+    """Evaluate the log-density of each sample of a batch, with its errors and costs.
 
-    Those of discrete data are averages over K draws of their noise. With b_k = log p(y_k) - log q(u_k) for draw k of a
-    sample, whose mean gives its bits per dimension, what varies from draw to draw is the noise and the probes,
+    For discrete data, values are averages over K draws of the dequantization noise. Let b_k = log p(y_k) - log q(u_k) for draw k of a
+    sample; its mean gives the bits per dimension. The draws differ by the noise and the probes,
 
         var_k(b_k) / K = dequantization_variance + estimator_variance      in nats^2, in expectation
 
-    and log mean_k exp(b_k) gives the importance-weighted bits per dimension. These are not taken of estimated
-    densities, whose error would raise them.
+    and log mean_k exp(b_k) gives the importance-weighted bits per dimension. Estimated densities have no importance-weighted
+    value, because the error of an estimate would raise it.
 
     Args:
-        density: that judges.
-        batch: data `(k, *event)`, or these and their context, as `parts_of` takes them.
-        data: the data module, where it is one of divflow's.
-        num_draws: K, of the noise of discrete data; the batch itself is the first draw.
+        density: density to evaluate.
+        batch: data `(k, *event)`, or data and context, as `parts_of` takes them.
+        data: the data module, if it is one of divflow's.
+        num_draws: K. The batch itself is the first draw.
         generator: of probes and noise; torch's default one if None.
+
+    Returns:
+        Values per sample `(k,)` by name, None where unknown: `nll` and `gap` (nats), `bits_per_dim`, `nfe` and `nfe_divergence`
+        (evaluations), `quadrature_error` (nats), `estimator_variance` (nats^2), and the two of discrete data above.
     """
     x, context, _ = parts_of(batch)
-    draws = [_judge(density, x, context, data, generator)]
+    draws = [_one_draw(density, x, context, data, generator)]
     if data is None or data.bit_per_dim is None or num_draws == 1:
         return draws[0]
-    draws += [_judge(density, data.redrawn(x, generator), context, data, generator) for _ in range(num_draws - 1)]
+    draws += [_one_draw(density, data.redrawn(x, generator), context, data, generator) for _ in range(num_draws - 1)]
     values = {name: _mean([draw[name] for draw in draws]) for name in draws[0]}
     unit = data.bit_per_dim
     bounds = -unit * torch.stack([bits for draw in draws if (bits := draw["bits_per_dim"]) is not None])
@@ -53,8 +57,8 @@ def judge_likelihood(
         values["dequantization_variance"] = bounds.var(dim=0) / num_draws - values["estimator_variance"]
     if density.flow.estimator.estimates:
         warnings.warn(
-            f"no importance-weighted bits per dimension, since {density.flow.estimator} estimates the divergence; they "
-            "need an exact one: estimator@evaluation.estimator=exact",
+            f"importance-weighted bits per dimension are left out, because {density.flow.estimator} estimates the divergence. "
+            "Use an exact divergence, estimator@evaluation.estimator=exact",
             stacklevel=2,
         )
     else:
@@ -62,7 +66,7 @@ def judge_likelihood(
     return values
 
 
-def _judge(
+def _one_draw(
     density: FlowDensity, x: Tensor, context: Context | None, data: TensorDataModule | None, generator: Generator | None
 ) -> Values:
     result = density.evaluate(x, context, generator)

@@ -11,7 +11,7 @@ from divflow.data import Affine, DiscreteImages, Toy, TruncatedNormalDequantizat
 from divflow.divergence import Hutchinson
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.likelihood import Quadrature
-from divflow.tasks.judging import judge_likelihood
+from divflow.tasks.likelihood_values import likelihood_values
 
 BASE = Normal(torch.tensor(0.4), torch.tensor(0.25))
 KINDS = {"uniform": UniformDequantization(), "truncated normal": TruncatedNormalDequantization(0.3)}
@@ -35,10 +35,10 @@ def test_the_bounds_come_down_to_the_probability(kind):
     low = (4 * x).floor() / 4
     truth = -(BASE.cdf(low + 0.25) - BASE.cdf(low)).log2().mean(dim=(1, 2, 3))
     density = normal_density()
-    one = judge_likelihood(density, x, data)
+    one = likelihood_values(density, x, data)
     assert "bits_per_dim_importance_weighted" not in one
-    several = judge_likelihood(density, x, data, 8)
-    many = judge_likelihood(density, x, data, 200)
+    several = likelihood_values(density, x, data, 8)
+    many = likelihood_values(density, x, data, 200)
     means = [one["bits_per_dim"].mean(), *(v["bits_per_dim_importance_weighted"].mean() for v in (several, many))]
     error = (several["dequantization_variance"].mean() / 400).sqrt()
     assert means[0] > means[1] + error
@@ -51,7 +51,7 @@ def test_the_bounds_come_down_to_the_probability(kind):
 @torch.no_grad()
 def test_bits_of_one_draw_are_those_of_its_log_density():
     data = data_of(torch.randint(4, (100, 1, 2, 1)))
-    values = judge_likelihood(normal_density(), data.test.rows, data)
+    values = likelihood_values(normal_density(), data.test.rows, data)
     torch.testing.assert_close(values["bits_per_dim"], values["nll"] / (2 * math.log(2)) + 2)
     assert values["gap"] is None
 
@@ -65,9 +65,9 @@ def test_errors_of_noise_and_probes_are_held_apart(kind):
     x, unit = data.train.__getitems__(list(range(4_000))), 2 * math.log(2)
     flow = ContinuousFlow(LinearVelocity((2, 1, 1), torch.float32), (2, 1, 1), likelihood=Quadrature(3))
     probes = Hutchinson(2, "gaussian")
-    exact = judge_likelihood(FlowDensity(flow, Affine()), x, data, 3)
+    exact = likelihood_values(FlowDensity(flow, Affine()), x, data, 3)
     with pytest.warns(UserWarning, match=r"Hutchinson.*estimates.*estimator@evaluation.estimator=exact"):
-        estimated = judge_likelihood(FlowDensity(flow.replace(estimator=probes), Affine()), x, data, 3)
+        estimated = likelihood_values(FlowDensity(flow.replace(estimator=probes), Affine()), x, data, 3)
     assert "bits_per_dim_importance_weighted" not in estimated
     assert exact["estimator_variance"].abs().max() == 0
     for values in (exact, estimated):
@@ -84,7 +84,7 @@ def test_what_can_not_be_held_apart_is_not_claimed():
     density = normal_density()
     one_probe = density.with_flow(density.flow.replace(estimator=Hutchinson(1)))
     with pytest.warns(UserWarning, match="importance-weighted"):
-        values = judge_likelihood(one_probe, data.test.rows, data, 3)
+        values = likelihood_values(one_probe, data.test.rows, data, 3)
     assert values["estimator_variance"] is None
     assert "dequantization_variance" not in values
 
@@ -93,6 +93,6 @@ def test_what_can_not_be_held_apart_is_not_claimed():
 def test_continuous_data_have_no_draws():
     data = Toy(toy.two_moons(), 4, 4, 4)
     density = FlowDensity(ContinuousFlow(lambda t, x: 0 * x, 2), Affine())
-    values = judge_likelihood(density, data.test.rows, data, 5)
+    values = likelihood_values(density, data.test.rows, data, 5)
     assert values["bits_per_dim"] is None
     torch.testing.assert_close(values["gap"], data.log_prob(data.test.rows) + values["nll"])

@@ -1,0 +1,1 @@
+"""A network, an estimator, an SDE and data of one's own, for divflow."""
