@@ -69,7 +69,7 @@ def test_options_are_checked_at_construction(make, message):
 
 
 def test_frozen_probes_know_their_batch():
-    with pytest.raises(FieldError, match=r"\(4, 3\).*\(2, 3\).*freeze"):
+    with pytest.raises(FieldError, match=r"\(4, 3\).*\(2, 3\).*Freeze"):
         Hutchinson().freeze(X)(lambda t, x: x, 0.0, X[:2])
 
 

@@ -132,7 +132,7 @@ def test_an_sde_of_ones_own():
     ("functions", "message"),
     [
         ({"mean_scale": lambda self, t: 1.0}, r"mean_scale\(t\).*t's shape.*1\.0"),
-        ({"mean_scale": lambda self, t: 1 - t}, r"mean_scale\(t\).*positive.*0 at least"),
+        ({"mean_scale": lambda self, t: 1 - t}, r"mean_scale\(t\).*positive.*from 0 to"),
         (
             {"std": lambda self, t: t * (1.2 - t), "mean_scale": lambda self, t: 1 + 0 * t},
             "squared diffusion.*must not decrease",

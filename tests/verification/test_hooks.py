@@ -111,7 +111,7 @@ def test_a_kernel_without_second_derivatives_is_refused_where_these_are_needed(n
 def test_forward_mode_refuses_a_checkpoint_where_a_gradient_is_wanted():
     field, x = Checkpointed(), torch.randn(4, 6)
     for _ in range(3):
-        with pytest.raises(FieldError, match="can't be checkpointed; use method='reverse'"):
+        with pytest.raises(FieldError, match="can't be checkpointed. Use method='reverse'"):
             divergence(field, 0.0, x, Exact("forward"))
         with torch.no_grad():
             torch.testing.assert_close(
