@@ -115,7 +115,7 @@ SPOILT = {
     "a mean over samples": (lambda v, d: (v, d.mean().expand_as(d)), "of the divergence"),
     "a detached divergence": (lambda v, d: (v, d.detach()), "of the divergence's gradient in x"),
     "a detached value": (lambda v, d: (v.detach(), d), "of the value's gradient in x"),
-    "one number": (lambda v, d: (v, d.sum()), r"of shape \(4,\) on cpu.*\(\); sum over all event"),
+    "one number": (lambda v, d: (v, d.sum()), r"of shape \(4,\) on cpu.*\(\). Sum over all event"),
     "no divergence": (lambda v, d: v, r"two tensors, of shapes \(4, 3\) and \(4,\).*Tensor"),
     "another shape": (lambda v, d: (v[:, :2], d), r"returned shape \(4, 2\)"),
     "another dtype": (lambda v, d: (v.float(), d), "returned torch.float32"),
