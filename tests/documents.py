@@ -39,8 +39,9 @@ def sections(path: Path) -> dict[str, list[str]]:
 
 
 def commands(code: list[tuple[str, str]]) -> list[str]:
-    """The lines of shell blocks that run train.py, from there on; a script's are not single commands."""
-    return [line[line.index("train.py") :] for line in _lines(code) if "train.py" in line]
+    """The lines of shell blocks that train, from the command on; a script's are not single commands."""
+    found = (re.search(r"(train\.py|divflow train)\b.*", line) for line in _lines(code))
+    return [match.group() for match in found if match]
 
 
 def unknown(code: list[tuple[str, str]], root: Path) -> list[str]:

@@ -2,12 +2,12 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import warnings
 import zipfile
 
+import built_wheel
 import pytest
 from run import FAST, ROOT, SMALL_TOY
 from setuptools import find_packages
@@ -21,14 +21,7 @@ from divflow.cli.application import config_dir
 def installed(tmp_path_factory):
     """What a wheel of the working tree holds, unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("divflow", "configs"):
-        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder / "source")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--wheel-dir", folder, folder / "source"], check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as file:
+    with zipfile.ZipFile(built_wheel.build(folder)) as file:
         file.extractall(folder / "installed")
     return folder / "installed"
 
