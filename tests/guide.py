@@ -30,7 +30,7 @@ NEEDS = {
 # Figures take more than half of a short run. What is typed has them, and `test_devices.py` draws those of all kinds.
 FEW_STEPS = ["trainer.max_steps=2", "trainer.val_check_interval=2"]
 DRAWN, UNDRAWN = "callbacks.figures.num_samples=64", "callbacks.figures=null"
-FEW_ROWS = ["data.val_fraction=0.01", "data.test_fraction=0.01"]
+FEW_ROWS = ["data.val_fraction=0.01", "data.test_fraction=0.01", "data.batch_size=16"]
 LITTLE_DATA = {
     "Toy": ["data.num_train=64", "data.num_val=20", "data.num_test=30", "data.batch_size=16"],
     "Digits": FEW_ROWS,
