@@ -34,12 +34,12 @@ FEW_ROWS = ["data.val_fraction=0.01", "data.test_fraction=0.01", "data.batch_siz
 LITTLE_DATA = {
     "Toy": ["data.num_train=64", "data.num_val=20", "data.num_test=30", "data.batch_size=16"],
     "Digits": FEW_ROWS,
-    "Mnist": ["data.val_fraction=0.004", "data.test_fraction=0.004", "data.batch_size=16"],
+    "Mnist": ["data.val_fraction=0.001", "data.test_fraction=0.001", "data.batch_size=4"],
     "Uci": FEW_ROWS,
     "Simulator": ["data.num_simulations=200", "data.num_test=30"],
     "Simulations": ["data.num_simulations=200", "data.num_test=30"],
     "Particles": [
-        *("data.num_train=64", "data.num_val=8", "data.num_test=8", "data.num_weighted=8", "data.batch_size=16"),
+        *("data.num_train=64", "data.num_val=4", "data.num_test=4", "data.num_weighted=4", "data.batch_size=4"),
         *("data.sampler.chains=40", "data.sampler.warm_up=20"),
     ],
 }
