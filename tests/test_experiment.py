@@ -298,7 +298,8 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_lost
         run(tmp_path / "b", "ckpt_path=nowhere.ckpt")
 
 
-def test_missing_packages_of_loggers_are_named(tmp_path):
+def test_missing_packages_of_loggers_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
     with pytest.raises(ConfigError, match="pip install wandb"):
         run(tmp_path, "logger=wandb")
     with pytest.raises(ConfigError, match="pip install mlflow"):

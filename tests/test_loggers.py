@@ -35,5 +35,5 @@ def test_one_table_of_metrics(tmp_path):
 def test_a_logger_without_its_package_says_how_to_install_it(tmp_path, monkeypatch):
     for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
         monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
-    with pytest.raises(ConfigError, match="logger=tensorboard needs a package.*pip install tensorboard"):
+    with pytest.raises(ConfigError, match="logger=tensorboard needs the package tensorboard.*pip install tensorboard"):
         build_loggers(config("logger=tensorboard", f"output_dir={tmp_path}").logger, tmp_path)

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with heard(), alone():
             _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except Stopped:
         print("\nstopped", file=sys.stderr)

@@ -186,10 +186,10 @@ def _check_shapes(estimator: Estimator, found: Estimate, x: Tensor) -> None:
         if given is None and part not in ("value", "divergence"):
             continue
         if not isinstance(given, Tensor) or tuple(given.shape[leading:]) != shape or given.ndim != leading + len(shape):
-            what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+            what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"type {type(given).__name__}"
             expected = f"(m, {', '.join(map(str, shape))})" if leading else str(shape)
             raise FieldError(
-                f"{name}.estimate returned a {part} of {what} for x of shape {tuple(x.shape)}; its shape must be {expected}"
+                f"{name}.estimate returned {part} of {what} for x of shape {tuple(x.shape)}; the shape must be {expected}"
             )
 
 

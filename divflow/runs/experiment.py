@@ -206,7 +206,7 @@ def _stoppable(output: Path, where: Callable[[], str]) -> Iterator[None]:
         yield
     except (SystemExit, EvaluationTimeError) as stop:  # Lightning's answer to signals, once its callbacks have saved
         last = output / "checkpoints" / "last.ckpt"
-        hint = f"; go on with ckpt_path={last}" if last.is_file() else ""
+        hint = f"; go on with ckpt_path={last}, added to the same command" if last.is_file() else ""
         print(f"\nstopped {where()}{hint}", file=sys.stderr)
         if isinstance(stop, EvaluationTimeError):
             raise

@@ -34,11 +34,11 @@ def everywhere(estimator):
         ({"divergence": lambda x: x.sum().view(1)}, r"shape \(1,\)"),
         ({"divergence": lambda x: x.sum(dim=1, keepdim=True)}, r"shape \(\d+, 1\)"),
         ({"divergence": lambda x: x}, r"shape \(\d+, 2\)"),
-        ({"divergence": lambda x: 1.0}, "divergence of a float"),
+        ({"divergence": lambda x: 1.0}, "divergence of type float"),
         ({"value": lambda x: x.flatten()}, r"value of shape"),
         ({"standard_error": lambda x: x}, r"standard_error of shape"),
-        ({"samples": lambda x: x[:, 0]}, r"samples of shape \(\d+,\).*must be of shape \(m, \d+\)"),
-        ({"products": lambda x: x}, r"products of shape.*must be of shape \(m, \d+, 2\)"),
+        ({"samples": lambda x: x[:, 0]}, r"samples of shape \(\d+,\).*must be \(m, \d+\)"),
+        ({"products": lambda x: x}, r"products of shape.*must be \(m, \d+, 2\)"),
     ],
 )
 def test_a_result_of_another_shape_is_refused(change, message):
@@ -47,7 +47,7 @@ def test_a_result_of_another_shape_is_refused(change, message):
             return Autograd().estimate(g, t, x)._replace(**{name: of(x) for name, of in change.items()})
 
     for call in everywhere(Wrong()):
-        with pytest.raises(FieldError, match=f"Wrong.estimate returned a .*{message}"):
+        with pytest.raises(FieldError, match=f"Wrong.estimate returned .*{message}"):
             call()
 
 
