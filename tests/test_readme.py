@@ -114,7 +114,7 @@ def test_python_blocks_in_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = run_python(README)
     assert namespace["density"].sample(3).shape == (3, 2)
-    assert namespace["exact"].shape == (8,)
+    assert namespace["exact"].shape == (256,)
 
 
 def test_a_module_of_ones_own_trains(tmp_path, monkeypatch):

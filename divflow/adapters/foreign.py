@@ -54,8 +54,12 @@ class Foreign(nn.Module):
 
     def __init__(self, model: Callable[..., Any], times: tuple[float, float], context_name: str | None = None) -> None:
         super().__init__()
+        kind = type(model).__name__
         if not callable(model):
-            raise AdapterError(f"expected a model, called as {self.signature}, but got {model!r}")
+            raise AdapterError(
+                f"expected a model, called as {self.signature}, but got {'an' if kind[:1] in 'AEIOU' else 'a'} {kind}. Load "
+                "weights into their module first"
+            )
         self.model, self.times, self.context_name = model, times, context_name
         self._scalar_times: bool | None = None
 

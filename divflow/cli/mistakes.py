@@ -1,13 +1,13 @@
 """What Hydra refuses of a command line, in one line with the remedy, and what it would take in silence."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from hydra.errors import MissingConfigException
-from omegaconf import DictConfig
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from divflow.saved.named import ConfigError, meant
@@ -39,6 +39,8 @@ def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
         task = _OF_TASK.get(found[1])
         where = f"; it is a group of task={task}" if command == "train" and task else ""
         return f"divflow {command} has no group {found[1]!r} here{where}"
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(error).startswith("Could not override"):
         return _no_such_setting(cause, groups)
@@ -66,13 +68,33 @@ def check_no_choice_is_hidden(sources: Iterable[Any], folder: Path) -> None:
                 )
 
 
+def _unreadable(error: OverrideParseException) -> str:
+    given = error.override
+    if "=" not in given:
+        setting = "ckpt_path" if given.endswith(".ckpt") else "data.path" if "." in given else "SETTING"
+        return f"{given!r} is no setting; write {setting}={given if setting != 'SETTING' else 'VALUE'}"
+    return (
+        f"{given!r} can't be read; in a shell, put a setting with spaces, braces or brackets between quotation marks, such as "
+        '"context={age: 41}", and write a list as name=[a,b]'
+    )
+
+
 def _no_such_setting(cause: OmegaConfBaseException, groups: Iterable[str]) -> str:
     name, key, parent = str(cause.full_key), str(cause.key), cause.parent_node
     known = [str(it) for it in parent] if isinstance(parent, DictConfig) else []
     place = name.rpartition(".")[0]
     if not place:
-        return (
-            f"there is no group or setting {name}{meant(key, [*known, *groups])}; `divflow COMMAND --help` lists them"
-        )
+        tree = OmegaConf.to_container(parent, resolve=False) if isinstance(parent, DictConfig) else {}
+        deeper = [path for path in _paths(tree) if path.endswith(f".{key}")]
+        hint = f" (did you mean {' or '.join(deeper[:3])}?)" if deeper else meant(key, [*known, *groups])
+        return f"there is no group or setting {name}{hint}; `divflow COMMAND --help` lists them"
     hint = meant(key, known) or (f"; {place} has {', '.join(known)}" if known else "")
     return f"there is no setting {name}{hint}; another argument of its class is added by +{name}=..."
+
+
+def _paths(config: Any, place: str = "") -> Iterator[str]:
+    """The full names of all settings below a config."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield f"{place}{key}"
+            yield from _paths(value, f"{place}{key}.")

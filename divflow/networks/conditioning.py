@@ -58,7 +58,7 @@ def condition(
     if features != context_features:
         raise NetworkError(
             f"the network was built for {context_features} context features, but got {features}. "
-            "Build it with that number of context_features, and pass a context in every call"
+            f"Pass a context of {context_features} in every call, or build it with context_features={features}"
         )
     return torch.cat(columns, dim=1)
 

@@ -92,7 +92,7 @@ class Watch:
                 f"the field mixes the samples of a batch: for states of shape {tuple(point.shape)}, values at some samples depend on "
                 f"others (with a gradient of {float(mixed):.2g} of their own), so its divergence would be wrong. Look for "
                 "normalization (BatchNorm in training mode), attention, statistics or edges over dimension 0, and evaluate samples "
-                "that belong together as one event."
+                f"that belong together as one event.{' If x is one sample, use x.unsqueeze(0).' if point.ndim == 1 else ''}"
             )
         record.wrong = False
         self._compare(output, point)

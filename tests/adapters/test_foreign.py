@@ -79,6 +79,12 @@ def test_no_model(name, model):
 
 
 @each
+def test_weights_are_no_model(name):
+    with pytest.raises(AdapterError, match="got an OrderedDict. Load weights into their module first"):
+        ADAPTERS[name](nn.Linear(3, 3).state_dict(), 3)
+
+
+@each
 def test_other_order_of_arguments(name):
     """Found from what the model does, with no name to tell: matrices take no scalars."""
     matrix = torch.eye(3)

@@ -100,6 +100,21 @@ def test_no_such_command(given, capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("runs/best.ckpt", "'runs/best.ckpt' is no setting; write ckpt_path=runs/best.ckpt"),
+        ("table.csv", "write data.path=table.csv"),
+        ("context={age: 41", r"can't be read; in a shell.*\"context=\{age: 41\}\""),
+        ("lr=0.1", r"no group or setting lr \(did you mean task.optimizer.lr\?\)"),
+    ],
+)
+def test_what_is_no_setting(setting, message, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match=message):
+        main(["train", setting])
+
+
 def test_help_and_mistakes_come_before_what_is_slow_to_import(tmp_path):
     """One after another in one process, and what each may not load is loaded by none before it."""
     may_not = [

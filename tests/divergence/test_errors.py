@@ -27,6 +27,11 @@ def test_bad_fields(name, kind):
         divergence(field, 0.0, X, ESTIMATORS[name])
 
 
+def test_one_sample_without_a_batch_is_told_how_to_be_one():
+    with pytest.raises(FieldError, match=r"mixes the samples.*one sample, use x\.unsqueeze\(0\)"):
+        divergence(lambda t, x: x.roll(1) * x, 0.0, X[0])
+
+
 BAD_ARGUMENTS = {
     "integer x": (0.0, torch.ones(4, 3, dtype=torch.long), r"torch\.int64.*x\.float\(\)"),
     "complex x": (0.0, torch.ones(4, 3, dtype=torch.complex64), "complex64"),
