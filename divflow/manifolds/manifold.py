@@ -1,0 +1,125 @@
+"""What a manifold is: a closest point, a tangent projection, and where they are known its geodesics and densities."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Distribution
+
+from divflow.errors import DivflowError, listed_rows
+
+__all__ = ["Manifold", "ManifoldError"]
+
+
+class ManifoldError(DivflowError, ValueError):
+    """A point is off its manifold, or a manifold is asked for something that it does not have."""
+
+
+class Manifold(ABC):
+    """A manifold in an ambient space R^n of tensors of shape `event_shape`.
+
+    Write your own by implementing `project` and `to_tangent`. Geodesics and densities are optional: a method that is not
+    implemented raises a `ManifoldError`.
+
+    All methods take batches: a point is `(*batch, *event_shape)`, and so is a tangent vector at it, in ambient coordinates.
+    Distances and volumes are those of the ambient Euclidean metric unless a class states another.
+
+    Attributes:
+        event_shape: of a point in ambient coordinates.
+        dim: d, the dimension of the manifold itself.
+    """
+
+    event_shape: Size
+    dim: int
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """The closest point of the manifold."""
+
+    @abstractmethod
+    def to_tangent(self, x: Tensor, u: Tensor) -> Tensor:
+        """The orthogonal projection of ambient vectors u to the tangent space at x; linear in u."""
+
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """The point that a geodesic from x with initial velocity u reaches in one unit of time."""
+        raise self._lacks("exp")
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """The initial velocity of the shortest geodesic from x that reaches y in one unit of time."""
+        raise self._lacks("log")
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """The length of the shortest geodesic between x and y, `(*batch,)`."""
+        raise self._lacks("distance")
+
+    @property
+    def volume(self) -> float:
+        """The Riemannian volume of the whole manifold."""
+        raise self._lacks("volume")
+
+    def uniform(self, dtype: torch.dtype | None = None) -> Distribution:
+        """The uniform density with respect to the volume.
+
+        Args:
+            dtype: of the samples; torch's default dtype if None.
+        """
+        raise self._lacks("uniform")
+
+    def wrapped_normal(self, mean: Tensor, std: Tensor | float | Mapping[str, Tensor | float]) -> Distribution:
+        """The density of exp(mean, v) with respect to the volume, where v is normal in the tangent space at the mean.
+
+        Args:
+            mean: `(*batch, *event_shape)`.
+            std: standard deviation of v along each direction, a number or `(*batch,)`; for a product one for all parts, or one for
+                each part by its name.
+        """
+        raise self._lacks("wrapped_normal")
+
+    def off(self, x: Tensor) -> Tensor:
+        """How far points are from the manifold, `(*batch,)`, in units of the largest ambient entry."""
+        away = (x - self.project(x)).abs()
+        return away.flatten(x.ndim - len(self.event_shape)).amax(dim=-1) if self.event_shape else away
+
+    def check(self, x: Tensor, tolerance: float | None = None) -> Tensor:
+        """Return x, refused unless all its points lie on the manifold.
+
+        Args:
+            x: `(*batch, *event_shape)`.
+            tolerance: the largest distance that counts as rounding; the square root of the dtype's precision if None.
+
+        Raises:
+            ManifoldError: another shape or dtype, NaN, or points off the manifold; the message names rows and distance.
+        """
+        shape = tuple(self.event_shape)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise ManifoldError(
+                f"points of {self} must be a tensor of a floating dtype, but are {got}; convert them, for instance by x.float()"
+            )
+        if tuple(x.shape[x.ndim - len(shape) :]) != shape or x.ndim < len(shape):
+            raise ManifoldError(
+                f"points of {self} have shape {shape} after the batch, but x has shape {tuple(x.shape)}"
+            )
+        rows = x.detach().reshape(-1, *shape)
+        finite = rows.reshape(len(rows), -1).isfinite().all(dim=1)
+        if not finite.all():
+            raise ManifoldError(f"points of {self} are NaN or infinite in {listed_rows(~finite)}; leave these rows out")
+        self._check_finite(rows, torch.finfo(x.dtype).eps ** 0.5 if tolerance is None else tolerance)
+        return x
+
+    def _check_finite(self, rows: Tensor, tolerance: float) -> None:
+        # Far from the manifold the closest point may not exist, and is NaN.
+        off = self.off(rows)
+        bad = ~(off <= tolerance)
+        if bad.any():
+            furthest = off[bad].nan_to_num(torch.inf).max().item()
+            raise ManifoldError(
+                f"points are off {self} by up to {furthest:.3g} in {listed_rows(bad)}; check their units and order, and use "
+                "manifold.project(x) if the closest points are meant"
+            )
+
+    def _lacks(self, name: str) -> ManifoldError:
+        return ManifoldError(
+            f"{type(self).__name__} has no {name}; implement it in the class, or use a manifold of divflow.manifolds"
+        )

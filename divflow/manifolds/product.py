@@ -1,0 +1,157 @@
+"""Products of manifolds: several parts in one vector, by name."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints
+
+from divflow.errors import listed_rows
+from divflow.manifolds.manifold import Manifold, ManifoldError
+
+__all__ = ["Product"]
+
+
+class Product(Manifold):
+    """Points with parts on several manifolds, as one vector: the parts one after another, a rotation as its nine entries.
+
+    Args:
+        parts: manifolds by name.
+
+    Raises:
+        ManifoldError: no part, or one that is not a manifold.
+
+    Example:
+        >>> pose = Product(orientation=SpecialOrthogonal(), position=Euclidean(3))
+        >>> pose.event_shape, pose.dim
+        (torch.Size([12]), 6)
+        >>> x = pose.join({"orientation": torch.eye(3), "position": torch.zeros(3)})
+        >>> pose.split(x)["position"]
+        tensor([0., 0., 0.])
+    """
+
+    def __init__(self, **parts: Manifold) -> None:
+        if not parts or not all(isinstance(part, Manifold) for part in parts.values()):
+            raise ManifoldError(
+                f"a Product has manifolds by name, such as Product(direction=Sphere(2), angle=Torus(1)), but got {parts}"
+            )
+        self.parts = parts
+        self._sizes = [part.event_shape.numel() for part in parts.values()]
+        self.event_shape, self.dim = Size([sum(self._sizes)]), sum(part.dim for part in parts.values())
+
+    def __repr__(self) -> str:
+        return f"Product({', '.join(f'{name}={part}' for name, part in self.parts.items())})"
+
+    def split(self, x: Tensor) -> dict[str, Tensor]:
+        """The parts of points or vectors `(*batch, n)`, by name and each of its own shape."""
+        pieces = x.split(self._sizes, dim=-1)
+        return {
+            name: piece.reshape(*x.shape[:-1], *part.event_shape)
+            for (name, part), piece in zip(self.parts.items(), pieces, strict=True)
+        }
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """One vector `(*batch, n)` of all parts by name.
+
+        Raises:
+            ManifoldError: other names.
+        """
+        if parts.keys() != self.parts.keys():
+            raise ManifoldError(f"the parts are {sorted(self.parts)}, but got {sorted(parts)}")
+        return torch.cat(
+            [parts[name].flatten(parts[name].ndim - len(part.event_shape)) for name, part in self.parts.items()], dim=-1
+        )
+
+    def project(self, x: Tensor) -> Tensor:
+        """Part by part."""
+        return self._joined(lambda part, x: part.project(x), x)
+
+    def to_tangent(self, x: Tensor, u: Tensor) -> Tensor:
+        """Part by part."""
+        return self._joined(lambda part, x, u: part.to_tangent(x, u), x, u)
+
+    def exp(self, x: Tensor, u: Tensor) -> Tensor:
+        """Part by part."""
+        return self._joined(lambda part, x, u: part.exp(x, u), x, u)
+
+    def log(self, x: Tensor, y: Tensor) -> Tensor:
+        """Part by part."""
+        return self._joined(lambda part, x, y: part.log(x, y), x, y)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """The root of the sum of the parts' squared distances."""
+        distances = [part.distance(a, b) for part, a, b in self._zipped(x, y)]
+        return torch.linalg.vector_norm(torch.stack(distances, dim=-1), dim=-1)
+
+    @property
+    def volume(self) -> float:
+        """The product of the parts' volumes."""
+        return math.prod(part.volume for part in self.parts.values())
+
+    def off(self, x: Tensor) -> Tensor:
+        """The largest of the parts."""
+        return torch.stack([part.off(a) for part, a in self._zipped(x)]).amax(dim=0)
+
+    def uniform(self, dtype: torch.dtype | None = None) -> Distribution:
+        """Independent uniform parts; refused where a part's volume is infinite."""
+        return Joint(self, {name: part.uniform(dtype) for name, part in self.parts.items()})
+
+    def wrapped_normal(self, mean: Tensor, std: Tensor | float | Mapping[str, Tensor | float]) -> Distribution:
+        """Independent wrapped normal parts, each of its own std where these are given by name."""
+        means = self.split(mean)
+        stds = std if isinstance(std, Mapping) else dict.fromkeys(self.parts, std)
+        if stds.keys() != self.parts.keys():
+            raise ManifoldError(
+                f"std must be one number, or one for each of the parts {sorted(self.parts)}, but has {sorted(stds)}"
+            )
+        return Joint(self, {name: part.wrapped_normal(means[name], stds[name]) for name, part in self.parts.items()})
+
+    def _zipped(self, *points: Tensor) -> list[tuple]:
+        split = [self.split(x) for x in points]
+        return [(part, *(x[name] for x in split)) for name, part in self.parts.items()]
+
+    def _joined(self, function: Callable[..., Tensor], *points: Tensor) -> Tensor:
+        parts = self._zipped(*points)
+        return self.join({name: function(*part) for name, part in zip(self.parts, parts, strict=True)})
+
+    def _check_finite(self, rows: Tensor, tolerance: float) -> None:
+        for name, part in self.parts.items():
+            off = part.off(self.split(rows)[name])
+            if (bad := ~(off <= tolerance)).any():
+                furthest = off[bad].nan_to_num(torch.inf).max().item()
+                raise ManifoldError(
+                    f"the part {name!r} is off {part} by up to {furthest:.3g} in {listed_rows(bad)}; check its units and the order of the "
+                    "parts, and use manifold.project(x) if the closest points are meant"
+                )
+
+
+class Joint(Distribution):
+    """Independent densities of the parts of a product, over its vectors."""
+
+    arg_constraints = {}
+    has_rsample = True
+
+    def __init__(self, product: Product, parts: dict[str, Distribution]) -> None:
+        self.product, self.parts = product, parts
+        batch = next(iter(parts.values())).batch_shape
+        super().__init__(batch, product.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The ambient space, of which `log_prob` refuses all but the manifold."""
+        return constraints.independent(constraints.real, 1)
+
+    def expand(self, batch_shape: Sequence[int], _instance: "Joint | None" = None) -> "Joint":
+        """The same, with a batch shape."""
+        return Joint(self.product, {name: part.expand(Size(batch_shape)) for name, part in self.parts.items()})
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Points `(*sample_shape, *batch, n)`, differentiable in the parts' parameters."""
+        return self.product.join({name: part.rsample(Size(sample_shape)) for name, part in self.parts.items()})
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The sum of the parts' log-densities in nats."""
+        self.product.check(value)
+        parts = self.product.split(value)
+        return torch.stack([part.log_prob(parts[name]) for name, part in self.parts.items()]).sum(dim=0)
