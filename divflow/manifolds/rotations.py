@@ -35,7 +35,9 @@ class SpecialOrthogonal(Symmetric):
         return "SpecialOrthogonal()"
 
     def project(self, x: Tensor) -> Tensor:
-        """The closest orthogonal matrix, the polar factor; differentiable to any order (Newton's iteration, Higham 1986, with scaled steps).
+        """The closest orthogonal matrix, which is the polar factor; differentiable to any order.
+
+        It is found by Newton's iteration with scaled steps (Higham 1986).
 
         Its determinant has the sign of x's: a matrix of negative determinant is no rounded rotation, and `check` refuses it.
         """
@@ -60,7 +62,10 @@ class SpecialOrthogonal(Symmetric):
         return x @ (_eye(x) + sine_ratio(q) * hat(w) + half * half / 2 * (hat(w) @ hat(w)))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
-        """The product of x and the antisymmetric logarithm of x^T y, smooth at y = x; at an angle of pi one of the two shortest ways."""
+        """The product of x and the antisymmetric logarithm of x^T y, smooth at y = x.
+
+        At an angle of pi it is one of the two shortest ways.
+        """
         q = quaternion(x.mT @ y)
         real, imaginary = q[..., :1], q[..., 1:]
         squared = imaginary.square().sum(dim=-1, keepdim=True)
@@ -102,23 +107,34 @@ class SpecialOrthogonal(Symmetric):
 
 
 def hat(w: Tensor) -> Tensor:
-    """The matrices `(*batch, 3, 3)` whose products are the cross products of w `(*batch, 3)`."""
+    """The matrices `(*batch, 3, 3)` whose products with vectors are the cross products of w with them.
+
+    Args:
+        w: `(*batch, 3)`.
+    """
     a, b, c = w.unbind(dim=-1)
     zero = torch.zeros_like(a)
     return torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], dim=-1).unflatten(-1, (3, 3))
 
 
 def vee(m: Tensor) -> Tensor:
-    """The w `(*batch, 3)` of the antisymmetric part of m `(*batch, 3, 3)`: the inverse of `hat`."""
+    """The w `(*batch, 3)` of the antisymmetric part of a matrix: the inverse of `hat`.
+
+    Args:
+        m: `(*batch, 3, 3)`.
+    """
     return (
         torch.stack([m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]], dim=-1) / 2
     )
 
 
 def quaternion(rotation: Tensor) -> Tensor:
-    """Unit quaternions `(*batch, 4)`, the real part first and not negative, of rotation matrices `(*batch, 3, 3)`.
+    """Unit quaternions `(*batch, 4)` of rotation matrices, the real part first and not negative.
 
     All four products 4 q_i q are linear in the matrix; the one of the largest q_i is divided by its norm, so that none is lost to rounding.
+
+    Args:
+        rotation: `(*batch, 3, 3)`.
     """
     m = rotation
     x, y, z = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
@@ -133,7 +149,11 @@ def quaternion(rotation: Tensor) -> Tensor:
 
 
 def rotation_matrix(q: Tensor) -> Tensor:
-    """Rotation matrices `(*batch, 3, 3)` of unit quaternions `(*batch, 4)`, the real part first."""
+    """Rotation matrices `(*batch, 3, 3)` of unit quaternions.
+
+    Args:
+        q: `(*batch, 4)`, the real part first.
+    """
     w, v = q[..., 0, None, None], q[..., 1:]
     cross = hat(v)
     return _eye(q) + 2 * (w * cross + cross @ cross)

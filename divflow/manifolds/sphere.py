@@ -63,7 +63,9 @@ class Sphere(Symmetric):
         return arcsine_ratio(q, along) * w
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The angle between x and y in radians, exact to rounding at 0 and pi; there it has no derivative, and autograd returns zero.
+        """The angle between x and y in radians, exact to rounding at 0 and pi.
+
+        At both ends it has no derivative, and autograd returns zero.
 
         The formula is 2 atan2(|x - y|, |x + y|) (Kahan 2006).
         """
