@@ -93,6 +93,7 @@ class WrappedNormal(Distribution):
         ManifoldError: a mean off the manifold, or an std that is not positive; by `log_prob`, points off the manifold.
 
     Example:
+        >>> from divflow.manifolds import Sphere
         >>> WrappedNormal(Sphere(2), torch.tensor([0.0, 0.0, 1.0]), 0.1).log_prob(torch.tensor([0.0, 0.0, 1.0]))
         tensor(2.7673)
     """

@@ -23,6 +23,7 @@ class Product(Manifold):
         ManifoldError: no part, or one that is not a manifold.
 
     Example:
+        >>> from divflow.manifolds import Euclidean, SpecialOrthogonal
         >>> pose = Product(orientation=SpecialOrthogonal(), position=Euclidean(3))
         >>> pose.event_shape, pose.dim
         (torch.Size([12]), 6)

@@ -22,10 +22,9 @@ class SpecialOrthogonal(Symmetric):
     volume is 8 pi^2. A density with respect to the normalized Haar measure is 8 pi^2 times the one here.
 
     Example:
-        >>> SpecialOrthogonal().exp(torch.eye(3), hat(torch.tensor([0.0, 0.0, math.pi / 2]))).round()
-        tensor([[ 0., -1.,  0.],
-                [ 1.,  0.,  0.],
-                [ 0.,  0.,  1.]])
+        >>> quarter = SpecialOrthogonal().exp(torch.eye(3), hat(torch.tensor([0.0, 0.0, math.pi / 2])))
+        >>> SpecialOrthogonal().distance(torch.eye(3), quarter)
+        tensor(1.5708)
     """
 
     def __init__(self) -> None:
