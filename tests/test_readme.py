@@ -201,7 +201,7 @@ def test_evaluations_run(command, outputs, tmp_path, monkeypatch):
     shutil.copytree(outputs / "outputs", tmp_path / "outputs")
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
     monkeypatch.chdir(tmp_path)
-    main([word for word in shlex.split(command)[1:] if "multi_process" not in word])
+    main([word for word in shlex.split(command, comments=True)[1:] if "multi_process" not in word])
     written = re.search(r"out=(\S+)", command)
     default = "compare.png" if "compare" in command else "log_prob.csv"
     assert Path(written[1] if written else default).is_file()
