@@ -2,12 +2,14 @@
 
 import os
 
+import lightning as L
 import pytest
+from lightning.pytorch.loggers import Logger
 from run import DRAWN, SMALL_TOY, config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from divflow.runs.experiment import train
-from divflow.runs.loggers import build_loggers
+from divflow.runs.loggers import build_loggers, log_settings
 from divflow.saved.build import ConfigError
 
 SMALL = [*DRAWN, *SMALL_TOY, "callbacks.figures.num_samples=50"]
@@ -37,3 +39,20 @@ def test_a_logger_without_its_package_says_how_to_install_it(tmp_path, monkeypat
         monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
     with pytest.raises(ConfigError, match="logger=tensorboard needs the package tensorboard.*pip install tensorboard"):
         build_loggers(config("logger=tensorboard", f"output_dir={tmp_path}").logger, tmp_path)
+
+
+def test_wandb_without_an_account_says_what_to_do(tmp_path):
+    class UsageError(Exception):
+        __module__ = "wandb.errors.errors"
+
+    class LoggedOut(Logger):
+        name, version = "", ""
+
+        def log_hyperparams(self, params):
+            raise UsageError("No API key configured.")
+
+        def log_metrics(self, metrics, step=None): ...
+
+    trainer = L.Trainer(logger=LoggedOut())
+    with pytest.raises(ConfigError, match="No API key configured. Run `wandb login`, or set WANDB_MODE=offline"):
+        log_settings(trainer, config(f"output_dir={tmp_path}"))

@@ -53,11 +53,22 @@ def _wandb_run() -> Any:
 
 
 def log_settings(trainer: L.Trainer, config: DictConfig) -> None:
-    """Pass the settings of a run to the loggers that show them; for `metrics.csv`, `config.yaml` has them."""
+    """Pass the settings of a run to the loggers that show them; for `metrics.csv`, `config.yaml` has them.
+
+    Raises:
+        ConfigError: W&B can't begin a run, such as without being logged in.
+    """
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     for logger in trainer.loggers:
         if not isinstance(logger, CSVLogger):
-            logger.log_hyperparams(_flat(plain))
+            try:
+                logger.log_hyperparams(_flat(plain))
+            except Exception as error:
+                if not type(error).__module__.startswith("wandb."):
+                    raise
+                raise ConfigError(
+                    f"logger=wandb can't begin a run: {error} Run `wandb login`, or set WANDB_MODE=offline"
+                ) from error
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
