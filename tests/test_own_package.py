@@ -201,8 +201,8 @@ def test_what_a_checkpoint_names_must_be_allowed(folder, monkeypatch):
     run_line("divflow train --config-dir configs experiment=rings task=flow_matching", folder)
     evaluate = ["evaluate", "ckpt_path=outputs/latest/checkpoints/best.ckpt"]
     for given, message in (
-        ([], r"asks for 'rings.network.FourierNet' .*allow=\[rings.network.FourierNet,rings.data.Rings\]"),
-        (["allow=[rings.network.FourierNet]"], r"asks for 'rings.data.Rings' .*allow=\[rings.network.FourierNet,rings"),
+        ([], r"names 'rings.network.FourierNet' .*allow=\[rings.network.FourierNet,rings.data.Rings\]"),
+        (["allow=[rings.network.FourierNet]"], r"names .*'rings.data.Rings' .*allow=\[rings.network.FourierNet,rings"),
         (["allow=[rings.network.Fouriernet]"], r"allow=rings.network.Fouriernet can't be found: .*did you mean"),
         (["allow=[elsewhere.Net]"], "allow=elsewhere.Net can't be found: there is no module 'elsewhere' here"),
     ):

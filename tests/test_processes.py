@@ -80,7 +80,7 @@ def test_a_signal_to_any_process_stops_all_after_the_same_step(tmp_path, number)
         wait_for(lambda: process.poll() is not None, 60)
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], log.read_text()
         wait_for(lambda: not members(process.pid), 30)
-    assert f"Go on with ckpt_path={last}" in log.read_text()
+    assert f"go on with ckpt_path={last}" in log.read_text()
     assert checkpoint(tmp_path / "run")["callbacks"]["Processes"] == {"world_size": 2}
 
 

@@ -13,6 +13,10 @@ __all__ = ["Stopped", "alone", "exit_code", "heard"]
 _STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
+# Signals that this module has answered: what they raise, a library may swallow.
+_ANSWERED: list[int] = []
+
+
 class Stopped(SystemExit):
     """A signal ended the command."""
 
@@ -26,7 +30,10 @@ def heard() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone hears signals
         yield
         return
+    _ANSWERED.clear()
     before = {number: signal.signal(number, _stop) for number in _STOPPING}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     finally:
@@ -43,6 +50,8 @@ def alone() -> Iterator[None]:
         behind: BaseException | None = error
         while behind is not None and not isinstance(behind, Stopped | KeyboardInterrupt):
             behind = behind.__cause__ or behind.__context__
+        if behind is None and _ANSWERED:
+            behind = KeyboardInterrupt() if _ANSWERED[0] == signal.SIGINT else Stopped(143)
         if behind is None:
             raise
         raise behind from None
@@ -54,4 +63,10 @@ def exit_code(stop: SystemExit) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    _ANSWERED.append(number)
     raise Stopped(143)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    _ANSWERED.append(number)
+    raise KeyboardInterrupt

@@ -1,7 +1,9 @@
 """The commands wherever divflow is installed: from a wheel in an empty folder, in several processes, and how they start."""
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +17,7 @@ from setuptools import find_packages
 import divflow
 from divflow.cli import application, main
 from divflow.cli.application import config_dir
+from divflow.runs.signals import Stopped, alone, heard
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,21 @@ def test_no_such_command(given, capsys):
         main(given)
     assert stopped.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "stop"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)])
+def test_a_signal_that_a_library_swallows_is_a_stop_all_the_same(number, stop):
+    """As torch does with one that comes while it imports numpy."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(stop), heard(), alone():
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(number)
+            raise ImportError("cannot load module more than once per process")
+        with pytest.raises(ImportError), heard(), alone():  # and the next command knows nothing of it
+            raise ImportError("no such module")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
