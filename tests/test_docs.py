@@ -19,7 +19,7 @@ ELSEWHERE = "own_package.md"  # whose blocks are run in the folder that it is ab
 BY_NAME = {str(page.relative_to(ROOT / "docs")): page for page in PAGES}
 # Their sections need packages of their own: tests/test_migration.py and tests/test_works_with.py run these one by one.
 BY_SECTION = ("migration.md", "works_with.md")
-COMMANDS = sorted({command for page in PAGES for command in commands(blocks(page))})
+COMMANDS = sorted({command for page in PAGES if page.name != ELSEWHERE for command in commands(blocks(page))})
 # Its blocks train models of other libraries, which take long to import.
 LONG = ["elsewhere.md"]
 
