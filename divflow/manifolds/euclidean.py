@@ -57,7 +57,7 @@ class Euclidean(Manifold):
             f"{self} has no uniform density, since its volume is infinite; use wrapped_normal(mean, std), a normal one"
         )
 
-    def wrapped_normal(self, mean: Tensor, std: Tensor | float) -> Distribution:  # type: ignore[override]
+    def wrapped_normal(self, mean: Tensor, std: Tensor | float) -> Distribution:
         """The normal density; nothing is wrapped."""
         scale = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
         return Independent(Normal(mean, scale[..., None].expand_as(mean)), 1)

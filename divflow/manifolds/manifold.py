@@ -1,7 +1,6 @@
 """What a manifold is: a closest point, a tangent projection, and where they are known its geodesics and densities."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 import torch
 from torch import Size, Tensor
@@ -66,13 +65,12 @@ class Manifold(ABC):
         """
         raise self._lacks("uniform")
 
-    def wrapped_normal(self, mean: Tensor, std: Tensor | float | Mapping[str, Tensor | float]) -> Distribution:
+    def wrapped_normal(self, mean: Tensor, std: Tensor | float) -> Distribution:
         """The density of exp(mean, v) with respect to the volume, where v is normal in the tangent space at the mean.
 
         Args:
             mean: `(*batch, *event_shape)`.
-            std: standard deviation of v along each direction, a number or `(*batch,)`; for a product one for all parts, or one for
-                each part by its name.
+            std: standard deviation of v along each direction, a number or `(*batch,)`.
         """
         raise self._lacks("wrapped_normal")
 

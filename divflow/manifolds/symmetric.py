@@ -19,7 +19,7 @@ class Symmetric(Manifold):
         """The density 1 / volume."""
         return Uniform(self, dtype)
 
-    def wrapped_normal(self, mean: Tensor, std: Tensor | float) -> Distribution:  # type: ignore[override]
+    def wrapped_normal(self, mean: Tensor, std: Tensor | float) -> Distribution:
         """The density of exp(mean, v), v ~ N(0, std^2) in the tangent space; `log_wrapped_normal` has the formula."""
         return WrappedNormal(self, mean, std)
 
