@@ -138,6 +138,12 @@ def short(words: list[str], drawn: bool) -> list[str]:
     return [*words, *added]
 
 
+def shortened(code: str) -> str:
+    """A block of Python whose trainings by `main` are short."""
+    words = [*FEW_STEPS, UNDRAWN, *LITTLE_DATA["Toy"], "device=cpu"]
+    return code.replace('main(["train",', f'main(["train", {", ".join(map(repr, words))},')
+
+
 def supply(folder: Path, words: list[str], earlier: list[str]) -> None:
     """Make the files that a command names and no block has made, and its modules, of what blocks before it define."""
     for path in [word.removeprefix("data.path=") for word in words if word.startswith("data.path=")]:

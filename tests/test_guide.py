@@ -10,7 +10,7 @@ from pathlib import Path
 import built_wheel
 import pytest
 from filelock import FileLock
-from guide import is_there, names, short, steps, supply
+from guide import is_there, names, short, shortened, steps, supply
 from run import ROOT
 
 README = ROOT / "README.md"
@@ -68,7 +68,7 @@ class Page:
         assert reader.ask("open", folder=str(folder), log=str(log)) is None
 
     def python(self, code):
-        wrong = self.reader.ask("python", code=code)
+        wrong = self.reader.ask("python", code=shortened(code))
         missing = re.search(r"ModuleNotFoundError: No module named '(\w+)|NameError: name '(\w+)' is not", wrong or "")
         if missing and (missing[2] in self.left_out or (missing[1] and importlib.util.find_spec(missing[1]) is None)):
             self.left_out |= names(code)  # another library is not installed, and what follows from it is not there
