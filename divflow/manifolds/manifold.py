@@ -62,6 +62,18 @@ class Manifold(ABC):
         """
         return None
 
+    def around(self, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """The vectors P_x u + <H(x), u> (y - x) / n near x, where u are ambient vectors at y.
+
+        At y = x this is the tangent part of u, and its ordinary divergence in y is that of the tangent field on the manifold.
+        """
+        curvature = self.mean_curvature(x)
+        if curvature is None:
+            raise self._lacks("mean_curvature")
+        dims = tuple(range(x.ndim - len(self.event_shape), x.ndim))
+        rate = (curvature * u).sum(dim=dims, keepdim=True) / self.event_shape.numel()
+        return self.to_tangent(x, u) + rate * (y - x)
+
     def normals(self, x: Tensor) -> Tensor | None:
         """An orthonormal basis of the vectors normal to the manifold at x, `(codimension, *batch, *event_shape)`; None if unknown."""
         return None

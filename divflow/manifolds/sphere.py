@@ -44,6 +44,10 @@ class Sphere(Symmetric):
         """The vector -d x."""
         return -self.dim * x
 
+    def around(self, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """As `Manifold.around`, by a single product x . u."""
+        return u - _dot(x, u) * (x + self.dim / (self.dim + 1) * (y - x))
+
     def normals(self, x: Tensor) -> Tensor:
         """The point itself, `(1, *batch, d + 1)`."""
         return x[None]
