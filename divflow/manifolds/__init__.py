@@ -1,5 +1,6 @@
 """Manifolds: directions, angles, rotations and products of them, with their geodesics and densities."""
 
+from divflow.manifolds.coordinates import Angles, Coordinates, LatitudeLongitude, Quaternions, RotationMatrices
 from divflow.manifolds.densities import Uniform, WrappedNormal
 from divflow.manifolds.euclidean import Euclidean
 from divflow.manifolds.manifold import Manifold, ManifoldError
@@ -9,10 +10,15 @@ from divflow.manifolds.sphere import Sphere
 from divflow.manifolds.torus import Torus
 
 __all__ = [
+    "Angles",
+    "Coordinates",
     "Euclidean",
+    "LatitudeLongitude",
     "Manifold",
     "ManifoldError",
     "Product",
+    "Quaternions",
+    "RotationMatrices",
     "SpecialOrthogonal",
     "Sphere",
     "Torus",
