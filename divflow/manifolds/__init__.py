@@ -1,6 +1,12 @@
 """Manifolds: directions, angles, rotations and products of them, with their geodesics and densities."""
 
-from divflow.manifolds.coordinates import Angles, Coordinates, LatitudeLongitude, Quaternions, RotationMatrices
+from divflow.manifolds.coordinates import (
+    Coordinates,
+    LatitudeLongitude,
+    Quaternions,
+    RotationMatrices,
+    WrappedAngles,
+)
 from divflow.manifolds.densities import Uniform, WrappedNormal
 from divflow.manifolds.euclidean import Euclidean
 from divflow.manifolds.manifold import Manifold, ManifoldError
@@ -10,7 +16,6 @@ from divflow.manifolds.sphere import Sphere
 from divflow.manifolds.torus import Torus
 
 __all__ = [
-    "Angles",
     "Coordinates",
     "Euclidean",
     "LatitudeLongitude",
@@ -23,6 +28,7 @@ __all__ = [
     "Sphere",
     "Torus",
     "Uniform",
+    "WrappedAngles",
     "WrappedNormal",
     "hat",
     "quaternion",

@@ -15,7 +15,7 @@ from divflow.manifolds.rotations import SpecialOrthogonal, quaternion, rotation_
 from divflow.manifolds.sphere import Sphere
 from divflow.manifolds.torus import Torus
 
-__all__ = ["Angles", "Coordinates", "LatitudeLongitude", "Quaternions", "RotationMatrices"]
+__all__ = ["Coordinates", "LatitudeLongitude", "Quaternions", "RotationMatrices", "WrappedAngles", "are_positive"]
 
 _TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
 _ORDERS = ("wxyz", "xyzw")
@@ -127,7 +127,7 @@ class LatitudeLongitude(Coordinates):
 
 
 @dataclass(frozen=True)
-class Angles(Coordinates):
+class WrappedAngles(Coordinates):
     """Angles of any range, as points of a torus in radians from -pi to pi.
 
     Args:
@@ -140,7 +140,7 @@ class Angles(Coordinates):
         ValueError: the count is not a positive whole number.
 
     Example:
-        >>> Angles(2).points(torch.tensor([[90.0, 450.0]]))
+        >>> WrappedAngles(2).points(torch.tensor([[90.0, 450.0]]))
         tensor([[1.5708, 1.5708]])
     """
 
@@ -235,6 +235,7 @@ class RotationMatrices(Coordinates):
 
     Args:
         tolerance: how far an entry may be from that of the closest rotation, which is taken instead.
+        square: whether they are written as matrices `(n, 3, 3)`, as arrays may have them. Both are read.
 
     Raises:
         ManifoldError: by `points`, matrices of negative determinant, or farther than the tolerance from a rotation.
@@ -242,6 +243,7 @@ class RotationMatrices(Coordinates):
     """
 
     tolerance: float = 1e-3
+    square: bool = False
 
     def __post_init__(self) -> None:
         check_positive("tolerance", self.tolerance)
@@ -257,8 +259,8 @@ class RotationMatrices(Coordinates):
         return SpecialOrthogonal()
 
     def points(self, rows: Tensor) -> Tensor:
-        """The closest rotation matrices `(n, 3, 3)` to rows `(n, 9)`."""
-        matrices = rows.unflatten(1, (3, 3))
+        """The closest rotation matrices `(n, 3, 3)` to rows `(n, 9)` or `(n, 3, 3)`."""
+        matrices = rows.reshape(-1, 3, 3)
         determinant = torch.linalg.det(matrices)
         reflected = determinant < 0
         if reflected.any():
@@ -277,8 +279,18 @@ class RotationMatrices(Coordinates):
         return closest
 
     def rows(self, points: Tensor) -> Tensor:
-        """The nine entries `(n, 9)`."""
-        return points.flatten(1)
+        """The nine entries, `(n, 9)`, or as they are."""
+        return points if self.square else points.flatten(1)
+
+
+def are_positive(angles: Tensor, unit: str) -> bool:
+    """Whether angles are written from 0 to a whole turn: none is negative, and some are beyond half a turn.
+
+    Raises:
+        ManifoldError: there is no such unit.
+    """
+    _check_unit(unit)
+    return bool((angles >= 0).all() & (angles > _TURNS[unit] * (0.5 + _SLACK)).any())
 
 
 def _check_unit(unit: str) -> None:

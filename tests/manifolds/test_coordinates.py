@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 from scipy.spatial.transform import Rotation
 
-from divflow.manifolds import Angles, LatitudeLongitude, ManifoldError, Quaternions, RotationMatrices
+from divflow.manifolds import LatitudeLongitude, ManifoldError, Quaternions, RotationMatrices, WrappedAngles
 
 HALF = math.pi / 2
 
@@ -73,17 +73,17 @@ def test_the_ends_of_the_ranges_are_places_when_they_are_rounded():
 def test_angles_are_wrapped_and_come_back(unit):
     turn = 360 if unit == "degrees" else 2 * math.pi
     rows = turn * doubles([0.5, -0.5, 0.25], [1.25, -1.25, 7.0])
-    points = Angles(3, unit).points(rows)
+    points = WrappedAngles(3, unit).points(rows)
     quarter = math.pi / 2
     torch.testing.assert_close(points, quarter * doubles([-2, -2, 1], [1, -1, 0]), rtol=0, atol=1e-14)
     back = turn / 4 * doubles([-2, -2, 1], [1, -1, 0])
-    torch.testing.assert_close(Angles(3, unit).rows(points), back, rtol=0, atol=1e-14 * turn)
+    torch.testing.assert_close(WrappedAngles(3, unit).rows(points), back, rtol=0, atol=1e-14 * turn)
     positive = turn / 4 * doubles([2, 2, 1], [1, 3, 0])
-    torch.testing.assert_close(Angles(3, unit, positive=True).rows(points), positive, rtol=0, atol=1e-14 * turn)
+    torch.testing.assert_close(WrappedAngles(3, unit, positive=True).rows(points), positive, rtol=0, atol=1e-14 * turn)
 
 
 def test_a_rounded_angle_stays_below_the_turn():
-    assert Angles(1, positive=True).rows(doubles([-1e-300])).item() == 0
+    assert WrappedAngles(1, positive=True).rows(doubles([-1e-300])).item() == 0
 
 
 def test_quaternions_are_those_of_scipy():
@@ -134,8 +134,8 @@ def test_reflections_are_refused():
     ("make", "message"),
     [
         (lambda: LatitudeLongitude("grad"), "unit must be degrees or radians, but is 'grad'"),
-        (lambda: Angles(2, "deg"), "unit must be degrees or radians, but is 'deg'"),
-        (lambda: Angles(0), "count.*0"),
+        (lambda: WrappedAngles(2, "deg"), "unit must be degrees or radians, but is 'deg'"),
+        (lambda: WrappedAngles(0), "count.*0"),
         (lambda: Quaternions("ijkl"), "order must be wxyz or xyzw, but is 'ijkl'"),
         (lambda: Quaternions(tolerance=0.0), "tolerance"),
         (lambda: RotationMatrices(tolerance=-1.0), "tolerance"),
@@ -148,7 +148,7 @@ def test_wrong_settings(make, message):
 
 @pytest.mark.parametrize(
     "coordinates",
-    [LatitudeLongitude("radians", True), Angles(3, "radians"), Quaternions("xyzw"), RotationMatrices(0.1)],
+    [LatitudeLongitude("radians", True), WrappedAngles(3, "radians"), Quaternions("xyzw"), RotationMatrices(0.1)],
 )
 def test_plain_values_build_them_again(coordinates):
     assert instantiate(coordinates.config()) == coordinates
