@@ -62,7 +62,7 @@ def test_every_network_is_a_field(option):
     [
         pytest.param(name, marks=pytest.mark.slow) if name == "mnist" else name
         for name in options("data")
-        if name not in ("table", "images", "literature", "simulator", "custom")
+        if name not in ("table", "images", "literature", "simulator", "custom", "sphere", "torus", "rotations")
     ],
 )
 def test_every_data_set_loads(option, tmp_path, monkeypatch):
