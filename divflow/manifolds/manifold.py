@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 from divflow.errors import DivflowError, listed_rows
 from divflow.operators.transformed import forward_mode
 
-__all__ = ["Manifold", "ManifoldError"]
+__all__ = ["Manifold", "ManifoldError", "check_manifold"]
 
 
 class ManifoldError(DivflowError, ValueError):
@@ -50,7 +50,7 @@ class Manifold(ABC):
         raise self._lacks("log")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The length of the shortest geodesic between x and y, `(*batch,)`."""
+        """The length of the shortest geodesic between x and y, `(*batch,)`, to which their batches are broadcast."""
         raise self._lacks("distance")
 
     def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,4 +144,19 @@ class Manifold(ABC):
     def _lacks(self, name: str) -> ManifoldError:
         return ManifoldError(
             f"{type(self).__name__} has no {name}; implement it in the class, or use a manifold of divflow.manifolds"
+        )
+
+
+def check_manifold(manifold: Manifold) -> None:
+    """Refuse what is no manifold.
+
+    Args:
+        manifold: what was received.
+
+    Raises:
+        ManifoldError: with the value.
+    """
+    if not isinstance(manifold, Manifold):
+        raise ManifoldError(
+            f"manifold must be one of divflow.manifolds, such as Sphere(2), or derive from Manifold, but is {manifold!r}"
         )

@@ -71,9 +71,13 @@ class SpecialOrthogonal(Symmetric):
         return point, point @ hat(w)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The angle of the rotation from x to y, from 0 to pi; at both ends it has no derivative."""
-        q = quaternion(x.mT @ y)
-        return 2 * torch.atan2(torch.linalg.vector_norm(q[..., 1:], dim=-1), q[..., 0])
+        """The angle of the rotation from x to y, from 0 to pi; at both ends it has no derivative.
+
+        The formula is 4 atan2(|p - q|, |p + q|) for unit quaternions p of x and q of y, with signs such that they are close.
+        """
+        p, q = quaternion(x), quaternion(y)
+        q = torch.where((p * q).sum(dim=-1, keepdim=True) < 0, -q, q)
+        return 4 * torch.atan2(torch.linalg.vector_norm(p - q, dim=-1), torch.linalg.vector_norm(p + q, dim=-1))
 
     @property
     def volume(self) -> float:

@@ -6,7 +6,8 @@ import torch
 from torch import Generator, Tensor
 
 from divflow.errors import check_generator
-from divflow.manifolds import Manifold, ManifoldError
+from divflow.manifolds import Manifold
+from divflow.manifolds.manifold import check_manifold
 from divflow.matching.path import Path, PathPoint
 from divflow.verification.seeded import seeded
 
@@ -43,8 +44,7 @@ class GeodesicPath(Path):
     manifold: Manifold
 
     def __post_init__(self) -> None:
-        if not isinstance(self.manifold, Manifold):
-            raise ManifoldError(f"manifold must be one, such as Sphere(2), but is {self.manifold!r}")
+        check_manifold(self.manifold)
 
     def __call__(self, t: Tensor, noise: Tensor, data: Tensor) -> PathPoint:
         """Compute the point and the velocity, as `Path`."""

@@ -93,7 +93,7 @@ def test_what_is_refused():
         path(torch.tensor(0.5), x * torch.tensor([[1.0], [2], [1], [1]]), x)
     with pytest.raises(ManifoldError, match="NaN"):
         path(torch.tensor(0.5), x, x * math.nan)
-    with pytest.raises(ManifoldError, match=r"such as Sphere\(2\), but is 'sphere'"):
+    with pytest.raises(ManifoldError, match=r"such as Sphere\(2\), or derive from Manifold, but is 'sphere'"):
         GeodesicPath("sphere")
     with pytest.raises(ManifoldError, match="no uniform density"):
         ConditionalFlowMatching(path=GeodesicPath(Euclidean(3)))(lambda t, x: x, x)
