@@ -6,6 +6,7 @@ from divflow.manifolds.manifold import Manifold, ManifoldError
 from divflow.manifolds.product import Product
 from divflow.manifolds.rotations import SpecialOrthogonal, hat, quaternion, rotation_matrix, vee
 from divflow.manifolds.sphere import Sphere
+from divflow.manifolds.tangent_field import TangentField
 from divflow.manifolds.torus import Torus
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Product",
     "SpecialOrthogonal",
     "Sphere",
+    "TangentField",
     "Torus",
     "Uniform",
     "WrappedNormal",

@@ -33,6 +33,16 @@ class Manifold(ABC):
     event_shape: Size
     dim: int
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(event_shape={tuple(self.event_shape)}, dim={self.dim})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are described in the same words: manifolds of one class with other settings need a `__repr__` with these."""
+        return type(self) is type(other) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     @abstractmethod
     def project(self, x: Tensor) -> Tensor:
         """The closest point of the manifold."""
@@ -40,6 +50,29 @@ class Manifold(ABC):
     @abstractmethod
     def to_tangent(self, x: Tensor, u: Tensor) -> Tensor:
         """The orthogonal projection of ambient vectors u to the tangent space at x; linear in u."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether every vector is tangent at every point, as on tori, so that divergences are the ordinary ones."""
+        return False
+
+    def mean_curvature(self, x: Tensor) -> Tensor | None:
+        """The normal vector H = sum_i of D_i e_i over a tangent basis, by which div P u = tr(P Du) + H . u.
+
+        `(*batch, *event_shape)`; None if it is unknown. Divergences then take derivatives of `project`.
+        """
+        return None
+
+    def normals(self, x: Tensor) -> Tensor | None:
+        """An orthonormal basis of the vectors normal to the manifold at x, `(codimension, *batch, *event_shape)`; None if unknown."""
+        return None
+
+    def tangents(self, x: Tensor) -> Tensor | None:
+        """An orthonormal basis of the tangent space at x that depends smoothly on it, `(dim, *batch, *event_shape)`.
+
+        None if there is none, as on the sphere. With it an exact divergence takes `dim` products, whatever the network is.
+        """
+        return None
 
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The point that a geodesic from x with initial velocity u reaches in one unit of time."""
@@ -94,6 +127,18 @@ class Manifold(ABC):
         """
         raise self._lacks("wrapped_normal")
 
+    def base(self, dtype: torch.dtype | None = None) -> Distribution:
+        """The density that flows start from unless another is given: the uniform one.
+
+        Args:
+            dtype: of the samples; torch's default dtype if None.
+        """
+        return self.uniform(dtype)
+
+    def again(self, x: Tensor) -> Tensor | None:
+        """Other coordinates of the same points, such as angles a period apart; None if points have one tensor each."""
+        return None
+
     def off(self, x: Tensor) -> Tensor:
         """How far points are from the manifold, `(*batch,)`, in units of the largest ambient entry."""
         away = (x - self.project(x)).abs()
@@ -125,6 +170,29 @@ class Manifold(ABC):
             raise ManifoldError(f"points of {self} are NaN or infinite in {listed_rows(~finite)}; leave these rows out")
         self._check_finite(rows, torch.finfo(x.dtype).eps ** 0.5 if tolerance is None else tolerance)
         return x
+
+    def check_tangent(self, x: Tensor, u: Tensor, tolerance: float | None = None) -> Tensor:
+        """Return u, refused unless its vectors are tangent at x.
+
+        Args:
+            x: points `(*batch, *event_shape)`.
+            u: vectors `(*batch, *event_shape)`.
+            tolerance: the largest normal part that counts as rounding, relative to the largest entry of a vector; the square root of the
+                dtype's precision if None.
+
+        Raises:
+            ManifoldError: with the rows and their normal part.
+        """
+        event = len(self.event_shape)
+        entries = [part.abs().flatten(u.ndim - event).amax(dim=-1) for part in (u - self.to_tangent(x, u), u)]
+        relative = (entries[0] / entries[1].clamp(min=torch.finfo(u.dtype).tiny)).detach().flatten()
+        bad = ~(relative <= (torch.finfo(u.dtype).eps ** 0.5 if tolerance is None else tolerance))
+        if bad.any():
+            raise ManifoldError(
+                f"vectors are not tangent to {self} in {listed_rows(bad)}: up to {relative[bad].nan_to_num(torch.inf).max().item():.3g} of them "
+                "is normal to it; take manifold.to_tangent(x, u) if their tangent part is meant"
+            )
+        return u
 
     def _check_finite(self, rows: Tensor, tolerance: float) -> None:
         # Far from the manifold the closest point may not exist, and is NaN.

@@ -53,6 +53,15 @@ class SpecialOrthogonal(Symmetric):
         a = x.mT @ u
         return x @ (a - a.mT) / 2
 
+    def mean_curvature(self, x: Tensor) -> Tensor:
+        """The vector -x."""
+        return -x
+
+    def tangents(self, x: Tensor) -> Tensor:
+        """The matrices x hat(e_i) / sqrt(2), of norm one as vectors of nine entries, `(3, *batch, 3, 3)`."""
+        generators = hat(_eye(x)) / math.sqrt(2)
+        return torch.stack([x @ generator for generator in generators])
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The product of x and the matrix exponential of x^T u, by Rodrigues' formula."""
         return x @ _exponential(vee(x.mT @ u))

@@ -40,6 +40,14 @@ class Sphere(Symmetric):
         """The projection u - x (x . u)."""
         return u - x * _dot(x, u)
 
+    def mean_curvature(self, x: Tensor) -> Tensor:
+        """The vector -d x."""
+        return -self.dim * x
+
+    def normals(self, x: Tensor) -> Tensor:
+        """The point itself, `(1, *batch, d + 1)`."""
+        return x[None]
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """cos|u| x + sin|u| u / |u|, smooth at u = 0."""
         q = _dot(u, u)
