@@ -59,6 +59,10 @@ class Euclidean(Manifold):
         """|y - x|; at y = x it has no derivative, and autograd returns zero."""
         return torch.linalg.vector_norm(y - x, dim=-1)
 
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The straight line."""
+        return torch.lerp(x, y, self._spread(t)), y - x
+
     @property
     def volume(self) -> float:
         """Infinite."""

@@ -7,8 +7,9 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from divflow.errors import DivflowError, listed_rows
+from divflow.operators.transformed import forward_mode
 
-__all__ = ["Manifold", "ManifoldError"]
+__all__ = ["Manifold", "ManifoldError", "check_manifold"]
 
 
 class ManifoldError(DivflowError, ValueError):
@@ -94,8 +95,27 @@ class Manifold(ABC):
         raise self._lacks("log")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The length of the shortest geodesic between x and y, `(*batch,)`."""
+        """The length of the shortest geodesic between x and y, `(*batch,)`, to which their batches are broadcast."""
         raise self._lacks("distance")
+
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Follow a shortest geodesic from x at t = 0 to y at t = 1, at constant speed.
+
+        If several are as short, it is one of them. By default it is exp(x, t log(x, y)), differentiated in t by forward mode: an `exp`
+        without forward derivatives needs a `geodesic` of its own.
+
+        Args:
+            x: `(*batch, *event_shape)`.
+            y: `(*batch, *event_shape)`.
+            t: `()` or `(*batch,)`.
+
+        Returns:
+            The point at time t, and the velocity there, a tangent vector.
+        """
+        u = self.log(x, y)
+        t = t.expand(u.shape[: u.ndim - len(self.event_shape)]).contiguous()
+        with forward_mode():
+            return torch.func.jvp(lambda s: self.exp(x, self._spread(s) * u), (t,), (torch.ones_like(t),))[:2]
 
     @property
     def volume(self) -> float:
@@ -197,7 +217,26 @@ class Manifold(ABC):
                 "manifold.project(x) if the closest points are meant"
             )
 
+    def _spread(self, t: Tensor) -> Tensor:
+        """Numbers `(*batch,)`, to multiply points."""
+        return t[(..., *[None] * len(self.event_shape))]
+
     def _lacks(self, name: str) -> ManifoldError:
         return ManifoldError(
             f"{type(self).__name__} has no {name}; implement it in the class, or use a manifold of divflow.manifolds"
+        )
+
+
+def check_manifold(manifold: Manifold) -> None:
+    """Refuse what is no manifold.
+
+    Args:
+        manifold: what was received.
+
+    Raises:
+        ManifoldError: with the value.
+    """
+    if not isinstance(manifold, Manifold):
+        raise ManifoldError(
+            f"manifold must be one of divflow.manifolds, such as Sphere(2), or derive from Manifold, but is {manifold!r}"
         )

@@ -108,6 +108,12 @@ class Product(Manifold):
         distances = [part.distance(a, b) for part, a, b in self._zipped(x, y)]
         return torch.linalg.vector_norm(torch.stack(distances, dim=-1), dim=-1)
 
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Part by part, all of which arrive at t = 1."""
+        ways = [part.geodesic(a, b, t) for part, a, b in self._zipped(x, y)]
+        point, velocity = (self.join(dict(zip(self.parts, each, strict=True))) for each in zip(*ways, strict=True))
+        return point, velocity
+
     @property
     def volume(self) -> float:
         """The product of the parts' volumes."""

@@ -67,6 +67,11 @@ class Torus(Symmetric):
         """The norm of `log(x, y)`; at zero and at half a period it has no derivative."""
         return torch.linalg.vector_norm(self.log(x, y), dim=-1)
 
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Round the shorter way, as `log` chooses it."""
+        u = self.log(x, y)
+        return self.exp(x, self._spread(t) * u), u
+
     @property
     def volume(self) -> float:
         """period^n."""
