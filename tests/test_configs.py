@@ -56,6 +56,26 @@ def test_every_network_is_a_field(option):
     assert network(torch.rand(2), x).shape == x.shape
 
 
+@pytest.mark.parametrize("option", options("features"))
+def test_all_features_reach_the_network(option):
+    plain = OmegaConf.to_container(config(f"features={option}", "network=concat_squash", "output_dir=x"), resolve=True)
+    network = build_network(plain["network"], (3, 2), features=plain["features"])
+    assert type(network.features).__name__.lower().startswith(option)
+    assert network(torch.tensor(0.1), torch.randn(2, 3, 2)).shape == (2, 3, 2)
+
+
+def test_features_of_a_network_that_takes_none_are_refused():
+    plain = OmegaConf.to_container(config("features=fourier", "network=hollow_mlp", "output_dir=x"), resolve=True)
+    with pytest.raises(
+        ConfigError, match=r"FourierFeatures are for networks with.*HollowMLP takes none.*features=none"
+    ):
+        build_network(plain["network"], (3,), features=plain["features"])
+    with pytest.raises(ConfigError, match=r"features._target_=torch.nn.Nothing can't be found"):
+        build_network(config("network=mlp").network, (3,), features={"_target_": "torch.nn.Nothing"})
+    with pytest.raises(ConfigError, match="made a OrderedDict, which is no Module"):
+        build_network(config("network=mlp").network, (3,), features={"_target_": "collections.OrderedDict"})
+
+
 @pytest.mark.parametrize(
     "option",
     # MNIST is loaded in `data/test_images.py`, which takes three seconds.

@@ -46,6 +46,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         config: plain values:
 
             - `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
+            - `features`, by which the network sees x, name a class by `_target_`; None, or left out, for x itself;
             - `event_shape` is that of the data, as are `context_features` and `context_transform` if they have a context;
             - a flow has `t_base`, `t_data` and `base` (None for the standard normal);
             - a score has `sde` (None for none), `data_std`, `noise_levels` and `sampler` (None for the probability flow of the SDE).
@@ -57,7 +58,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         ConfigError: settings that do not fit together.
     """
     shape = tuple(config["event_shape"])
-    network = build_network(config["network"], shape, config.get("context_features", 0))
+    network = build_network(config["network"], shape, config.get("context_features", 0), config.get("features"))
     transform = instantiate(config["transform"], _convert_="all")
     base = _build_base(config.get("base"), shape)
     _check_base(base, transform)
@@ -105,24 +106,38 @@ def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: made(name, config[name], kind) for name, kind in _KINDS.items() if config.get(name) is not None}
 
 
-def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], context_features: int = 0) -> nn.Module:
-    """Build the velocity network of a config, with the event shape if its class takes it, and the context's features if any.
+def build_network(
+    config: Mapping[str, Any],
+    event_shape: tuple[int, ...],
+    context_features: int = 0,
+    features: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build the velocity network of a config, with the event shape if its class takes it, and what there is of the others.
 
     Raises:
-        ConfigError: `_target_` can't be found, what it makes is no module, or it takes no context and there is one.
+        ConfigError: `_target_` can't be found, what it makes is no module, or it takes no context or no features and there are some.
     """
     named(config["_target_"], "network._target_")
     make = instantiate({**config, "_partial_": True}, _convert_="all")
-    if "event_shape" in _free_arguments(make):
-        make = functools.partial(make, event_shape=event_shape)
+    free = _free_arguments(make)
+    given: dict[str, Any] = {}
+    if "event_shape" in free:
+        given["event_shape"] = event_shape
     if context_features:
-        if "context_features" not in _free_arguments(make):
+        if "context_features" not in free:
             raise ConfigError(
                 f"the data have a context of {context_features} features, but network._target_={config['_target_']} takes no "
                 "context_features. Use network=mlp, or another network that does"
             )
-        make = functools.partial(make, context_features=context_features)
-    network = make()
+        given["context_features"] = context_features
+    if features is not None:
+        if "features" not in free:
+            raise ConfigError(
+                f"features={features['_target_']} are for networks with an argument `features`, but network._target_={config['_target_']} "
+                "takes none. Use network=mlp or network=concat_squash, or features=none"
+            )
+        given["features"] = _shaped("features", features, event_shape, nn.Module)
+    network = make(**given)
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"network._target_={config['_target_']} made a {type(network).__name__}. It must name an nn.Module, called as "
@@ -156,6 +171,14 @@ def _check_base(base: Distribution | None, transform: nn.Module) -> None:
 
 def _build_base(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> Distribution | None:
     return None if config is None else instantiate({**config, "event_shape": list(event_shape)}, _convert_="all")
+
+
+def _shaped(setting: str, config: Mapping[str, Any], event_shape: tuple[int, ...], kind: type) -> Any:
+    """What a setting names, with the event shape if its class takes one."""
+    named(config["_target_"], f"{setting}._target_")
+    make = instantiate({**config, "_partial_": True}, _convert_="all")
+    shape = {"event_shape": list(event_shape)} if "event_shape" in _free_arguments(make) else {}
+    return made(setting, {**config, **shape}, kind)
 
 
 def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:
