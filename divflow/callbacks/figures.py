@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
+from divflow.callbacks.manifold_plots import plot_on_manifold
 from divflow.callbacks.plots import plot_curves, plot_energies, plot_images, plot_pairs, plot_plane
 from divflow.callbacks.trainer_attributes import declared
 from divflow.callbacks.weight_average import WeightAverage
@@ -31,11 +32,12 @@ class Figures(L.Callback):
     | in the plane | data, samples, log-density, score and trajectories, as far as they are known |
     | images | a grid of samples |
     | particles of known energy | histograms of the energy and of distances, also of weighted samples |
+    | places, angles, rotations | a world map, the square of two angles, or the axes of rotations, with data, samples and the log-density |
     | other | histograms, and pairs of columns |
 
     - Samples of a conditional density are drawn given contexts of the data.
     - Figures show the averaged weights, if training averages them.
-    - The samples of the last figure are saved in `samples.npy`, in the units of the data.
+    - The samples of the last figure are saved in `samples.npy`, in the units of the data, or the coordinates of their file.
     - The learning curve is drawn from `metrics.csv`.
     - In training, a figure is skipped if it would exceed its share of the time. The first is drawn when training has lasted long
       enough for a figure that takes a second.
@@ -97,7 +99,8 @@ class Figures(L.Callback):
         task.train(training)
         self._write(trainer, figure, name)
         if name == "final":
-            np.save(Path(trainer.default_root_dir) / "samples.npy", samples.cpu().numpy())
+            written = samples if data.coordinates is None else data.coordinates.rows(samples)
+            np.save(Path(trainer.default_root_dir) / "samples.npy", written.cpu().numpy())
 
     def _write(self, trainer: L.Trainer, figure: Figure, name: str) -> None:
         path = Path(trainer.default_root_dir) / "figures" / f"{name}.png"
@@ -116,13 +119,18 @@ class Figures(L.Callback):
         rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)
+        # A score without SDE has no density; where the truth is known, that is drawn, and the score over it.
+        truth = cast(Callable[[Tensor], Tensor], data.log_prob) if data.log_prob(rows[:1]) is not None else None
+        known = isinstance(density, FlowDensity)
+        log_prob, name = (density.log_prob, "Log-density") if known else (truth, "True log-density")
+        if data.manifold is not None:
+            names = getattr(data, "columns", None)
+            return plot_on_manifold(
+                data.manifold, rows, samples, None if data.context_features else log_prob, names, name
+            )
         if data.event_shape == (2,) and not data.context_features:
-            score = getattr(density, "score", None)
-            if isinstance(density, FlowDensity):
-                return plot_plane(rows, samples, density.log_prob, score, _paths(density))
-            # A score without SDE has no density; where the truth is known, the score is drawn over that.
-            truth = cast(Callable[[Tensor], Tensor], data.log_prob) if data.log_prob(rows[:1]) is not None else None
-            return plot_plane(rows, samples, truth, score, name="True log-density")
+            paths = _paths(density) if known else None
+            return plot_plane(rows, samples, log_prob, getattr(density, "score", None), paths, name)
         if data.energy is not None and isinstance(density, FlowDensity):
             return plot_energies(rows, samples, _log_weights(density, data, samples), data.energy)
         rows, samples = rows.flatten(1), samples.flatten(1)

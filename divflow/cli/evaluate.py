@@ -98,17 +98,16 @@ def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -
 
     With split=all the rows are those of the file, in its order. Other splits are those of the training, unless these are other data.
     """
-    from divflow.data import Table  # here, since it imports Lightning
-    from divflow.data.batch import parts_of
+    from divflow.data.batch import parts_of  # here, since it imports Lightning
     from divflow.data.module import TensorDataModule
     from divflow.data.own import split_parts
     from divflow.data.split import SplitData, describe_changes
-    from divflow.data.table import all_rows
+    from divflow.data.undivided import undivided
     from divflow.runs.data import build_data
 
-    if split == "all" and settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table"):
-        found, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
-        if not other and (changes := describe_changes(trained.data_states.get("Table", {}), digests)):
+    if split == "all" and (whole := undivided(settings)) is not None:
+        found, digests, name = whole
+        if not other and (changes := describe_changes(trained.data_states.get(name, {}), digests)):
             warnings.warn(changes, stacklevel=2)
         return parts_of(found.__getitems__(list(range(len(found))))), found.numbers, None
     data, keys = build_data(settings)

@@ -58,12 +58,14 @@ def run(config: DictConfig) -> None:
             f"a figure would show samples of one context beside data of all contexts, but out={config.out}. Write the samples by out=samples.csv or out=samples.npy"
         )
     samples = _drawn(trained.density, config.num_samples, config.batch_size or config.num_samples, seed, context)
-    names = trained.columns or [f"x{i + 1}" for i in range(samples[0].numel())]
+    coordinates = getattr(trained.density, "coordinates", None)
+    written = samples if coordinates is None else coordinates.rows(samples)
+    names = trained.columns or [f"x{i + 1}" for i in range(written[0].numel())]
     if drawn and pictures:
         write_figure(out, _grid(trained.density, samples))
     elif data is None:
         warn_of_changed_table(config, trained)
-        write_table(out, names, samples.numpy(), trained.whole)
+        write_table(out, names, written.numpy(), trained.whole)
     else:
         write_figure(out, _figure(data, trained, names_other_data(config), samples, names))
     Console().print(f"{len(samples)} samples of {trained.name}: {out}", soft_wrap=True, highlight=False)
@@ -164,6 +166,7 @@ def _grid(density: FlowDensity | UnnormalizedDensity, samples: Tensor) -> "Figur
 
 def _figure(settings: dict[str, Any], trained: Trained, other: bool, samples: Tensor, names: Sequence[str]) -> "Figure":
     """Figure of the samples beside held-out data, unless these are other data; images alone."""
+    from divflow.callbacks.manifold_plots import plot_on_manifold
     from divflow.callbacks.plots import plot_energies, plot_pairs, plot_plane
     from divflow.data.batch import parts_of
     from divflow.data.module import TensorDataModule
@@ -182,9 +185,14 @@ def _figure(settings: dict[str, Any], trained: Trained, other: bool, samples: Te
     rows = parts_of(data.test.__getitems__(list(range(min(len(samples), len(data.test)))))).x
     if data.images:
         return _grid(density, samples)
+    device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
+    log_prob = getattr(density, "log_prob", None)
+    if data.manifold is not None:
+        return plot_on_manifold(
+            data.manifold, rows.to(device), samples, None if data.context_features else log_prob, names
+        )
     if tuple(data.event_shape) == (2,):
-        device = next((tensor.device for tensor in density.state_dict().values()), torch.device("cpu"))
-        return plot_plane(rows.to(device), samples, getattr(density, "log_prob", None))
+        return plot_plane(rows.to(device), samples, log_prob)
     if data.energy is not None:
         return plot_energies(rows, samples, None, data.energy)
     return plot_pairs(rows.flatten(1), samples.flatten(1), names)

@@ -172,17 +172,15 @@ def names_other_data(config: DictConfig) -> bool:
 def warn_of_changed_table(config: DictConfig, trained: Trained) -> None:
     """Warn if the run's own table, if it is there, has other rows than in training; what needs no data continues without it."""
     from divflow.data.split import describe_changes
-    from divflow.data.table import all_rows
+    from divflow.data.undivided import undivided
 
-    state = trained.data_states.get("Table")
-    if state is None or names_other_data(config):
+    if names_other_data(config):
         return
     try:
-        settings = data_config(config, trained)
-        _, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
+        found = undivided(data_config(config, trained))
     except DivflowError:
         return
-    if changes := describe_changes(state, digests):
+    if found is not None and (changes := describe_changes(trained.data_states.get(found[2], {}), found[1])):
         warnings.warn(changes, stacklevel=2)
 
 

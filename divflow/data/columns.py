@@ -15,7 +15,7 @@ from divflow.data.order import combined_seed
 from divflow.data.split import SplitData
 from divflow.flow.transforms import Affine, Bounded, Compose, Rounded, Transform
 
-__all__ = ["Bounds", "Columns", "as_names", "column_rows"]
+__all__ = ["Bounds", "Columns", "as_names", "column_rows", "standardization"]
 
 Bounds = Mapping[Any, Any]
 """Of columns, by name or number, which are as configs have them: (low, high), None for no bound on that side."""
@@ -109,10 +109,10 @@ class Columns(SplitData):
         train = self._all.rows[self.train.numbers]
         self.transform = _fitted(train, self.columns, bounded, self._whole)
         _check_scale(train, self._all.rows, self.transform, self.columns)
-        _warn_of_dependence(_standardization(train, self.columns)(train)[0], self.columns)
+        _warn_of_dependence(standardization(train, self.columns)(train)[0], self.columns)
         if self._all.context is not None:
             seen = self._all.context[self.train.numbers]
-            self.context_transform = _standardization(seen, self.context_columns)
+            self.context_transform = standardization(seen, self.context_columns)
 
     def _divide(self, train: Tensor, val: Tensor, test: Tensor) -> None:
         self.val, self.test = self._all.taken(val), self._all.taken(test)
@@ -235,11 +235,11 @@ def _fitted(train: Tensor, names: Sequence[str], bounded: Bounded | None, whole:
     y = train if bounded is None else bounded(train)[0]
     parts: list[Transform] = [Rounded(whole.tolist())] if whole.any() else []
     parts += [] if bounded is None else [bounded]
-    standardization = _standardization(y, names)
-    return Compose([*parts, standardization]) if parts else standardization
+    standardized = standardization(y, names)
+    return Compose([*parts, standardized]) if parts else standardized
 
 
-def _standardization(rows: Tensor, names: Sequence[str]) -> Affine:
+def standardization(rows: Tensor, names: Sequence[str]) -> Affine:
     """Standardize by mean and standard deviation, whose squares may overflow or underflow float64.
 
     Raises:

@@ -16,6 +16,7 @@ from divflow.data.order import ShuffledRows, combined_seed
 from divflow.energies import PairEnergy
 from divflow.errors import check_count
 from divflow.flow.transforms import Affine, Transform
+from divflow.manifolds import Coordinates, Manifold
 
 __all__ = [
     "Batch",
@@ -90,6 +91,9 @@ class TensorDataModule(L.LightningDataModule):
         context_transform: standardization of contexts, fitted on the training split; None for none.
         energy: energy of particles, towards whose Boltzmann density samples can be weighted; None for other data.
         num_weighted: samples of the model that the test weights.
+        manifold: of which the data are points, in its ambient coordinates; their log-density is with respect to its volume. None for
+            data of the whole space.
+        coordinates: in which a file has these points, and samples are written; None for the ambient ones.
 
     Raises:
         ValueError: a batch size or a seed is not a whole number, or too small.
@@ -107,6 +111,8 @@ class TensorDataModule(L.LightningDataModule):
     context_transform: Affine | None = None
     energy: PairEnergy | None = None
     num_weighted: int = 10_000
+    manifold: Manifold | None = None
+    coordinates: Coordinates | None = None
 
     def __init__(self, batch_size: int, eval_batch_size: int | None = None, seed: int = 0) -> None:
         super().__init__()

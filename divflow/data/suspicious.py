@@ -7,7 +7,7 @@ from torch import Tensor
 
 from divflow.data.module import listed
 
-__all__ = ["warn_of_suspicious"]
+__all__ = ["warn_of_repeated", "warn_of_suspicious"]
 
 # float64 does not hold all whole numbers from the first on; beyond the second they are no ids.
 _DIGITS = 2.0**53, 1e30
@@ -53,11 +53,24 @@ def warn_of_suspicious(
             "likelihood grows for as long as training goes on. Add noise within a step by "
             f"data.discrete=[{','.join(tied)}], or leave them out, by data.columns=[...]"
         )
-    repeated = len(rows) - len(digests.unique())
-    if repeated > _FEW * len(rows) and any(name not in whole for name in modelled):
-        _warn(
-            f"{repeated} of the {len(rows)} rows of {file} repeat another one, so the test contains rows that were trained on. Drop them, "
-            "unless the data have only few values"
+    if any(name not in whole for name in modelled):
+        warn_of_repeated(digests, file, stacklevel=4)
+
+
+def warn_of_repeated(digests: Tensor, file: str, stacklevel: int = 3) -> None:
+    """Warn of rows that repeat others, if they are more than chance makes.
+
+    Args:
+        digests: digests of the rows, by `row_digests`.
+        file: name of the file.
+        stacklevel: of the warning.
+    """
+    repeated = len(digests) - len(digests.unique())
+    if repeated > _FEW * len(digests):
+        warnings.warn(
+            f"{repeated} of the {len(digests)} rows of {file} repeat another one, so the test contains rows that were trained on, and its "
+            "likelihood has no bound: it grows for as long as peaks there get narrower. Drop them, unless the data have only few values",
+            stacklevel=stacklevel,
         )
 
 

@@ -1,7 +1,8 @@
 """Your own table: the numeric columns of a .csv, .npy or .parquet file."""
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from divflow.data.suspicious import warn_of_suspicious
 from divflow.data.text_file import check_numbers, read_text
 from divflow.data.text_format import TextFormat
 
-__all__ = ["Table", "all_rows", "read_table"]
+__all__ = ["Table", "all_rows", "read_table", "used_columns"]
 
 _PLAIN = TextFormat()
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
@@ -32,7 +33,7 @@ class Table(Columns):
 
     Args:
         path: a `.csv`, also compressed (`.csv.gz`), a `.parquet`, or an `.npy` of shape (rows, columns). A `.csv` may have a
-            header; a first row that holds only numbers is data.
+            header; a first row that holds only numbers is data. Lines before it that begin with # are comments.
         columns: names of the columns to use (numbers for an `.npy`), or one name; all if None.
         batch_size: rows a training step, in each process.
         eval_batch_size: rows a validation or test step; `batch_size` if None.
@@ -79,7 +80,7 @@ class Table(Columns):
         weight: str | int | None = None,
     ) -> None:
         rows, names = read_table(
-            path, _used(columns, context, weight), TextFormat(separator, decimal, thousands, encoding)
+            path, used_columns(columns, context, weight), TextFormat(separator, decimal, thousands, encoding)
         )
         super().__init__(
             rows,
@@ -98,10 +99,10 @@ class Table(Columns):
         warn_of_suspicious(rows, self._digests, names, self.columns, whole, Path(path).name)
 
 
-def _used(
+def used_columns(
     columns: str | Sequence[str] | None, context: str | Sequence[str] | None, weight: str | int | None
 ) -> list[str] | None:
-    """Names of the columns that are modelled, context or weights."""
+    """Names of the columns that are modelled, context or weights; None for all."""
     modelled = as_names(columns, "columns")
     given = [*(as_names(context, "context") or []), *(as_names(weight, "weight") or [])]
     return None if modelled is None else [*modelled, *(name for name in given if name not in modelled)]
@@ -129,26 +130,32 @@ def all_rows(
         raise DataError(
             f"a table has no setting {', '.join(unknown)}. Choose from {', '.join(inspect.signature(Table).parameters)}"
         )
-    rows, names = read_table(path, _used(columns, context, weight), TextFormat(separator, decimal, thousands, encoding))
+    rows, names = read_table(
+        path, used_columns(columns, context, weight), TextFormat(separator, decimal, thousands, encoding)
+    )
     given, counts = as_names(context, "context") or [], as_names(weight, "weight") or []
     order = sorted(range(len(names)), key=lambda i: (names[i] in counts, names[i] in given))  # as `Columns` has them
     return column_rows(rows, names, context, discrete, seed, weight), row_digests(rows[:, order])
 
 
 def read_table(
-    path: str | Path, columns: str | Sequence[str] | None = None, written: TextFormat = _PLAIN
+    path: str | Path,
+    columns: str | Sequence[str] | Callable[[list[str]], list[str]] | None = None,
+    written: TextFormat = _PLAIN,
+    entries: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[str]]:
     """Read columns of a file as float64, `(rows, columns)` in the file's order, with their names.
 
     Args:
         path: as for `Table`.
-        columns: names of the columns, in the order to take them, or one name; all if None.
+        columns: names of the columns, in the order to take them, or one name; all if None. A function makes them of those of the file.
         written: format of a `.csv`.
+        entries: names of the entries of matrices, of which an `.npy` may have one for each row.
 
     Raises:
         DataError: the file is missing, has no rows, or another format or separator; columns are missing or not numeric.
     """
-    path, chosen = Path(path).expanduser(), as_names(columns, "columns")
+    path = Path(path).expanduser()
     if not path.is_file():
         raise DataError(
             f"there is no file {path} (looked in {Path.cwd()}). Set data.path to a .csv, .npy or .parquet file"
@@ -160,7 +167,7 @@ def read_table(
         raise DataError(f"separator={written.separator!r} is for .csv files, but {path.name} is none. Leave it out")
     try:
         if kind == ".npy":
-            table = _from_array(np.load(path, allow_pickle=False), path)
+            table = _from_array(np.load(path, allow_pickle=False), path, entries)
         elif kind == ".csv":
             table = read_text(path, written)
         elif kind == ".parquet":
@@ -175,6 +182,7 @@ def read_table(
         raise DataError(f"{path} could not be read as {kind}: {error}") from error
     if len(set(table.column_names)) < len(table.column_names):
         raise DataError(f"{path.name} has columns of the same name: {', '.join(table.column_names)}. Rename them")
+    chosen = columns(table.column_names) if callable(columns) else as_names(columns, "columns")
     if chosen is not None:
         missing = [name for name in chosen if name not in table.column_names]
         if missing:
@@ -191,10 +199,13 @@ def read_table(
     return torch.as_tensor(np.stack(arrays, axis=1), device="cpu"), table.column_names
 
 
-def _from_array(array: object, path: Path) -> pa.Table:
+def _from_array(array: object, path: Path, entries: Sequence[str] | None) -> pa.Table:
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path.name} holds several arrays, as an .npz file does. Save the table alone by numpy.save")
+    names = None
+    if entries is not None and array.ndim == 3 and math.prod(array.shape[1:]) == len(entries):
+        array, names = array.reshape(len(array), -1), entries
     if array.ndim != 2:
         raise DataError(f"a table must have two dimensions, rows and columns, but {path.name} has shape {array.shape}")
     native = array.astype(array.dtype.newbyteorder("="), copy=False)  # which pyarrow needs
-    return pa.table({str(i): column for i, column in enumerate(native.T)})
+    return pa.table(dict(zip(names or map(str, range(native.shape[1])), native.T, strict=True)))

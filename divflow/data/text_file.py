@@ -16,19 +16,19 @@ _FEW_KINDS = 20
 
 
 def read_text(path: Path, written: TextFormat) -> pa.Table:
-    """Read a `.csv` with or without a header; a first row that holds only numbers is data.
+    """Read a `.csv` with or without a header, after lines that begin with #; a first row that holds only numbers is data.
 
     Raises:
         DataError: the file seems to have another format.
         ArrowException: it can't be read.
     """
     written = apparent_format(path, written)
-    check_apparent(path, written)
+    comments = check_apparent(path, written)
     parsing = pa.csv.ParseOptions(delimiter=written.separator)
     converting = pa.csv.ConvertOptions(decimal_point=written.decimal)
 
     def read(**options: bool) -> pa.Table:
-        reading = pa.csv.ReadOptions(encoding=written.encoding, **options)
+        reading = pa.csv.ReadOptions(encoding=written.encoding, skip_rows=comments, **options)
         table = pa.csv.read_csv(path, reading, parsing, converting)
         return table if written.thousands is None else _ungrouped(table, written)
 

@@ -79,15 +79,19 @@ def apparent_format(path: Path, written: TextFormat) -> TextFormat:
     return TextFormat(written.separator, written.decimal, written.thousands, written.encoding or found)
 
 
-def check_apparent(path: Path, written: TextFormat) -> None:
+def check_apparent(path: Path, written: TextFormat) -> int:
     """Refuse a file whose first lines show another format.
+
+    Returns:
+        How many lines before the table are comments, which begin with #. Names of columns behind a #, as `numpy.savetxt` writes them,
+        are no comment.
 
     Raises:
         DataError: they have another encoding, or the same number of columns, at least 2, by another separator but not by this one.
     """
     try:
         with pa.input_stream(str(path)) as file, io.TextIOWrapper(file, written.encoding) as text:
-            lines = [line for line in itertools.islice(text, _LINES) if line.strip()]
+            lines = list(itertools.islice(text, _LINES))
     except UnicodeError as error:
         raise DataError(
             f"{path.name} is not encoded as {written.encoding} ({error}). Set its encoding, such as data.encoding=latin-1, or "
@@ -95,8 +99,11 @@ def check_apparent(path: Path, written: TextFormat) -> None:
         ) from error
     if any("\0" in line for line in lines):
         raise DataError(f"{path.name} holds zero bytes, as UTF-16 without its mark does. Set data.encoding=utf-16-le")
+    comments = _comments(lines, written)
+    lines = [line for line in lines[comments:] if line.strip()]
     if _columns(lines, written.separator) > 1:
-        return
+        return comments
+    lines = [line for line in lines if not line.startswith("#")]
     counts = {other: _columns(lines, other) for other in _SEPARATORS if other != written.separator}
     best = max(counts, key=counts.__getitem__)
     if counts[best] > 1:
@@ -106,6 +113,18 @@ def check_apparent(path: Path, written: TextFormat) -> None:
             f"the columns of {path.name} seem to be separated by {best!r}, not by {written.separator!r}. Set it by "
             f'"data.separator={best!r}"{decimal} (with both quotes)'
         )
+    return comments
+
+
+def _comments(lines: list[str], written: TextFormat) -> int:
+    """The number of lines that begin with # before the first that does not."""
+    count = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
+    if count:
+        last, *rows = (line.strip("\r\n").split(written.separator) for line in lines[count - 1 : count + 2])
+        numbers = [any(is_number(cell, written) for cell in row) for row in rows]
+        if len(last) == len(rows[0]) and numbers != [False, True]:  # which are a header and a row
+            return count - 1
+    return count
 
 
 def _columns(lines: list[str], separator: str) -> int:

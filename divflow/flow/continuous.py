@@ -143,6 +143,8 @@ class ContinuousFlow(nn.Module):
         unknown = set(penalties) - set(PENALTIES)
         if unknown:
             raise ValueError(f"penalties must be among {sorted(PENALTIES)}, but got {sorted(unknown)}")
+        if "jacobian_norm" in penalties and self.manifold is not None:
+            raise ValueError("jacobian_norm is not known on manifolds; take the penalty kinetic_energy alone")
         evaluations = Evaluations()
         carried = self._transport(
             x,

@@ -14,6 +14,7 @@ from divflow.flow.rows import check_finite_rows, checked_rows
 from divflow.flow.settings import solved_settings
 from divflow.flow.transforms import Affine, Transform
 from divflow.flow.units import warn_of_far_data
+from divflow.manifolds import Coordinates
 from divflow.operators.context import Context, cast_context, named_tensors
 
 __all__ = ["FlowDensity", "computed_dtype", "in_units"]
@@ -35,6 +36,8 @@ class FlowDensity(nn.Module):
     Attributes:
         columns: the names of the data's columns, if the density was loaded and they have names; else None.
         context_columns: those of the context's.
+        coordinates: in which the data's file has the points of a manifold, if the density was loaded and they are of such a file. Then
+            `coordinates.rows(samples)` are in the file's terms.
         watch_units: whether `evaluate` with diagnostics warns about data that are farther from the base than the model's
             own samples. It is set when a density is loaded; a model in training is far from its data at first.
 
@@ -48,6 +51,7 @@ class FlowDensity(nn.Module):
 
     columns: list[str] | None = None
     context_columns: list[str] | None = None
+    coordinates: Coordinates | None = None
     watch_units: bool = False
 
     def __init__(self, flow: ContinuousFlow, transform: Transform, context_transform: Affine | None = None) -> None:
@@ -198,6 +202,7 @@ class FlowDensity(nn.Module):
     def like_this(self, other: _Density) -> _Density:
         """Give another density of the same data the attributes of this one."""
         other.columns, other.context_columns, other.watch_units = self.columns, self.context_columns, self.watch_units
+        other.coordinates = self.coordinates
         return other
 
 

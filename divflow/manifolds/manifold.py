@@ -1,6 +1,8 @@
 """What a manifold is: a closest point, a tangent projection, and where they are known its geodesics and densities."""
 
+import inspect
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -43,6 +45,23 @@ class Manifold(ABC):
     def __hash__(self) -> int:
         return hash(repr(self))
 
+    def config(self) -> dict[str, Any]:
+        """Plain values from which it is built again: `_target_`, the class, and its arguments, which are attributes of the same names.
+
+        Raises:
+            ManifoldError: an argument is no attribute.
+        """
+        names = inspect.signature(type(self)).parameters
+        if lacking := [name for name in names if not hasattr(self, name)]:
+            raise ManifoldError(
+                f"{type(self).__name__} keeps no attribute {lacking[0]!r}, its argument, so that a checkpoint can't describe it; set "
+                f"self.{lacking[0]} in its __init__, or write its method config"
+            )
+        return {
+            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
+            **{name: getattr(self, name) for name in names},
+        }
+
     @abstractmethod
     def project(self, x: Tensor) -> Tensor:
         """The closest point of the manifold."""
@@ -62,6 +81,18 @@ class Manifold(ABC):
         `(*batch, *event_shape)`; None if it is unknown. Divergences then take derivatives of `project`.
         """
         return None
+
+    def around(self, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """The vectors P_x u + <H(x), u> (y - x) / n near x, where u are ambient vectors at y.
+
+        At y = x this is the tangent part of u, and its ordinary divergence in y is that of the tangent field on the manifold.
+        """
+        curvature = self.mean_curvature(x)
+        if curvature is None:
+            raise self._lacks("mean_curvature")
+        dims = tuple(range(x.ndim - len(self.event_shape), x.ndim))
+        rate = (curvature * u).sum(dim=dims, keepdim=True) / self.event_shape.numel()
+        return self.to_tangent(x, u) + rate * (y - x)
 
     def normals(self, x: Tensor) -> Tensor | None:
         """An orthonormal basis of the vectors normal to the manifold at x, `(codimension, *batch, *event_shape)`; None if unknown."""

@@ -27,7 +27,8 @@ class Sphere(Symmetric):
 
     def __init__(self, d: int) -> None:
         check_count("d", d)
-        self.event_shape, self.dim = Size([d + 1]), d
+        self.d = self.dim = d
+        self.event_shape = Size([d + 1])
 
     def __repr__(self) -> str:
         return f"Sphere({self.dim})"
@@ -43,6 +44,10 @@ class Sphere(Symmetric):
     def mean_curvature(self, x: Tensor) -> Tensor:
         """The vector -d x."""
         return -self.dim * x
+
+    def around(self, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """As `Manifold.around`, by a single product x . u."""
+        return u - _dot(x, u) * (x + self.dim / (self.dim + 1) * (y - x))
 
     def normals(self, x: Tensor) -> Tensor:
         """The point itself, `(1, *batch, d + 1)`."""

@@ -133,12 +133,12 @@ class TangentField(nn.Module):
 
     def _curved(self, points: Tensor, t: Tensor, y: Tensor, *context: Any) -> Tensor:
         """P u(t, y) + <H, u> (y - x) / n, whose value at y = x is P u, and whose trace is that of P Du and <H, u>."""
-        return self._with_curvature(points, self._value(points, t, y, *context), y)
+        return self.manifold.around(points, self._value(points, t, y, *context), y)
 
     def _curved_tangent(self, points: Tensor, t: Tensor, y: Tensor, *context: Any) -> Tensor:
         """The same of u(t, x + P (y - x)): the Jacobian is P Du P + <H, u> / n, of which a probe sees its tangent part."""
         moved = points + self.manifold.to_tangent(points, y - points)
-        return self._with_curvature(points, self._value(points, t, moved, *context), y)
+        return self.manifold.around(points, self._value(points, t, moved, *context), y)
 
     def _in_frame(self, points: Tensor, t: Tensor, y: Tensor, *context: Any) -> Tensor:
         """The coefficients <e_i, u(t, x + sum_j y_j e_j)> + <H, u> y_i / d of a tangent basis, `(k, d)`."""
@@ -159,12 +159,6 @@ class TangentField(nn.Module):
         moved = points + self.manifold.to_tangent(points, y - points)
         return self.manifold.to_tangent(points, self._projected(points, t, moved, *context))
 
-    def _with_curvature(self, points: Tensor, value: Tensor, y: Tensor) -> Tensor:
-        curvature = self.manifold.mean_curvature(points)
-        assert curvature is not None
-        rate = _inner(curvature, value) / event_size(points)
-        return self.manifold.to_tangent(points, value) + rate.reshape(-1, *[1] * (y.ndim - 1)) * (y - points)
-
     def _own(self, function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]] | None:
         return None if own_divergence(self.field) is None else function
 
@@ -178,8 +172,11 @@ class TangentField(nn.Module):
         assert normals is not None
         assert curvature is not None
         field = linearize(lambda x: self.field(t, x, *context), y, checked_value)
-        normal = flatten_event(field.pullback(normals) * normals, 2).sum(dim=(0, 2), dtype=accumulation_dtype(y))
-        return self.manifold.to_tangent(points, value), divergence - normal + _inner(curvature, value)
+        along = field.pullback(torch.cat([normals, curvature[None]]))
+        normal = flatten_event(along[:-1] * normals, 2).sum(dim=(0, 2), dtype=accumulation_dtype(y))
+        # The last term is zero at y = x, but not its derivative in y.
+        bent = _inner(curvature, value) + _inner(along[-1], y - points) / event_size(points)
+        return self.manifold.around(points, value, y), divergence - normal + bent
 
     def _known(self, t: Tensor, y: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         own: OwnDivergence | None = own_divergence(self.field)

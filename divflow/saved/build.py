@@ -16,6 +16,7 @@ from divflow.divergence import Estimator
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.flow.transforms import MeanFreeScale
 from divflow.likelihood import Likelihood
+from divflow.manifolds import Manifold
 from divflow.operators.differentiating import evaluated
 from divflow.saved.named import ConfigError, made, named
 from divflow.score import ScoreDensity, UnnormalizedDensity
@@ -48,7 +49,8 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
             - `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
             - `features`, by which the network sees x, name a class by `_target_`; None, or left out, for x itself;
             - `event_shape` is that of the data, as are `context_features` and `context_transform` if they have a context;
-            - a flow has `t_base`, `t_data` and `base` (None for the standard normal);
+            - a flow has `t_base`, `t_data` and `base` (None for the standard normal, or the manifold's own);
+            - data on a manifold have a `manifold`;
             - a score has `sde` (None for none), `data_std`, `noise_levels` and `sampler` (None for the probability flow of the SDE).
 
     Returns:
@@ -58,13 +60,14 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         ConfigError: settings that do not fit together.
     """
     shape = tuple(config["event_shape"])
-    network = build_network(config["network"], shape, config.get("context_features", 0), config.get("features"))
+    network = build_network(config["network"], shape, config.get("context_features", 0), _build_features(config, shape))
     transform = instantiate(config["transform"], _convert_="all")
     base = _build_base(config.get("base"), shape)
     _check_base(base, transform)
+    manifold = None if config.get("manifold") is None else made("manifold", config["manifold"], Manifold)
     if "sde" not in config:
         times = {name: config[name] for name in ("t_base", "t_data")}
-        flow = ContinuousFlow(network, shape, **build_ways(config), **times, base=base)
+        flow = ContinuousFlow(network, shape, **build_ways(config), **times, base=base, manifold=manifold)
         of_context = config.get("context_transform")
         return FlowDensity(flow, transform, None if of_context is None else instantiate(of_context, _convert_="all"))
     sde = _build_sde(config["sde"], shape)
@@ -110,7 +113,7 @@ def build_network(
     config: Mapping[str, Any],
     event_shape: tuple[int, ...],
     context_features: int = 0,
-    features: Mapping[str, Any] | None = None,
+    features: nn.Module | None = None,
 ) -> nn.Module:
     """Build the velocity network of a config, with the event shape if its class takes it, and what there is of the others.
 
@@ -133,10 +136,10 @@ def build_network(
     if features is not None:
         if "features" not in free:
             raise ConfigError(
-                f"features={features['_target_']} are for networks with an argument `features`, but network._target_={config['_target_']} "
-                "takes none. Use network=mlp or network=concat_squash, or features=none"
+                f"{type(features).__name__} are for networks with an argument `features`, but network._target_={config['_target_']} takes "
+                "none. Use network=mlp or network=concat_squash, or features=none"
             )
-        given["features"] = _shaped("features", features, event_shape, nn.Module)
+        given["features"] = features
     network = make(**given)
     if not isinstance(network, nn.Module):
         raise ConfigError(
@@ -173,12 +176,23 @@ def _build_base(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) 
     return None if config is None else instantiate({**config, "event_shape": list(event_shape)}, _convert_="all")
 
 
-def _shaped(setting: str, config: Mapping[str, Any], event_shape: tuple[int, ...], kind: type) -> Any:
-    """What a setting names, with the event shape if its class takes one."""
-    named(config["_target_"], f"{setting}._target_")
-    make = instantiate({**config, "_partial_": True}, _convert_="all")
-    shape = {"event_shape": list(event_shape)} if "event_shape" in _free_arguments(make) else {}
-    return made(setting, {**config, **shape}, kind)
+def _build_features(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> nn.Module | None:
+    """Build the features by which the network sees x, with the event shape or the manifold that their class asks for.
+
+    Raises:
+        ConfigError: they are those of a manifold, and there is none.
+    """
+    features = config.get("features")
+    if features is None:
+        return None
+    named(features["_target_"], "features._target_")
+    free = _free_arguments(instantiate({**features, "_partial_": True}, _convert_="all"))
+    given = {"event_shape": list(event_shape), "manifold": config.get("manifold")}
+    if "manifold" in free and given["manifold"] is None:
+        raise ConfigError(
+            f"features._target_={features['_target_']} are for data on a manifold, but these are not; use features=fourier or features=none"
+        )
+    return made("features", {**features, **{name: it for name, it in given.items() if name in free}}, nn.Module)
 
 
 def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:

@@ -13,7 +13,9 @@ from torch import nn
 
 from divflow.errors import DivflowError
 from divflow.flow import FlowDensity
+from divflow.manifolds import Coordinates
 from divflow.saved.build import ConfigError, build_density
+from divflow.saved.named import made
 from divflow.score import UnnormalizedDensity
 
 __all__ = [
@@ -49,7 +51,8 @@ def load(
     """Load a trained density from a checkpoint, in evaluation mode.
 
     It has `log_prob` and `sample`, and `score` if it was trained by score matching; a score without SDE has no `log_prob`. All
-    values are in the units of the data. `columns` names the columns of the data, if they have names.
+    values are in the units of the data. `columns` names the columns of the data, if they have names, and `coordinates` turns points of a
+    manifold into the numbers of their file.
 
     No code in the file runs: it is read with `weights_only=True`, and only classes of divflow, of torch.nn and those in `allow` are
     built.
@@ -96,6 +99,7 @@ def rebuild(
     # Names alone, which may look like anything.
     columns, given = config.pop("columns", None), config.pop("context_columns", None)
     check_targets(config, named_classes(allow))
+    coordinates = config.pop("coordinates", None)
     try:
         density = build_density(config)
     except (KeyError, TypeError, AttributeError) as error:
@@ -104,6 +108,7 @@ def rebuild(
         ) from error
     load_state(density, _density_state(checkpoint), path)
     density.columns = columns
+    density.coordinates = None if coordinates is None else made("coordinates", coordinates, Coordinates)
     if isinstance(density, FlowDensity):
         density.watch_units, density.context_columns = True, given
     return density.eval()

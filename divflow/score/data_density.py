@@ -10,6 +10,7 @@ from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.flow.data_density import computed_dtype, in_units
 from divflow.flow.rows import checked_rows
 from divflow.flow.transforms import Transform
+from divflow.manifolds import Coordinates
 from divflow.operators.field import Field
 from divflow.score.field import AtTime, Score, as_field, evaluate
 from divflow.score.probability_flow import ProbabilityFlow
@@ -76,12 +77,14 @@ class UnnormalizedDensity(nn.Module):
 
     Attributes:
         columns: the names of the data's columns, as of `FlowDensity`.
+        coordinates: in which the data's file has points, as of `FlowDensity`.
 
     Raises:
         ValueError: a sampler of other levels.
     """
 
     columns: list[str] | None = None
+    coordinates: Coordinates | None = None
 
     def __init__(
         self,

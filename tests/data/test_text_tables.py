@@ -196,3 +196,34 @@ def test_a_string_is_one_column(tmp_path):
     for wrong, message in ((3.5, "must be names of columns"), (["h", "h"], "each column once")):
         with pytest.raises(DataError, match=message):
             Table(tmp_path / "t.csv", columns=wrong)
+
+
+@pytest.mark.parametrize(
+    ("lines", "names", "count"),
+    [
+        (["# https://a.b/?c=1", "a,b"], ["a", "b"], 40),
+        (["# one", "# two", "#three", "a,b"], ["a", "b"], 40),
+        (["# in metres, above the sea", "a,b"], ["a", "b"], 40),
+        (["# without a header"], ["f0", "f1"], 40),
+        (["# a,b"], ["# a", "b"], 40),  # of numpy.savetxt
+        (["# one", "# a,b"], ["# a", "b"], 40),
+    ],
+)
+def test_lines_of_comments_come_before_the_table(tmp_path, lines, names, count):
+    rows = text(header="")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n" + rows)
+    found, of_columns = read_table(tmp_path / "t.csv")
+    np.testing.assert_array_equal(found.numpy(), VALUES)
+    assert of_columns == names
+
+
+def test_names_behind_a_mark_of_a_table_with_text_are_no_comment(tmp_path):
+    (tmp_path / "t.csv").write_text("#who,a\n" + "".join(f"name{i},{i}.5\n" for i in range(4)))
+    rows, _ = read_table(tmp_path / "t.csv", ["a"])
+    assert rows[:, 0].tolist() == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_another_separator_is_found_after_comments(tmp_path):
+    (tmp_path / "t.csv").write_text("# a comment\n" + text(separator=";"))
+    with pytest.raises(DataError, match="separated by ';'"):
+        Table(tmp_path / "t.csv")

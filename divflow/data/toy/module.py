@@ -7,6 +7,7 @@ from torch import Generator, Tensor
 
 from divflow.data.module import DataError, Rows, TensorDataModule
 from divflow.data.toy.curves import circles, swiss_roll, two_moons, two_spirals
+from divflow.data.toy.mixtures import rotations_mixture, sphere_mixture, torus_mixture
 from divflow.data.toy.patches import checkerboard, eight_gaussians, pinwheel
 
 __all__ = ["Density", "HasScore", "Toy"]
@@ -14,20 +15,31 @@ __all__ = ["Density", "HasScore", "Toy"]
 
 _NAMED = {
     make.__name__: make
-    for make in (two_moons, circles, two_spirals, swiss_roll, eight_gaussians, checkerboard, pinwheel)
+    for make in (
+        two_moons,
+        circles,
+        two_spirals,
+        swiss_roll,
+        eight_gaussians,
+        checkerboard,
+        pinwheel,
+        sphere_mixture,
+        torus_mixture,
+        rotations_mixture,
+    )
 }
 
 
 @runtime_checkable
 class Density(Protocol):
-    """Protocol of densities in the plane that can be sampled and evaluated."""
+    """Protocol of densities in the plane, or of the manifold that they have as `manifold`, that can be sampled and evaluated."""
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
-        """Points `(count, 2)`."""
+        """Points `(count, *event)`."""
         ...
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """The log-density of x `(k, 2)` in nats, `(k,)`."""
+        """The log-density of x `(k, *event)` in nats, `(k,)`."""
         ...
 
 
@@ -41,7 +53,7 @@ class HasScore(Protocol):
 
 
 class Toy(TensorDataModule):
-    """Points drawn from a known density in the plane, so that a run reports its gap to the truth.
+    """Points drawn from a known density in the plane or on a manifold, so that a run reports its gap to the truth.
 
     The gap is the mean of log p(x) - log q(x) over the test points. It estimates the Kullback-Leibler divergence from the
     model q to the truth p, in nats. For scores the truth is known, too.
@@ -64,7 +76,7 @@ class Toy(TensorDataModule):
         (2,)
     """
 
-    event_shape = (2,)
+    event_shape: tuple[int, ...] = (2,)
 
     def __init__(
         self,
@@ -81,17 +93,20 @@ class Toy(TensorDataModule):
             if count < 2:
                 raise DataError(f"{name} must be at least 2, but is {count}")
         self.density = _made(density)
+        self.manifold = getattr(self.density, "manifold", None)
+        if self.manifold is not None:
+            self.event_shape = tuple(self.manifold.event_shape)
         generator = Generator().manual_seed(seed)
         self.train, self.val, self.test = (
             Rows(self.density.sample(count, generator)) for count in (num_train, num_val, num_test)
         )
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """True log-density of x `(k, 2)` in nats, `(k,)`."""
+        """True log-density of x `(k, *event)` in nats, `(k,)`."""
         return self.density.log_prob(x)
 
     def score(self, x: Tensor) -> Tensor | None:
-        """True score of x `(k, 2)`, `(k, 2)`; None for a density without score, such as one with edges."""
+        """True score of x, of its shape; None for a density without score, such as one with edges or on a manifold."""
         return self.density.score(x) if isinstance(self.density, HasScore) else None
 
 
