@@ -56,6 +56,36 @@ def test_every_network_is_a_field(option):
     assert network(torch.rand(2), x).shape == x.shape
 
 
+AFFINE = {"_target_": "divflow.flow.transforms.Affine"}
+
+
+def with_features(*overrides, **settings):
+    """A density of two angles."""
+    plain = OmegaConf.to_container(config(*overrides, "output_dir=x"), resolve=True)
+    torus = {"_target_": "divflow.manifolds.Torus", "n": 2}
+    return build_density({"event_shape": [2], "transform": AFFINE, **plain, "manifold": torus, **settings})
+
+
+@pytest.mark.parametrize("network", ["mlp", "concat_squash"])
+@pytest.mark.parametrize("option", options("features"))
+def test_all_features_reach_the_network(option, network):
+    density = with_features(f"features={option}", f"network={network}")
+    network = density.flow.velocity.field
+    assert type(network.features).__name__.lower().startswith(option)
+    assert network(torch.tensor(0.1), torch.randn(2, 2)).shape == (2, 2)
+
+
+def test_features_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"FourierFeatures are for.*HollowMLP takes none.*or features=none"):
+        with_features("features=fourier", "network=hollow_mlp")
+    with pytest.raises(ConfigError, match="are for data on a manifold, but these are not; use features=fourier"):
+        with_features("features=manifold", manifold=None)
+    with pytest.raises(ConfigError, match="features._target_=torch.nn.Nothing can't be found"):
+        with_features(features={"_target_": "torch.nn.Nothing"})
+    with pytest.raises(ConfigError, match="made a OrderedDict, which is no Module"):
+        with_features(features={"_target_": "collections.OrderedDict"})
+
+
 @pytest.mark.parametrize(
     "option",
     # MNIST is loaded in `data/test_images.py`, which takes three seconds.
@@ -107,8 +137,7 @@ def test_every_objective_over_every_sde(objective, sde):
     plain = OmegaConf.to_container(
         config("task=score", f"objective={objective}", f"sde={sde}", "output_dir=x"), resolve=True
     )
-    affine = {"_target_": "divflow.flow.transforms.Affine"}
-    density = build_density(plain | {"event_shape": [2], "transform": affine})
+    density = build_density(plain | {"event_shape": [2], "transform": AFFINE})
     built = build_objective(plain, density)
     assert (sde == "none") == isinstance(density, UnnormalizedDensity) == (plain["sde"] is None)
     assert isinstance(built, TimeConditionalScoreMatching) == (sde != "none")
@@ -119,12 +148,21 @@ def test_every_objective_over_every_sde(objective, sde):
 @covered(times=[name for name in options("times") if name != "sde"], coupling=options("coupling"), path=options("path"))
 def test_every_way_of_flow_matching(path, coupling, times):
     cfg = config("task=flow_matching", f"path={path}", f"coupling={coupling}", f"times={times}", "output_dir=x")
-    objective = instantiate(cfg.task.objective, _convert_="all")
+    on_plane = {"manifold": {"_target_": "divflow.manifolds.Euclidean", "n": 2}}  # which a task gives by its data
+    given = {"path": on_plane} if path == "geodesic" else {}
+    objective = instantiate(cfg.task.objective, **given, _convert_="all")
     assert isinstance(objective, ConditionalFlowMatching)
-    names = {"linear": "LinearPath", "trigonometric": "TrigonometricPath", "vp": "VariancePreservingPath"}
+    names = {
+        "linear": "LinearPath",
+        "trigonometric": "TrigonometricPath",
+        "vp": "VariancePreservingPath",
+        "geodesic": "GeodesicPath",
+    }
     assert type(objective.path).__name__ == names[path]
     for part, choice in ((objective.coupling, coupling), (objective.times, times)):
         assert type(part).__name__.startswith(choice.title().replace("_", ""))
+    if (path, coupling) == ("geodesic", "equivariant"):
+        return  # no manifold here is of particles
     event = (4, 2) if coupling == "equivariant" else (2,)
     assert objective(lambda t, x: -x, torch.randn(3, *event)).shape == (3,)
 

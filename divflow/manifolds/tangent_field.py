@@ -11,7 +11,7 @@ from divflow.divergence.around import Coordinates
 from divflow.divergence.check import fresh_copy
 from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.errors import listed_rows
-from divflow.manifolds.manifold import Manifold, ManifoldError
+from divflow.manifolds.manifold import Manifold, ManifoldError, check_manifold
 from divflow.operators.field import accumulation_dtype, checked_value, event_size, flatten_event
 from divflow.operators.linearization import linearize
 from divflow.operators.transformed import transformed
@@ -62,8 +62,7 @@ class TangentField(nn.Module):
         self, field: Callable[..., Tensor], manifold: Manifold, *, tangent: bool = False, checked: bool = True
     ) -> None:
         super().__init__()
-        if not isinstance(manifold, Manifold):
-            raise ManifoldError(f"manifold must be one of divflow.manifolds, such as Sphere(2), but is {manifold!r}")
+        check_manifold(manifold)
         self.field, self.manifold, self.tangent, self.checked = field, manifold, tangent, checked
 
     def forward(self, t: Tensor, x: Tensor, *context: Any) -> Tensor:

@@ -25,7 +25,7 @@ class GeodesicPath(Path):
 
     - Where several ways are as short (antipodal points of a sphere, half a turn of a rotation or an angle), one of them is taken. Such pairs
       have probability zero.
-    - The objective's noise is uniform if it is given none. A flow gives that of its own base.
+    - The noise of the objective is the manifold's `base` if it is given none: uniform, and standard normal in Euclidean parts.
     - A manifold of your own needs `exp` and `log`. The velocity is then a derivative of `exp` by forward mode, or what its own `geodesic` returns.
 
     Args:
@@ -54,15 +54,15 @@ class GeodesicPath(Path):
         return PathPoint(point, -backwards)
 
     def noise(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """Draw uniform noise, as `Path`.
+        """Draw noise of the manifold's `base`, as `Path`.
 
         Raises:
-            ManifoldError: the manifold has no uniform density.
+            ManifoldError: the manifold has no `base`.
         """
         check_generator(generator)
-        uniform = self.manifold.uniform(x.dtype)
+        base = self.manifold.base(x.dtype)
         if generator is None:
-            return uniform.sample(x.shape[:1]).to(x)
+            return base.sample(x.shape[:1]).to(x)
         seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
         with seeded(int(seed)):
-            return uniform.sample(x.shape[:1]).to(x)
+            return base.sample(x.shape[:1]).to(x)

@@ -33,6 +33,8 @@ class ConditionalFlowMatching:
     the data at t = 1. The loss at the minimum is the variance of those velocities, not zero, so it says little about the
     density. Evaluate by likelihood.
 
+    On a manifold the path is a `GeodesicPath` and the velocity a `TangentField`; both are tangent vectors at x_t in ambient coordinates.
+
     Args:
         path: from noise to data.
         coupling: of noise and data.
@@ -76,7 +78,8 @@ class ConditionalFlowMatching:
             generator: of noise and times; torch's default one if None.
             context: a tensor or a tree of tensors, one row per sample, `(k, ...)`.
             t: times in [0, 1], a scalar or one per sample; drawn if None.
-            noise: of the flow's base density, `(k, *event)`, before the coupling; standard normal if None.
+            noise: of the flow's base density, `(k, *event)`, before the coupling. If None it is the path's: standard normal, or the
+                manifold's base.
             weight: with which the caller averages the losses, `(k,)`, or None. It does not multiply them. Rows are coupled only
                 with noise of rows of the same weight, as of the same context: other noise would get its datum's weight, and
                 would no longer follow the base.

@@ -1,10 +1,14 @@
-"""Velocity and score networks, called as `net(t, x)` with t a scalar or one time a sample, and embeddings of time."""
+"""Velocity and score networks, called as `net(t, x)` with t a scalar or one time a sample.
+
+Embeddings of time and features of points are what they see of both.
+"""
 
 from divflow.networks.concat_squash import ConcatSquash
 from divflow.networks.conditioning import NetworkError
 from divflow.networks.conv import ConvNet
 from divflow.networks.diffusers_unet import DiffusersUNet
 from divflow.networks.egnn import EGNN
+from divflow.networks.features import FourierFeatures, ManifoldFeatures, PeriodicFeatures
 from divflow.networks.hollow_egnn import HollowEGNN
 from divflow.networks.hollow_mlp import HollowMLP
 from divflow.networks.mlp import MLP
@@ -20,12 +24,15 @@ __all__ = [
     "ConcatSquash",
     "ConvNet",
     "DiffusersUNet",
+    "FourierFeatures",
     "GaussianFourierEmbedding",
     "HollowEGNN",
     "HollowMLP",
     "MLPPotential",
+    "ManifoldFeatures",
     "NetworkError",
     "PairField",
+    "PeriodicFeatures",
     "Potential",
     "QuadraticPotential",
     "SinusoidalEmbedding",

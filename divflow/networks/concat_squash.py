@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from divflow.networks.conditioning import condition, time_features, zero_initialize
+from divflow.networks.features import columns, point_features
 
 __all__ = ["ConcatSquash"]
 
@@ -27,12 +28,14 @@ class ConcatSquash(nn.Module):
         zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)`, with an attribute `features`;
             None for time itself, one feature.
+        features: module such as `FourierFeatures`, from points `(k, *event)` to `(k, features)`, with an attribute `features`; None for
+            the entries themselves.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
 
     Raises:
-        NetworkError: the time embedding has no attribute `features`; in a call, the context has another number of features.
+        NetworkError: time embedding or features have no attribute `features`; in a call, x has another shape, or the context another number of features.
 
     Example:
         >>> import torch
@@ -48,13 +51,14 @@ class ConcatSquash(nn.Module):
         context_features: int = 0,
         zero_init: bool = False,
         time_embedding: nn.Module | None = None,
+        features: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        self.context_features, self.time_embedding = context_features, time_embedding
+        self.context_features, self.time_embedding, self.features = context_features, time_embedding, features
         conditions = time_features(time_embedding) + context_features
         size = math.prod(self.event_shape)
-        widths = [size, *hidden, size]
+        widths = [point_features(features, size), *hidden, size]
         layers = [_GatedLinear(before, after, conditions) for before, after in itertools.pairwise(widths)]
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(activation() for _ in hidden)
@@ -67,10 +71,10 @@ class ConcatSquash(nn.Module):
         conditions = condition(t, x, context, self.context_features, self.time_embedding)
         if t.ndim == 0 and context is None:
             conditions = conditions[:1]  # one row of gates serves the batch
-        features = x.reshape(x.shape[0], math.prod(self.event_shape))
+        h = columns(x, self.event_shape, self.features)
         for layer, activation in zip(self.layers, self.activations, strict=False):
-            features = activation(layer(features, conditions))
-        return self.layers[-1](features, conditions).view_as(x)
+            h = activation(layer(h, conditions))
+        return self.layers[-1](h, conditions).view_as(x)
 
 
 class _GatedLinear(nn.Module):

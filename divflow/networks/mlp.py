@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from divflow.networks.conditioning import condition, time_features, zero_initialize
+from divflow.networks.features import columns, point_features
 
 __all__ = ["MLP", "fully_connected"]
 
@@ -39,12 +40,14 @@ class MLP(nn.Module):
         zero_init: start with a last layer of zeros, so that the field vanishes and a flow is the identity.
         time_embedding: module such as `SinusoidalEmbedding`, from times `(n,)` to `(n, features)`, with an attribute `features`;
             None for time itself, one feature.
+        features: module such as `FourierFeatures`, from points `(k, *event)` to `(k, features)`, with an attribute `features`; None for
+            the entries themselves.
 
     Shape:
         t `()` or `(k,)`, x `(k, *event)`, context `(k, context_features)`; returns `(k, *event)`.
 
     Raises:
-        NetworkError: the time embedding has no attribute `features`; in a call, the context has another number of features.
+        NetworkError: time embedding or features have no attribute `features`; in a call, x has another shape, or the context another number of features.
 
     Example:
         >>> MLP(2, hidden=(32, 32))(torch.tensor(0.5), torch.randn(4, 2)).shape
@@ -59,18 +62,18 @@ class MLP(nn.Module):
         context_features: int = 0,
         zero_init: bool = False,
         time_embedding: nn.Module | None = None,
+        features: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        self.context_features, self.time_embedding = context_features, time_embedding
+        self.context_features, self.time_embedding, self.features = context_features, time_embedding, features
         conditions = time_features(time_embedding) + context_features
         size = math.prod(self.event_shape)
-        self.layers = fully_connected([size + conditions, *hidden, size], activation)
+        self.layers = fully_connected([point_features(features, size) + conditions, *hidden, size], activation)
         if zero_init:
             zero_initialize(self.layers[-1])
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's value at (t, x); see the class for the shapes."""
-        features = x.reshape(x.shape[0], math.prod(self.event_shape))
         conditions = condition(t, x, context, self.context_features, self.time_embedding)
-        return self.layers(torch.cat([features, conditions], dim=1)).view_as(x)
+        return self.layers(torch.cat([columns(x, self.event_shape, self.features), conditions], dim=1)).view_as(x)

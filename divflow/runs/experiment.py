@@ -218,7 +218,7 @@ def _build_task(config: DictConfig, data: L.LightningDataModule, keys: Keys | No
     scored = "objective" in plain
     if scored and plain["base"] is not None:
         raise ConfigError("a base is for flows; the base of a score is the prior of its SDE. Leave it at base=normal")
-    names = ("network", *(_SCORE if scored else _FLOW))
+    names = ("network", "features", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
     density_config |= data_description(data, keys, plain["network"])
     if (manifold := manifold_of(data, plain["manifold"])) is not None:

@@ -74,8 +74,12 @@ def _check_groups(config: DictConfig) -> None:
     for name, value in chosen.items():
         if not isinstance(value, DictConfig) or "_target_" not in value:
             raise ConfigError(f"{name} must be chosen, or name a class by {name}._target_, but is {value!r}")
-    if "base" not in config:
-        raise ConfigError("base must be chosen. Use base=normal or base=mean_free")
+    for name, choices in {
+        "base": "base=normal or base=mean_free",
+        "features": "features=none or features=fourier",
+    }.items():
+        if name not in config:
+            raise ConfigError(f"{name} must be chosen. Use {choices}")
 
 
 def check_values(value: Any, name: str = "") -> None:

@@ -47,6 +47,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         config: plain values:
 
             - `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
+            - `features`, by which the network sees x, name a class by `_target_`; None, or left out, for x itself;
             - `event_shape` is that of the data, as are `context_features` and `context_transform` if they have a context;
             - a flow has `t_base`, `t_data` and `base` (None for the standard normal, or the manifold's own);
             - data on a manifold have a `manifold`;
@@ -59,7 +60,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         ConfigError: settings that do not fit together.
     """
     shape = tuple(config["event_shape"])
-    network = build_network(config["network"], shape, config.get("context_features", 0))
+    network = build_network(config["network"], shape, config.get("context_features", 0), _build_features(config, shape))
     transform = instantiate(config["transform"], _convert_="all")
     base = _build_base(config.get("base"), shape)
     _check_base(base, transform)
@@ -108,24 +109,38 @@ def build_ways(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: made(name, config[name], kind) for name, kind in _KINDS.items() if config.get(name) is not None}
 
 
-def build_network(config: Mapping[str, Any], event_shape: tuple[int, ...], context_features: int = 0) -> nn.Module:
-    """Build the velocity network of a config, with the event shape if its class takes it, and the context's features if any.
+def build_network(
+    config: Mapping[str, Any],
+    event_shape: tuple[int, ...],
+    context_features: int = 0,
+    features: nn.Module | None = None,
+) -> nn.Module:
+    """Build the velocity network of a config, with the event shape if its class takes it, and what there is of the others.
 
     Raises:
-        ConfigError: `_target_` can't be found, what it makes is no module, or it takes no context and there is one.
+        ConfigError: `_target_` can't be found, what it makes is no module, or it takes no context or no features and there are some.
     """
     named(config["_target_"], "network._target_")
     make = instantiate({**config, "_partial_": True}, _convert_="all")
-    if "event_shape" in _free_arguments(make):
-        make = functools.partial(make, event_shape=event_shape)
+    free = _free_arguments(make)
+    given: dict[str, Any] = {}
+    if "event_shape" in free:
+        given["event_shape"] = event_shape
     if context_features:
-        if "context_features" not in _free_arguments(make):
+        if "context_features" not in free:
             raise ConfigError(
                 f"the data have a context of {context_features} features, but network._target_={config['_target_']} takes no "
                 "context_features. Use network=mlp, or another network that does"
             )
-        make = functools.partial(make, context_features=context_features)
-    network = make()
+        given["context_features"] = context_features
+    if features is not None:
+        if "features" not in free:
+            raise ConfigError(
+                f"{type(features).__name__} are for networks with an argument `features`, but network._target_={config['_target_']} takes "
+                "none. Use network=mlp or network=concat_squash, or features=none"
+            )
+        given["features"] = features
+    network = make(**given)
     if not isinstance(network, nn.Module):
         raise ConfigError(
             f"network._target_={config['_target_']} made a {type(network).__name__}. It must name an nn.Module, called as "
@@ -159,6 +174,25 @@ def _check_base(base: Distribution | None, transform: nn.Module) -> None:
 
 def _build_base(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> Distribution | None:
     return None if config is None else instantiate({**config, "event_shape": list(event_shape)}, _convert_="all")
+
+
+def _build_features(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> nn.Module | None:
+    """Build the features by which the network sees x, with the event shape or the manifold that their class asks for.
+
+    Raises:
+        ConfigError: they are those of a manifold, and there is none.
+    """
+    features = config.get("features")
+    if features is None:
+        return None
+    named(features["_target_"], "features._target_")
+    free = _free_arguments(instantiate({**features, "_partial_": True}, _convert_="all"))
+    given = {"event_shape": list(event_shape), "manifold": config.get("manifold")}
+    if "manifold" in free and given["manifold"] is None:
+        raise ConfigError(
+            f"features._target_={features['_target_']} are for data on a manifold, but these are not; use features=fourier or features=none"
+        )
+    return made("features", {**features, **{name: it for name, it in given.items() if name in free}}, nn.Module)
 
 
 def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:
