@@ -166,7 +166,8 @@ def _on_copies(method: Callable[..., Any]) -> Callable[..., Any]:
     from torch import Tensor
 
     @functools.wraps(method)
-    def call(self: Any, *tensors: Any) -> Any:
-        return method(self, *(it.clone() if isinstance(it, Tensor) else it for it in tensors))
+    def call(self: Any, *given: Any, **named: Any) -> Any:
+        copies = [it.clone() if isinstance(it, Tensor) else it for it in (*given, *named.values())]
+        return method(self, *copies[: len(given)], **dict(zip(named, copies[len(given) :], strict=True)))
 
     return call

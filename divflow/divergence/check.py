@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from divflow.divergence.around import around
 from divflow.divergence.estimator import Estimator
 from divflow.divergence.exact.conditioned import given
 from divflow.divergence.hutchinson import Hutchinson
@@ -77,6 +78,8 @@ def check_field(
     refuse_transforms("check_field", "call it once beforehand")
     x = checked_state(x)
     t, g = as_time(t, x), given(g, context, x)
+    if around(g, x, estimated=False) is not None:  # it refuses points off a manifold; what follows changes them
+        g = g.divflow_nearby  # type: ignore[attr-defined]
     if x.numel() == 0:
         checked_value(evaluated(g, t, x.clone()), x)
         return

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor, nn
 
+from divflow.divergence.around import Around
 from divflow.divergence.estimator import Estimate, Estimator, FrozenProbes
 from divflow.divergence.exact import Exact
 from divflow.divergence.exact.conditioned import Conditioned
@@ -182,10 +183,10 @@ class _Controlled(Estimator):
         if isinstance(self.references, int):
             return of_batch(field, x, self.times, self.references, self.rank)
         if isinstance(self.references, Tensor):
-            if isinstance(g, Conditioned) and g.context is not None:
+            if isinstance(g, Around) or (isinstance(g, Conditioned) and g.context is not None):
                 raise FieldError(
-                    "given reference samples need contexts of their own, which a field with a context can't take. Take the references "
-                    "from the batch instead: ControlVariate(Hutchinson(), references=16)."
+                    "given reference samples need contexts, or points of a manifold, of their own, which a field that is bound to those of a "
+                    "batch can't take. Take the references from the batch instead: ControlVariate(Hutchinson(), references=16)."
                 )
             return of_states(g, t.detach().mean(), self.references.detach().to(x), self.rank)
         # One time for each part of the batch: a C of another time than the sample's own is unbiased, too.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
+from divflow.divergence.around import around
 from divflow.errors import FieldError
 from divflow.operators.compiled import eagerly
 from divflow.operators.field import Field
@@ -154,15 +155,26 @@ _DETERMINISTIC: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def _checked(estimate: Method) -> Method:
-    """Wrap an estimator's `estimate`: the result has the documented shapes, and is random only if that is declared."""
+    """Wrap an estimator's `estimate`: the result has the documented shapes, and is random only if that is declared.
+
+    A field on a manifold reaches it in coordinates in which its divergence is the ordinary one.
+    """
 
     @functools.wraps(estimate)
     def call(self: Estimator, g: Field, t: Tensor | float, x: Tensor, generator: Generator | None = None) -> Estimate:
         if not (self.estimates or type(self) in _DETERMINISTIC or type(self).__module__.startswith("divflow.")):
             _check_deterministic(self, estimate, x)
-        found = estimate(self, g, t, x, generator)
-        _check_shapes(self, found, x)
-        return found
+        near = around(g, x, self.estimates)
+        if near is None:
+            found = estimate(self, g, t, x, generator)
+            _check_shapes(self, found, x)
+            return found
+        field, coordinates = near
+        found = estimate(self, field, t, coordinates.origin, generator)
+        _check_shapes(self, found, coordinates.origin)
+        if coordinates.ambient is None:
+            return found
+        return found._replace(value=coordinates.ambient(found.value), products=None)
 
     return call
 

@@ -8,17 +8,19 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
-from divflow.distributions import BaseDensity, standard_normal
+from divflow.distributions import BaseDensity
 from divflow.divergence import Estimator, Exact, FieldError, shared_products
 from divflow.divergence.check import accepts_sample_times
 from divflow.errors import checked_event_shape
 from divflow.flow.distribution import ContextDim, FlowDistribution, flow_distribution
 from divflow.flow.evaluation import FlowEvaluation, trajectory_error
 from divflow.flow.importance import ImportanceWeights, importance_weights
-from divflow.flow.settings import solved_settings
+from divflow.flow.on_manifold import arrived, based_on, check_period, landed, on_manifold
+from divflow.flow.references import trajectories
+from divflow.flow.settings import drawn_dtype, solved_settings
 from divflow.flow.solving import as_number, as_scalar, check_reached, check_times, explained, outside_inference_mode
 from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadrature, Transport
-from divflow.likelihood.gauss_kronrod import gauss_kronrod
+from divflow.manifolds import Manifold
 from divflow.operators.compiled import eagerly
 from divflow.operators.context import Context, check_context, mapped
 from divflow.operators.field import checked_state
@@ -27,9 +29,6 @@ from divflow.solver import Evaluations, Solver
 from divflow.verification import severed_fields
 
 __all__ = ["ContinuousFlow"]
-
-# Times at which an estimator is prepared along a flow: fifteen nodes.
-_REFERENCE_TIMES = 15
 
 
 class ContinuousFlow(nn.Module):
@@ -58,11 +57,15 @@ class ContinuousFlow(nn.Module):
             Its tensors move and are saved with the module, and start on the velocity's device.
         t_base: time of the base density, a number or a (trainable) tensor.
         t_data: time of the data density; may be earlier than t_base.
+        manifold: on which the states lie, of `divflow.manifolds`; None for all of space. The velocity's tangent part is taken, log-densities
+            are with respect to the Riemannian volume, and the base is uniform unless given.
         detached: True declares that the velocity hides parts from autograd on purpose (`detach`, `no_grad`). Otherwise they
             are an error, because the divergence would leave them out.
 
     Raises:
         ValueError: a base of another event shape, or t_base equal to t_data.
+        ManifoldError: a manifold of another shape, or a velocity or base of another manifold; in calls, points off the manifold, or a
+            velocity without the period of a torus.
 
     Example:
         >>> flow = ContinuousFlow(lambda t, x: -x, 2)  # x = z exp(-1)
@@ -81,11 +84,12 @@ class ContinuousFlow(nn.Module):
         base: Distribution | None = None,
         t_base: float | Tensor = 0.0,
         t_data: float | Tensor = 1.0,
+        manifold: Manifold | None = None,
         detached: bool = False,
     ) -> None:
         super().__init__()
-        self.velocity = velocity
         self.event_shape = torch.Size(checked_event_shape(event_shape))
+        self.velocity, self.manifold = on_manifold(velocity, manifold, self.event_shape)
         self.estimator = Exact() if estimator is None else estimator
         self.likelihood = Quadrature() if likelihood is None else likelihood
         self.solver = Solver() if solver is None else solver
@@ -93,8 +97,7 @@ class ContinuousFlow(nn.Module):
         check_times(t_base, t_data)
         self.t_base, self.t_data, self.detached = t_base, t_data, detached
         settings = solved_settings(velocity)
-        normal = standard_normal(self.event_shape, **settings) if base is None else base
-        self.base = BaseDensity(normal, self.event_shape)
+        self.base = BaseDensity(based_on(self.manifold, base, self.event_shape, **settings), self.event_shape)
         self.base.to(settings.get("device"))  # a base is made on torch's default device, which may be another
         self._sample_times: bool | None = None
 
@@ -140,6 +143,8 @@ class ContinuousFlow(nn.Module):
         unknown = set(penalties) - set(PENALTIES)
         if unknown:
             raise ValueError(f"penalties must be among {sorted(PENALTIES)}, but got {sorted(unknown)}")
+        if "jacobian_norm" in penalties and self.manifold is not None:
+            raise ValueError("jacobian_norm is not known on manifolds; take the penalty kinetic_energy alone")
         evaluations = Evaluations()
         carried = self._transport(
             x,
@@ -157,8 +162,14 @@ class ContinuousFlow(nn.Module):
         error, changed = carried.quadrature_error, trajectory_error(self.base, self.solver, log_base, carried)
         if changed is not None:
             error = changed if error is None else error + changed
-        log_det, noise, integrals = carried.log_det, carried.standard_error, carried.penalties
-        return FlowEvaluation(log_base + log_det, carried.state, log_det, error, noise, evaluations, integrals, changed)
+        log_det, noise, integrals, off = (
+            carried.log_det,
+            carried.standard_error,
+            carried.penalties,
+            carried.off_manifold,
+        )
+        known = error, noise, evaluations, integrals, changed, off
+        return FlowEvaluation(log_base + log_det, carried.state, log_det, *known)
 
     def rsample_and_log_prob(
         self, num_samples: int, context: Context | None = None, generator: Generator | None = None
@@ -183,8 +194,8 @@ class ContinuousFlow(nn.Module):
         )
         self.base.check_states(carried.state)
         log_prob = self.base.log_prob(z) - carried.log_det
-        known = carried.quadrature_error, carried.standard_error
-        return carried.state, FlowEvaluation(log_prob, z, -carried.log_det, *known, evaluations)
+        known = carried.quadrature_error, carried.standard_error, evaluations
+        return carried.state, FlowEvaluation(log_prob, z, -carried.log_det, *known, off_manifold=carried.off_manifold)
 
     def distribution(self, context: Context | None = None, context_dim: ContextDim = 1) -> FlowDistribution:
         """Return the flow as a `torch.distributions.Distribution`; arguments as of `FlowDistribution`."""
@@ -212,12 +223,7 @@ class ContinuousFlow(nn.Module):
 
     def sample_base(self, num_samples: int, generator: Generator | None = None) -> Tensor:
         """Draw from the base, `(num_samples, *event)`, in the dtype of the velocity's parameters, at least float32."""
-        module = self.velocity if isinstance(self.velocity, nn.Module) else nn.Module()
-        dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else self.base.dtype
-        if dtype.itemsize < torch.float32.itemsize:
-            dtype = torch.promote_types(self.base.dtype, torch.float32)
-        return self.base.sample(num_samples, generator, dtype)
+        return self.base.sample(num_samples, generator, drawn_dtype(self.velocity, self.base.dtype))
 
     def encode(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Map data x at t_data to their latents z `(k, *event)` at t_base."""
@@ -243,7 +249,7 @@ class ContinuousFlow(nn.Module):
                 parameters=field.differentiable_tensors(),
                 size=field.finest_scale,
             )
-        return states
+        return states if self.manifold is None else landed(self.manifold, states.flatten(0, 1))[0].view_as(states)
 
     def times(self) -> tuple[float, float]:
         """Return t_base and t_data as numbers."""
@@ -272,7 +278,7 @@ class ContinuousFlow(nn.Module):
         """Describe everything but the submodules."""
         return (
             f"event_shape={tuple(self.event_shape)}, estimator={self.estimator}, likelihood={self.likelihood}, "
-            f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}"
+            f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}, manifold={self.manifold}"
         )
 
     def _check(self) -> None:
@@ -307,33 +313,21 @@ class ContinuousFlow(nn.Module):
                 states = x.detach().repeat(copies, *[1] * (x.ndim - 1))
                 self._sample_times = accepts_sample_times(alone.repeat(copies), *self.times(), states)
                 field.sample_times = self._sample_times
+                check_period(self.velocity, self.times()[0], x, context)
             with shared_products(), severed_fields("allow" if self.detached else "refuse"):
-                return self.likelihood.transport(
+                carried = self.likelihood.transport(
                     field,
                     x,
                     as_scalar(t_start, x),
                     as_scalar(t_end, x),
-                    estimator=self.estimator.prepare(field, x, functools.partial(self._trajectories, context)),
+                    estimator=self.estimator.prepare(field, x, functools.partial(trajectories, self, context)),
                     solver=self.solver,
                     evaluations=Evaluations() if evaluations is None else evaluations,
                     generator=generator,
                     diagnostics=diagnostics,
                     penalties=penalties,
                 )
-
-    def _trajectories(self, context: Context | None, references: Tensor) -> tuple[Tensor, Tensor]:
-        """The trajectories for `Estimator.prepare`."""
-        if context is not None:
-            raise FieldError(
-                "given reference samples need contexts of their own, which the estimator of a conditional flow can't carry. "
-                "Take the references from the batch instead: ControlVariate(Hutchinson(), references=16)."
-            )
-        start, end = sorted(self.times())
-        times = [start + (end - start) * node for node in gauss_kronrod(_REFERENCE_TIMES).nodes.tolist()]
-        backwards = self.times()[1] == end
-        ordered = times[::-1] if backwards else times
-        states = self.trajectory(references, [self.t_data, *ordered])[1:]
-        return references.new_tensor(times), states.flip(0) if backwards else states
+            return arrived(self.manifold, carried)
 
     def _prepare(self, x: Tensor, context: Context | None) -> tuple[Tensor, ConditionedField]:
         refuse_transforms("a flow's solve", "take all samples as one batch", only_vmap=True)
@@ -344,6 +338,8 @@ class ContinuousFlow(nn.Module):
                 f"(k, {', '.join(map(str, self.event_shape))}), but has {tuple(x.shape)}"
             )
         check_context(context, x)
+        if self.manifold is not None:
+            self.manifold.check(x)
         # Tensors made in inference mode can't enter the graphs that the estimators need.
         x = x.clone() if x.is_inference() else x
         context = mapped(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, context)

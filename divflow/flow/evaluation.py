@@ -35,6 +35,8 @@ class FlowEvaluation(NamedTuple):
         penalties: the requested integrals over time by name, `(k,)`.
         trajectory_error: the part of quadrature_error from the solver's steps, `(k,)`: twice the change of log_prob if all
             steps are halved, plus some rounding; infinite if that fails, None if unknown.
+        off_manifold: how far the solve ended from the flow's manifold before its states were brought back, in units of the largest
+            entry, `(k,)`; None without a manifold.
     """
 
     log_prob: Tensor
@@ -45,6 +47,7 @@ class FlowEvaluation(NamedTuple):
     evaluations: Evaluations
     penalties: dict[str, Tensor] = {}
     trajectory_error: Tensor | None = None
+    off_manifold: Tensor | None = None
 
 
 class Flow(Protocol):

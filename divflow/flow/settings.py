@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["solved_settings", "tensor_settings"]
+__all__ = ["drawn_dtype", "solved_settings", "tensor_settings"]
 
 
 def tensor_settings(module: object) -> dict[str, Any]:
@@ -30,3 +30,16 @@ def solved_settings(module: object) -> dict[str, Any]:
     if "dtype" in settings:
         settings["dtype"] = torch.promote_types(settings["dtype"], torch.float32)
     return settings
+
+
+def drawn_dtype(module: object, default: torch.dtype) -> torch.dtype:
+    """The one dtype of a module's floating-point parameters, in which a base is drawn; at least float32.
+
+    Args:
+        module: the module, or any function.
+        default: of the base, for a module without parameters or with several dtypes.
+    """
+    parameters = module.parameters() if isinstance(module, nn.Module) else ()
+    dtypes = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else default
+    return torch.promote_types(default, torch.float32) if dtype.itemsize < torch.float32.itemsize else dtype

@@ -35,6 +35,7 @@ class Transport(NamedTuple):
         standard_error: of a stochastic estimate, in nats, `(k,)`: zero if the divergence is exact, None if unknown.
         penalties: the requested integrals over time by name, `(k,)`.
         finer: by steps half as long, with the same divergences; None if not requested or unknown.
+        off_manifold: how far the state was from a manifold before a flow brought it back, `(k,)`; None without one.
     """
 
     state: Tensor
@@ -43,6 +44,7 @@ class Transport(NamedTuple):
     standard_error: Tensor | None
     penalties: dict[str, Tensor] = {}
     finer: Finer | None = None
+    off_manifold: Tensor | None = None
 
 
 class Likelihood(ABC):

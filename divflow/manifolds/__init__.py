@@ -13,6 +13,7 @@ from divflow.manifolds.manifold import Manifold, ManifoldError
 from divflow.manifolds.product import Product
 from divflow.manifolds.rotations import SpecialOrthogonal, hat, quaternion, rotation_matrix, vee
 from divflow.manifolds.sphere import Sphere
+from divflow.manifolds.tangent_field import TangentField
 from divflow.manifolds.torus import Torus
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RotationMatrices",
     "SpecialOrthogonal",
     "Sphere",
+    "TangentField",
     "Torus",
     "Uniform",
     "WrappedAngles",

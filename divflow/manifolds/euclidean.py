@@ -34,6 +34,19 @@ class Euclidean(Manifold):
         """The vector itself."""
         return u
 
+    @property
+    def flat(self) -> bool:
+        """True: every vector is tangent."""
+        return True
+
+    def mean_curvature(self, x: Tensor) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(x)
+
+    def normals(self, x: Tensor) -> Tensor:
+        """None of them, `(0, *batch, n)`."""
+        return x.new_zeros(0, *x.shape)
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The sum x + u."""
         return x + u
@@ -46,6 +59,10 @@ class Euclidean(Manifold):
         """|y - x|; at y = x it has no derivative, and autograd returns zero."""
         return torch.linalg.vector_norm(y - x, dim=-1)
 
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The straight line."""
+        return torch.lerp(x, y, self._spread(t)), y - x
+
     @property
     def volume(self) -> float:
         """Infinite."""
@@ -56,6 +73,10 @@ class Euclidean(Manifold):
         raise ManifoldError(
             f"{self} has no uniform density, since its volume is infinite; use wrapped_normal(mean, std), a normal one"
         )
+
+    def base(self, dtype: torch.dtype | None = None) -> Distribution:
+        """The standard normal density."""
+        return self.wrapped_normal(torch.zeros(self.dim, dtype=dtype), 1.0)
 
     def wrapped_normal(self, mean: Tensor, std: Tensor | float) -> Distribution:
         """The normal density; nothing is wrapped."""

@@ -7,8 +7,9 @@ from torch import Size, Tensor
 from torch.distributions import Distribution
 
 from divflow.errors import DivflowError, listed_rows
+from divflow.operators.transformed import forward_mode
 
-__all__ = ["Manifold", "ManifoldError"]
+__all__ = ["Manifold", "ManifoldError", "check_manifold"]
 
 
 class ManifoldError(DivflowError, ValueError):
@@ -32,6 +33,16 @@ class Manifold(ABC):
     event_shape: Size
     dim: int
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(event_shape={tuple(self.event_shape)}, dim={self.dim})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are described in the same words: manifolds of one class with other settings need a `__repr__` with these."""
+        return type(self) is type(other) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     @abstractmethod
     def project(self, x: Tensor) -> Tensor:
         """The closest point of the manifold."""
@@ -39,6 +50,41 @@ class Manifold(ABC):
     @abstractmethod
     def to_tangent(self, x: Tensor, u: Tensor) -> Tensor:
         """The orthogonal projection of ambient vectors u to the tangent space at x; linear in u."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether every vector is tangent at every point, as on tori, so that divergences are the ordinary ones."""
+        return False
+
+    def mean_curvature(self, x: Tensor) -> Tensor | None:
+        """The normal vector H = sum_i of D_i e_i over a tangent basis, by which div P u = tr(P Du) + H . u.
+
+        `(*batch, *event_shape)`; None if it is unknown. Divergences then take derivatives of `project`.
+        """
+        return None
+
+    def around(self, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """The vectors P_x u + <H(x), u> (y - x) / n near x, where u are ambient vectors at y.
+
+        At y = x this is the tangent part of u, and its ordinary divergence in y is that of the tangent field on the manifold.
+        """
+        curvature = self.mean_curvature(x)
+        if curvature is None:
+            raise self._lacks("mean_curvature")
+        dims = tuple(range(x.ndim - len(self.event_shape), x.ndim))
+        rate = (curvature * u).sum(dim=dims, keepdim=True) / self.event_shape.numel()
+        return self.to_tangent(x, u) + rate * (y - x)
+
+    def normals(self, x: Tensor) -> Tensor | None:
+        """An orthonormal basis of the vectors normal to the manifold at x, `(codimension, *batch, *event_shape)`; None if unknown."""
+        return None
+
+    def tangents(self, x: Tensor) -> Tensor | None:
+        """An orthonormal basis of the tangent space at x that depends smoothly on it, `(dim, *batch, *event_shape)`.
+
+        None if there is none, as on the sphere. With it an exact divergence takes `dim` products, whatever the network is.
+        """
+        return None
 
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The point that a geodesic from x with initial velocity u reaches in one unit of time."""
@@ -49,8 +95,27 @@ class Manifold(ABC):
         raise self._lacks("log")
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The length of the shortest geodesic between x and y, `(*batch,)`."""
+        """The length of the shortest geodesic between x and y, `(*batch,)`, to which their batches are broadcast."""
         raise self._lacks("distance")
+
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Follow a shortest geodesic from x at t = 0 to y at t = 1, at constant speed.
+
+        If several are as short, it is one of them. By default it is exp(x, t log(x, y)), differentiated in t by forward mode: an `exp`
+        without forward derivatives needs a `geodesic` of its own.
+
+        Args:
+            x: `(*batch, *event_shape)`.
+            y: `(*batch, *event_shape)`.
+            t: `()` or `(*batch,)`.
+
+        Returns:
+            The point at time t, and the velocity there, a tangent vector.
+        """
+        u = self.log(x, y)
+        t = t.expand(u.shape[: u.ndim - len(self.event_shape)]).contiguous()
+        with forward_mode():
+            return torch.func.jvp(lambda s: self.exp(x, self._spread(s) * u), (t,), (torch.ones_like(t),))[:2]
 
     @property
     def volume(self) -> float:
@@ -73,6 +138,18 @@ class Manifold(ABC):
             std: standard deviation of v along each direction, a number or `(*batch,)`.
         """
         raise self._lacks("wrapped_normal")
+
+    def base(self, dtype: torch.dtype | None = None) -> Distribution:
+        """The density that flows start from unless another is given: the uniform one.
+
+        Args:
+            dtype: of the samples; torch's default dtype if None.
+        """
+        return self.uniform(dtype)
+
+    def again(self, x: Tensor) -> Tensor | None:
+        """Other coordinates of the same points, such as angles a period apart; None if points have one tensor each."""
+        return None
 
     def off(self, x: Tensor) -> Tensor:
         """How far points are from the manifold, `(*batch,)`, in units of the largest ambient entry."""
@@ -106,6 +183,29 @@ class Manifold(ABC):
         self._check_finite(rows, torch.finfo(x.dtype).eps ** 0.5 if tolerance is None else tolerance)
         return x
 
+    def check_tangent(self, x: Tensor, u: Tensor, tolerance: float | None = None) -> Tensor:
+        """Return u, refused unless its vectors are tangent at x.
+
+        Args:
+            x: points `(*batch, *event_shape)`.
+            u: vectors `(*batch, *event_shape)`.
+            tolerance: the largest normal part that counts as rounding, relative to the largest entry of a vector; the square root of the
+                dtype's precision if None.
+
+        Raises:
+            ManifoldError: with the rows and their normal part.
+        """
+        event = len(self.event_shape)
+        entries = [part.abs().flatten(u.ndim - event).amax(dim=-1) for part in (u - self.to_tangent(x, u), u)]
+        relative = (entries[0] / entries[1].clamp(min=torch.finfo(u.dtype).tiny)).detach().flatten()
+        bad = ~(relative <= (torch.finfo(u.dtype).eps ** 0.5 if tolerance is None else tolerance))
+        if bad.any():
+            raise ManifoldError(
+                f"vectors are not tangent to {self} in {listed_rows(bad)}: up to {relative[bad].nan_to_num(torch.inf).max().item():.3g} of them "
+                "is normal to it; take manifold.to_tangent(x, u) if their tangent part is meant"
+            )
+        return u
+
     def _check_finite(self, rows: Tensor, tolerance: float) -> None:
         # Far from the manifold the closest point may not exist, and is NaN.
         off = self.off(rows)
@@ -117,7 +217,26 @@ class Manifold(ABC):
                 "manifold.project(x) if the closest points are meant"
             )
 
+    def _spread(self, t: Tensor) -> Tensor:
+        """Numbers `(*batch,)`, to multiply points."""
+        return t[(..., *[None] * len(self.event_shape))]
+
     def _lacks(self, name: str) -> ManifoldError:
         return ManifoldError(
             f"{type(self).__name__} has no {name}; implement it in the class, or use a manifold of divflow.manifolds"
+        )
+
+
+def check_manifold(manifold: Manifold) -> None:
+    """Refuse what is no manifold.
+
+    Args:
+        manifold: what was received.
+
+    Raises:
+        ManifoldError: with the value.
+    """
+    if not isinstance(manifold, Manifold):
+        raise ManifoldError(
+            f"manifold must be one of divflow.manifolds, such as Sphere(2), or derive from Manifold, but is {manifold!r}"
         )

@@ -72,6 +72,29 @@ class Product(Manifold):
         """Part by part."""
         return self._joined(lambda part, x, u: part.to_tangent(x, u), x, u)
 
+    @property
+    def flat(self) -> bool:
+        """Whether all parts are."""
+        return all(part.flat for part in self.parts.values())
+
+    def mean_curvature(self, x: Tensor) -> Tensor | None:
+        """Part by part; None if that of one is unknown."""
+        curvatures = {name: self.parts[name].mean_curvature(part) for name, part in self.split(x).items()}
+        known = {name: curvature for name, curvature in curvatures.items() if curvature is not None}
+        return self.join(known) if len(known) == len(self.parts) else None
+
+    def normals(self, x: Tensor) -> Tensor | None:
+        """Those of all parts; None if those of one are unknown."""
+        split, found = self.split(x), []
+        for name, part in self.parts.items():
+            normals = part.normals(split[name])
+            if normals is None:
+                return None
+            found += [
+                self.join({other: torch.zeros_like(split[other]) for other in self.parts} | {name: n}) for n in normals
+            ]
+        return torch.stack(found) if found else x.new_zeros(0, *x.shape)
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """Part by part."""
         return self._joined(lambda part, x, u: part.exp(x, u), x, u)
@@ -85,6 +108,12 @@ class Product(Manifold):
         distances = [part.distance(a, b) for part, a, b in self._zipped(x, y)]
         return torch.linalg.vector_norm(torch.stack(distances, dim=-1), dim=-1)
 
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Part by part, all of which arrive at t = 1."""
+        ways = [part.geodesic(a, b, t) for part, a, b in self._zipped(x, y)]
+        point, velocity = (self.join(dict(zip(self.parts, each, strict=True))) for each in zip(*ways, strict=True))
+        return point, velocity
+
     @property
     def volume(self) -> float:
         """The product of the parts' volumes."""
@@ -97,6 +126,17 @@ class Product(Manifold):
     def uniform(self, dtype: torch.dtype | None = None) -> Distribution:
         """Independent uniform parts; refused where a part's volume is infinite."""
         return Joint(self, {name: part.uniform(dtype) for name, part in self.parts.items()})
+
+    def base(self, dtype: torch.dtype | None = None) -> Distribution:
+        """Independent bases of the parts, uniform but for Euclidean ones, which are standard normal."""
+        return Joint(self, {name: part.base(dtype) for name, part in self.parts.items()})
+
+    def again(self, x: Tensor) -> Tensor | None:
+        """Other coordinates of the parts that have some; None if none has."""
+        split = self.split(x)
+        others = {name: part.again(split[name]) for name, part in self.parts.items()}
+        known = {name: other for name, other in others.items() if other is not None}
+        return self.join(split | known) if known else None
 
     def wrapped_normal(self, mean: Tensor, std: Tensor | float | Mapping[str, Tensor | float]) -> Distribution:
         """Independent wrapped normal parts, each of its own std where these are given by name."""
@@ -134,7 +174,7 @@ class Joint(Distribution):
     has_rsample = True
 
     def __init__(self, product: Product, parts: dict[str, Distribution]) -> None:
-        self.product, self.parts = product, parts
+        self.manifold, self.parts = product, parts
         batch = next(iter(parts.values())).batch_shape
         super().__init__(batch, product.event_shape, validate_args=False)
 
@@ -145,14 +185,14 @@ class Joint(Distribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: "Joint | None" = None) -> "Joint":
         """The same, with a batch shape."""
-        return Joint(self.product, {name: part.expand(Size(batch_shape)) for name, part in self.parts.items()})
+        return Joint(self.manifold, {name: part.expand(Size(batch_shape)) for name, part in self.parts.items()})
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Points `(*sample_shape, *batch, n)`, differentiable in the parts' parameters."""
-        return self.product.join({name: part.rsample(Size(sample_shape)) for name, part in self.parts.items()})
+        return self.manifold.join({name: part.rsample(Size(sample_shape)) for name, part in self.parts.items()})
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The sum of the parts' log-densities in nats."""
-        self.product.check(value)
-        parts = self.product.split(value)
+        self.manifold.check(value)
+        parts = self.manifold.split(value)
         return torch.stack([part.log_prob(parts[name]) for name, part in self.parts.items()]).sum(dim=0)

@@ -53,27 +53,40 @@ class SpecialOrthogonal(Symmetric):
         a = x.mT @ u
         return x @ (a - a.mT) / 2
 
+    def mean_curvature(self, x: Tensor) -> Tensor:
+        """The vector -x."""
+        return -x
+
+    def tangents(self, x: Tensor) -> Tensor:
+        """The matrices x hat(e_i) / sqrt(2), of norm one as vectors of nine entries, `(3, *batch, 3, 3)`."""
+        generators = hat(_eye(x)) / math.sqrt(2)
+        return torch.stack([x @ generator for generator in generators])
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The product of x and the matrix exponential of x^T u, by Rodrigues' formula."""
-        w = vee(x.mT @ u)
-        q = w.square().sum(dim=-1)[..., None, None]
-        half = sine_ratio(q / 4)
-        return x @ (_eye(x) + sine_ratio(q) * hat(w) + half * half / 2 * (hat(w) @ hat(w)))
+        return x @ _exponential(vee(x.mT @ u))
 
     def log(self, x: Tensor, y: Tensor) -> Tensor:
         """The product of x and the antisymmetric logarithm of x^T y, smooth at y = x.
 
         At an angle of pi it is one of the two shortest ways.
         """
-        q = quaternion(x.mT @ y)
-        real, imaginary = q[..., :1], q[..., 1:]
-        squared = imaginary.square().sum(dim=-1, keepdim=True)
-        return x @ hat(2 * arcsine_ratio(squared, real) * imaginary)
+        return x @ hat(_logarithm(x.mT @ y))
+
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn about the axis of the rotation from x to y."""
+        w = _logarithm(x.mT @ y)
+        point = x @ _exponential(t[..., None] * w)
+        return point, point @ hat(w)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """The angle of the rotation from x to y, from 0 to pi; at both ends it has no derivative."""
-        q = quaternion(x.mT @ y)
-        return 2 * torch.atan2(torch.linalg.vector_norm(q[..., 1:], dim=-1), q[..., 0])
+        """The angle of the rotation from x to y, from 0 to pi; at both ends it has no derivative.
+
+        The formula is 4 atan2(|p - q|, |p + q|) for unit quaternions p of x and q of y, with signs such that they are close.
+        """
+        p, q = quaternion(x), quaternion(y)
+        q = torch.where((p * q).sum(dim=-1, keepdim=True) < 0, -q, q)
+        return 4 * torch.atan2(torch.linalg.vector_norm(p - q, dim=-1), torch.linalg.vector_norm(p + q, dim=-1))
 
     @property
     def volume(self) -> float:
@@ -103,6 +116,20 @@ class SpecialOrthogonal(Symmetric):
         """
         q = quaternion(mean.mT @ x)
         return log_wrapped_radial(q[..., 1:].square().sum(dim=-1), q[..., 0], std, self.dim, radius=2.0)
+
+
+def _exponential(w: Tensor) -> Tensor:
+    """The rotation matrices of rotation vectors."""
+    q = w.square().sum(dim=-1)[..., None, None]
+    half = sine_ratio(q / 4)
+    return _eye(w) + sine_ratio(q) * hat(w) + half * half / 2 * (hat(w) @ hat(w))
+
+
+def _logarithm(rotation: Tensor) -> Tensor:
+    """The shortest rotation vectors of rotation matrices."""
+    q = quaternion(rotation)
+    real, imaginary = q[..., :1], q[..., 1:]
+    return 2 * arcsine_ratio(imaginary.square().sum(dim=-1, keepdim=True), real) * imaginary
 
 
 def hat(w: Tensor) -> Tensor:

@@ -40,6 +40,18 @@ class Sphere(Symmetric):
         """The projection u - x (x . u)."""
         return u - x * _dot(x, u)
 
+    def mean_curvature(self, x: Tensor) -> Tensor:
+        """The vector -d x."""
+        return -self.dim * x
+
+    def around(self, x: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """As `Manifold.around`, by a single product x . u."""
+        return u - _dot(x, u) * (x + self.dim / (self.dim + 1) * (y - x))
+
+    def normals(self, x: Tensor) -> Tensor:
+        """The point itself, `(1, *batch, d + 1)`."""
+        return x[None]
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """cos|u| x + sin|u| u / |u|, smooth at u = 0."""
         q = _dot(u, u)
@@ -51,16 +63,26 @@ class Sphere(Symmetric):
         Raises:
             ManifoldError: y = -x up to rounding, where every direction leads.
         """
-        # Of y - x and not of y, since less cancels; once more, since near -x little is left beside its rounding.
-        w = self.to_tangent(x, self.to_tangent(x, y - x))
-        q, along = _dot(w, w), _dot(x, y)
-        antipodal = ((q <= (8 * torch.finfo(q.dtype).eps) ** 2) & (along < 0)).squeeze(-1)
+        w, antipodal = self._towards(x, y)
         if antipodal.any():
             raise ManifoldError(
                 f"the points of a pair are antipodal in {listed_rows(antipodal.flatten())}, so that every direction is a shortest way; move one "
                 "of them, or leave the pair out"
             )
-        return arcsine_ratio(q, along) * w
+        return arcsine_ratio(_dot(w, w), _dot(x, y)) * w
+
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The arc of a great circle; between antipodal points, where `log` refuses, it is one of all these half circles."""
+        w, antipodal = self._towards(x, y)
+        if antipodal.any():
+            # The coordinate axis that is the furthest from x, as far from antipodal as is told from it.
+            axis = torch.nn.functional.one_hot(x.abs().argmin(dim=-1), x.shape[-1]).to(x)
+            aside = 8 * torch.finfo(x.dtype).eps * self.project(self.to_tangent(x, axis))
+            w = torch.where(antipodal[..., None], aside, w)
+        v, t = arcsine_ratio(_dot(w, w), _dot(x, y)) * w, self._spread(t)
+        q = _dot(v, v)
+        cos, sin = cosine(t.square() * q), t * sine_ratio(t.square() * q)
+        return cos * x + sin * v, cos * v - q * sin * x
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """The angle between x and y in radians, exact to rounding at 0 and pi.
@@ -70,6 +92,13 @@ class Sphere(Symmetric):
         The formula is 2 atan2(|x - y|, |x + y|) (Kahan 2006).
         """
         return 2 * torch.atan2(torch.linalg.vector_norm(x - y, dim=-1), torch.linalg.vector_norm(x + y, dim=-1))
+
+    def _towards(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The projection of y - x to the tangent space at x, and which pairs are antipodal up to rounding."""
+        # Of y - x and not of y, since less cancels; once more, since near -x little is left beside its rounding.
+        w = self.to_tangent(x, self.to_tangent(x, y - x))
+        near = _dot(w, w) <= (8 * torch.finfo(w.dtype).eps) ** 2
+        return w, (near & (_dot(x, y) < 0)).squeeze(-1)
 
     @property
     def volume(self) -> float:

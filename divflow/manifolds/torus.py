@@ -42,6 +42,19 @@ class Torus(Symmetric):
         """The vector itself."""
         return u
 
+    @property
+    def flat(self) -> bool:
+        """True: every vector is tangent."""
+        return True
+
+    def mean_curvature(self, x: Tensor) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(x)
+
+    def normals(self, x: Tensor) -> Tensor:
+        """None of them, `(0, *batch, n)`."""
+        return x.new_zeros(0, *x.shape)
+
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The sum x + u, as `project` gives it."""
         return self.project(x + u)
@@ -54,6 +67,11 @@ class Torus(Symmetric):
         """The norm of `log(x, y)`; at zero and at half a period it has no derivative."""
         return torch.linalg.vector_norm(self.log(x, y), dim=-1)
 
+    def geodesic(self, x: Tensor, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Round the shorter way, as `log` chooses it."""
+        u = self.log(x, y)
+        return self.exp(x, self._spread(t) * u), u
+
     @property
     def volume(self) -> float:
         """period^n."""
@@ -62,6 +80,10 @@ class Torus(Symmetric):
     def off(self, x: Tensor) -> Tensor:
         """Zero: any numbers are angles."""
         return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
+
+    def again(self, x: Tensor) -> Tensor:
+        """The angles a period later."""
+        return x + self.period
 
     def draw_uniform(self, shape: Size, like: Tensor) -> Tensor:
         """Independent uniform points."""

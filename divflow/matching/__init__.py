@@ -7,14 +7,17 @@ the data.
 
 from divflow.matching.alignment import EquivariantCoupling
 from divflow.matching.coupling import Coupling, IndependentCoupling, OptimalTransportCoupling
+from divflow.matching.geodesic import GeodesicPath
 from divflow.matching.objective import ConditionalFlowMatching
-from divflow.matching.path import LinearPath, Path, PathPoint, TrigonometricPath, VariancePreservingPath
+from divflow.matching.path import AffinePath, LinearPath, Path, PathPoint, TrigonometricPath, VariancePreservingPath
 from divflow.matching.times import LogitNormalTimes, MatchingError, PowerTimes, Times, UniformTimes
 
 __all__ = [
+    "AffinePath",
     "ConditionalFlowMatching",
     "Coupling",
     "EquivariantCoupling",
+    "GeodesicPath",
     "IndependentCoupling",
     "LinearPath",
     "LogitNormalTimes",

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from divflow.errors import check_count
+from divflow.manifolds import Manifold
+from divflow.manifolds.manifold import check_manifold
 from divflow.matching.times import MatchingError
 from divflow.operators.context import Context, named_tensors
 from divflow.operators.field import accumulation_dtype, flatten_event
@@ -46,7 +49,7 @@ class IndependentCoupling(Coupling):
 class OptimalTransportCoupling(Coupling):
     """Pair noise and data of a batch by optimal transport (Tong et al. 2024, arXiv:2302.00482, section 3.2.2).
 
-        the permutation p that minimises sum over i of |x_0[p(i)] - x_1[i]|^2
+        the permutation p that minimises sum over i of distance(x_0[p(i)], x_1[i])^2
 
     Paths of a batch then cross less. Their mean, the velocity, is straighter in time and takes fewer evaluations to solve,
     and the loss varies less.
@@ -62,16 +65,21 @@ class OptimalTransportCoupling(Coupling):
 
     Args:
         max_rows: the largest k.
+        manifold: whose distance is taken, that of the paths, such as `Sphere(2)`; Euclidean if None.
 
     Raises:
         ValueError: fewer than one row.
+        ManifoldError: the manifold is none; when called, it has no `distance`.
         MatchingError: when called, noise or data that are not finite.
     """
 
     max_rows: int = 64
+    manifold: Manifold | None = None
 
     def __post_init__(self) -> None:
         check_count("max_rows", self.max_rows)
+        if self.manifold is not None:
+            check_manifold(self.manifold)
 
     def __call__(self, noise: Tensor, data: Tensor, context: Context | None = None) -> Tensor:
         """Pair the noise, as `Coupling`."""
@@ -80,8 +88,33 @@ class OptimalTransportCoupling(Coupling):
         for alike in _alike(leaves) if leaves else [every]:
             for rows in alike.split(self.max_rows):
                 if len(rows) > 1:
-                    paired[rows] = noise[rows[_nearest(noise[rows], data[rows])]]
+                    paired[rows] = noise[rows[self._nearest(noise[rows], data[rows])]]
         return paired
+
+    def _nearest(self, noise: Tensor, data: Tensor) -> Tensor:
+        """The number of the noise that belongs to each datum, `(k,)`.
+
+        Terms common to a row or column of costs are the same for every permutation; scipy takes half the time without them.
+        """
+        with torch.no_grad():
+            precise = accumulation_dtype(data)
+            cost = self._distances(data.to(precise), noise.to(precise)).square()
+            cost = cost - cost.amin(dim=1, keepdim=True)
+            cost = cost - cost.amin(dim=0)
+        if not torch.isfinite(cost).all():
+            raise MatchingError(
+                "noise or data have entries that are not finite, or too large to be squared, so optimal transport can't pair them. "
+                "Drop those rows, or use IndependentCoupling()."
+            )
+        _, columns = linear_sum_assignment(cost.cpu().numpy())
+        return torch.as_tensor(columns, device=data.device)
+
+    def _distances(self, data: Tensor, noise: Tensor) -> Float[Tensor, "data noise"]:
+        if self.manifold is None:
+            # By matrix products torch would lose the digits of distances that are small relative to the norms.
+            ends = flatten_event(data), flatten_event(noise)
+            return torch.cdist(*ends, compute_mode="donot_use_mm_for_euclid_dist")
+        return self.manifold.distance(data[:, None], noise[None])
 
 
 def _alike(leaves: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -91,24 +124,3 @@ def _alike(leaves: Sequence[Tensor]) -> Iterator[Tensor]:
     _, number, sizes = torch.stack(numbers, dim=1).unique(dim=0, return_inverse=True, return_counts=True)
     for several in (sizes > 1).nonzero():
         yield (number == several).nonzero().flatten()
-
-
-def _nearest(noise: Tensor, data: Tensor) -> Tensor:
-    """The number of the noise that belongs to each datum, `(k,)`.
-
-    Terms common to a row or column of costs are the same for every permutation; scipy takes half the time without them.
-    """
-    with torch.no_grad():
-        precise = accumulation_dtype(data)
-        ends = flatten_event(data).to(precise), flatten_event(noise).to(precise)
-        # By matrix products torch would lose the digits of distances that are small relative to the norms.
-        cost = torch.cdist(*ends, compute_mode="donot_use_mm_for_euclid_dist").square()
-        cost = cost - cost.amin(dim=1, keepdim=True)
-        cost = cost - cost.amin(dim=0)
-    if not torch.isfinite(cost).all():
-        raise MatchingError(
-            "noise or data have entries that are not finite, or too large to be squared, so optimal transport can't pair them. "
-            "Drop those rows, or use IndependentCoupling()."
-        )
-    _, columns = linear_sum_assignment(cost.cpu().numpy())
-    return torch.as_tensor(columns, device=data.device)

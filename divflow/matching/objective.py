@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from divflow.distributions.noise import normal_like
 from divflow.divergence import FieldError, check_field
 from divflow.divergence.check import check_sample_times
 from divflow.likelihood import ConditionedField
@@ -87,7 +86,7 @@ class ConditionalFlowMatching:
             MatchingError: t outside [0, 1], or rows that optimal transport can't pair.
         """
         x = checked_state(x)
-        noise = normal_like(x, generator) if noise is None else _checked_noise(noise, x)
+        noise = self.path.noise(x, generator) if noise is None else _checked_noise(noise, x)
         if t is None:
             t = self.times.draw(x, generator)
         else:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from divflow.distributions.noise import normal_like
 from divflow.errors import check_numbers, on_copies
 from divflow.score.sde import broadcast
 
-__all__ = ["LinearPath", "Path", "PathPoint", "TrigonometricPath", "VariancePreservingPath"]
+__all__ = ["AffinePath", "LinearPath", "Path", "PathPoint", "TrigonometricPath", "VariancePreservingPath"]
 
 
 class PathPoint(NamedTuple):
@@ -38,23 +39,17 @@ class PathCoefficients(NamedTuple):
 class Path(ABC):
     """Base class of the paths from noise x_0 at t = 0 to a datum x_1 at t = 1.
 
-        x_t = alpha(t) x_1 + sigma(t) x_0,   dx_t/dt = alpha'(t) x_1 + sigma'(t) x_0
+    The mean of dx_t/dt over the paths through a point is the velocity of a flow whose density at each t is that of x_t.
 
-    (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571). The mean of dx_t/dt over the paths through a point is the velocity of
-    a flow whose density at each t is that of x_t.
-
-    Your own path is a frozen dataclass that implements `coefficients`.
+    Your own path is a frozen dataclass that implements `__call__`; one that is linear in both ends derives from `AffinePath`.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Protect the caller's times from a path that writes to them."""
+        """Protect the caller's tensors from a path that writes to them."""
         super().__init_subclass__(**options)
-        on_copies(cls, "coefficients")
+        on_copies(cls, "__call__", "coefficients")
 
     @abstractmethod
-    def coefficients(self, t: Tensor) -> PathCoefficients:
-        """Return alpha, sigma and their derivatives at times in [0, 1], `()` or `(k,)`; all finite."""
-
     def __call__(self, t: Tensor, noise: Tensor, data: Tensor) -> PathPoint:
         """Compute the point at time t, and the velocity there.
 
@@ -63,12 +58,37 @@ class Path(ABC):
             noise: x_0, `(k, *event)`.
             data: x_1, `(k, *event)`.
         """
+
+    def noise(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        """Draw the noise that the objective takes if it is given none: standard normal.
+
+        Args:
+            x: data `(k, *event)`, whose shape, dtype and device the noise has.
+            generator: torch's default one if None.
+        """
+        return normal_like(x, generator)
+
+
+class AffinePath(Path):
+    """Base class of the paths that are linear in noise and datum.
+
+        x_t = alpha(t) x_1 + sigma(t) x_0,   dx_t/dt = alpha'(t) x_1 + sigma'(t) x_0
+
+    (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571). Your own one is a frozen dataclass that implements `coefficients`.
+    """
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> PathCoefficients:
+        """Return alpha, sigma and their derivatives at times in [0, 1], `()` or `(k,)`; all finite."""
+
+    def __call__(self, t: Tensor, noise: Tensor, data: Tensor) -> PathPoint:
+        """Compute the point and the velocity, as `Path`."""
         alpha, sigma, alpha_slope, sigma_slope = (broadcast(value, data) for value in self.coefficients(t))
         return PathPoint(alpha * data + sigma * noise, alpha_slope * data + sigma_slope * noise)
 
 
 @dataclass(frozen=True)
-class LinearPath(Path):
+class LinearPath(AffinePath):
     """Straight lines from noise to data, at constant velocity.
 
         x_t = t x_1 + (1 - (1 - sigma_min) t) x_0,    dx_t/dt = x_1 - (1 - sigma_min) x_0
@@ -104,7 +124,7 @@ class LinearPath(Path):
 
 
 @dataclass(frozen=True)
-class TrigonometricPath(Path):
+class TrigonometricPath(AffinePath):
     """Arcs from noise to data that keep the size of x_t (Albergo & Vanden-Eijnden 2023, arXiv:2209.15571).
 
         x_t = sin(pi t / 2) x_1 + cos(pi t / 2) x_0
@@ -119,7 +139,7 @@ class TrigonometricPath(Path):
 
 
 @dataclass(frozen=True)
-class VariancePreservingPath(Path):
+class VariancePreservingPath(AffinePath):
     """The paths of diffusion models, alpha^2 + sigma^2 = 1 (Lipman et al. 2023, arXiv:2210.02747, equations 18 and 19).
 
         alpha = exp(-B(s) / 2),   sigma = sqrt(1 - exp(-B(s))),   B(s) = beta_min s + (beta_max - beta_min) s^2 / 2

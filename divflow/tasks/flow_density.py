@@ -15,6 +15,7 @@ from divflow.distributions import OnSubspace
 from divflow.divergence import FieldError, check_field
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.flow.transforms import Affine
+from divflow.manifolds import TangentField
 from divflow.operators.context import Context
 from divflow.tasks.reweighting import reweighted
 from divflow.tasks.task import Task
@@ -113,6 +114,7 @@ class FlowDensityTask(Task):
         """
         x, context = self.transformed(batch)
         velocity = self.density.flow.velocity
+        velocity = velocity.field if isinstance(velocity, TangentField) else velocity
         call = velocity.forward if isinstance(velocity, nn.Module) else velocity
         try:
             signature = inspect.signature(call)

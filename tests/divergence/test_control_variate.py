@@ -1,5 +1,7 @@
 """A control variate: unbiased, with the variance of what is left, whatever it wraps and wherever its matrix comes from."""
 
+import functools
+
 import pytest
 import torch
 from catalogue import Network, true_divergence, true_jacobian
@@ -16,6 +18,7 @@ from divflow.divergence import (
     value_and_divergence,
 )
 from divflow.flow import ContinuousFlow
+from divflow.flow.references import trajectories
 from divflow.likelihood import Augmented, Quadrature
 from divflow.operators.linearization import linearize_field
 from divflow.verification import severed_fields
@@ -279,9 +282,7 @@ def test_given_references_are_carried_along_once_and_again_for_other_parameters(
         assert not calls
         velocity.first.weight.mul_(1.5)
     # The curve of matrices is that of the references' own trajectories.
-    prepared = flow.estimator.prepare(
-        flow.field(), x, lambda references: flow._trajectories(None, references)
-    ).references
+    prepared = flow.estimator.prepare(flow.field(), x, functools.partial(trajectories, flow, None)).references
     states = flow.trajectory(x[:5], [flow.t_data, *prepared.times.tolist()])[1:]
     for t, state, matrix in zip(prepared.times, states, prepared.matrices.rows, strict=True):
         torch.testing.assert_close(matrix, true_jacobian(velocity, t, state).mean(dim=0), rtol=1e-4, atol=1e-4)

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from divflow.matching import IndependentCoupling, MatchingError, OptimalTransportCoupling
+from divflow.manifolds import Euclidean, ManifoldError, Product, SpecialOrthogonal, Sphere, Torus
+from divflow.matching import GeodesicPath, IndependentCoupling, MatchingError, OptimalTransportCoupling
 
 
 def pair(count, *event, seed=0):
@@ -106,3 +107,51 @@ def test_numbers_that_have_no_distance_are_refused(bad):
 def test_a_number_of_rows_that_is_none(value):
     with pytest.raises(ValueError, match=f"max_rows must be a whole number of at least 1, but is {value}"):
         OptimalTransportCoupling(value)
+
+
+MANIFOLDS = {
+    "sphere": Sphere(2),
+    "degrees": Torus(2, period=360),
+    "rotations": SpecialOrthogonal(),
+    "product": Product(direction=Sphere(2), orientation=SpecialOrthogonal(), angle=Torus(1, period=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_on_a_manifold_by_its_distance(name):
+    """Against brute force; the order is another than that in the ambient space."""
+    manifold = MANIFOLDS[name]
+    like = torch.empty(6, *manifold.event_shape, dtype=torch.float64)
+    noise, data = (GeodesicPath(manifold).noise(like, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    paired = OptimalTransportCoupling(manifold=manifold)(noise, data)
+    assert rows(paired) == rows(noise)
+    costs = [
+        manifold.distance(noise[list(order)], data).square().sum().item() for order in itertools.permutations(range(6))
+    ]
+    assert manifold.distance(paired, data).square().sum().item() == pytest.approx(min(costs))
+    context = torch.arange(6) % 2
+    torch.testing.assert_close(
+        OptimalTransportCoupling(manifold=manifold)(noise, data, context)[::2],
+        OptimalTransportCoupling(manifold=manifold)(noise[::2], data[::2]),
+    )
+
+
+def test_angles_are_paired_across_the_end_of_a_period():
+    noise, data = torch.tensor([[-179.0], [100.0]]), torch.tensor([[90.0], [179.0]])
+    assert torch.equal(OptimalTransportCoupling(manifold=Torus(1, period=360))(noise, data), noise.flip(0))
+    assert torch.equal(OptimalTransportCoupling()(noise, data), noise)
+
+
+def test_euclidean_space_is_none():
+    noise, data = pair(30, 3)
+    assert torch.equal(
+        OptimalTransportCoupling(manifold=Euclidean(3))(noise, data), OptimalTransportCoupling()(noise, data)
+    )
+
+
+def test_what_has_no_distance_on_a_manifold_is_refused():
+    noise, data = pair(5, 3)
+    with pytest.raises(MatchingError, match=r"not finite.*IndependentCoupling"):
+        OptimalTransportCoupling(manifold=Sphere(2))(noise, data * float("nan"))
+    with pytest.raises(ManifoldError, match="but is 3"):
+        OptimalTransportCoupling(manifold=3)

@@ -16,7 +16,7 @@ from divflow.divergence import (
 from divflow.flow import ContinuousFlow
 from divflow.likelihood import Augmented, Quadrature
 from divflow.matching import ConditionalFlowMatching
-from divflow.matching.path import LinearPath, Path, PathCoefficients
+from divflow.matching.path import AffinePath, LinearPath, Path, PathCoefficients, PathPoint
 from divflow.score import VariancePreserving
 from divflow.score.objectives import DenoisingScoreMatching, ImplicitScoreMatching, TimeConditionalScoreMatching
 from divflow.score.sampling import PredictorCorrector, ProbabilityFlowODE, ReverseSDE
@@ -179,12 +179,18 @@ def test_schedules():
         def std(self, t):
             return t.sqrt_()
 
-    class Straight(Path):
+    class Straight(AffinePath):
         def coefficients(self, t):
             ones = torch.ones_like(t)
             return PathCoefficients(t.clone(), t.mul_(-1).add_(1), ones, -ones)
 
-    t = TIMES.clone()
+    class Shifted(Path):
+        def __call__(self, t, noise, data):
+            return PathPoint(data.sub_(noise).mul_(t[:, None]).add_(noise), data.clone())
+
+    t, x = TIMES.clone(), POINT.clone()
+    assert torch.equal(Shifted()(t, noise=x, data=x).x, POINT)
+    assert torch.equal(x, POINT)
     sde = Brownian(epsilon=1e-3)
     torch.testing.assert_close(sde.diffusion(t), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(sde.marginal(t).std, TIMES.sqrt())

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from divflow.divergence.around import Coordinates
 from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.operators.context import Context, context_rows, has_rows, mapped, structure
 from divflow.operators.differentiating import evaluated
@@ -55,6 +56,16 @@ class Conditioned(nn.Module):
     def call(self, function: Callable[..., Any], t: Tensor, x: Tensor) -> Any:
         """Call a function of g's with t, x and a copy of the context."""
         return function(t, x, mapped(Tensor.clone, self.context))
+
+    @property
+    def divflow_nearby(self) -> "Conditioned":
+        """The same, of a g that takes points off its manifold as the closest ones, if it is a field on one."""
+        return type(self)(getattr(self.g, "divflow_nearby", self.g), self.context)
+
+    def divflow_around(self, x: Tensor, estimated: bool) -> Coordinates | None:
+        """The coordinates of g, if it is a field on a manifold."""
+        method = getattr(self.g, "divflow_around", None)
+        return None if method is None else method(x, estimated)
 
     @property
     def divflow_rows(self) -> "Callable[[list[int]], Conditioned] | None":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from divflow.divergence.around import around
 from divflow.divergence.estimator import Estimate, Estimator
 from divflow.divergence.exact.colored.method import Colored
 from divflow.divergence.exact.conditioned import given
@@ -172,6 +173,8 @@ class Exact(Estimator):
         """
         x = checked_state(x)
         t, g = as_time(t, x), given(g, context, x)
+        if (near := around(g, x, estimated=False)) is not None:
+            g, x = near[0], near[1].origin
         plan, note = self._explained(self._evaluation(g, t, x)), record_of(AtTime(g, t), x).note
         return plan._replace(why=f"{plan.why}; {note}") if note else plan
 
