@@ -21,7 +21,8 @@ class Euclidean(Manifold):
 
     def __init__(self, n: int) -> None:
         check_count("n", n)
-        self.event_shape, self.dim = Size([n]), n
+        self.n = self.dim = n
+        self.event_shape = Size([n])
 
     def __repr__(self) -> str:
         return f"Euclidean({self.dim})"

@@ -1,6 +1,8 @@
 """What a manifold is: a closest point, a tangent projection, and where they are known its geodesics and densities."""
 
+import inspect
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -42,6 +44,23 @@ class Manifold(ABC):
 
     def __hash__(self) -> int:
         return hash(repr(self))
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which it is built again: `_target_`, the class, and its arguments, which are attributes of the same names.
+
+        Raises:
+            ManifoldError: an argument is no attribute.
+        """
+        names = inspect.signature(type(self)).parameters
+        if lacking := [name for name in names if not hasattr(self, name)]:
+            raise ManifoldError(
+                f"{type(self).__name__} keeps no attribute {lacking[0]!r}, its argument, so that a checkpoint can't describe it; set "
+                f"self.{lacking[0]} in its __init__, or write its method config"
+            )
+        return {
+            "_target_": f"{type(self).__module__}.{type(self).__qualname__}",
+            **{name: getattr(self, name) for name in names},
+        }
 
     @abstractmethod
     def project(self, x: Tensor) -> Tensor:

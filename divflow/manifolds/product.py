@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -43,6 +44,11 @@ class Product(Manifold):
 
     def __repr__(self) -> str:
         return f"Product({', '.join(f'{name}={part}' for name, part in self.parts.items())})"
+
+    def config(self) -> dict[str, Any]:
+        """The class, and each part's own by its name."""
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"_target_": name, **{name: part.config() for name, part in self.parts.items()}}
 
     def split(self, x: Tensor) -> dict[str, Tensor]:
         """The parts of points or vectors `(*batch, n)`, by name and each of its own shape."""

@@ -27,7 +27,8 @@ class Sphere(Symmetric):
 
     def __init__(self, d: int) -> None:
         check_count("d", d)
-        self.event_shape, self.dim = Size([d + 1]), d
+        self.d = self.dim = d
+        self.event_shape = Size([d + 1])
 
     def __repr__(self) -> str:
         return f"Sphere({self.dim})"

@@ -29,7 +29,8 @@ class Torus(Symmetric):
     def __init__(self, n: int, period: float = 2 * math.pi) -> None:
         check_count("n", n)
         check_positive("period", period)
-        self.event_shape, self.dim, self.period = Size([n]), n, float(period)
+        self.n = self.dim = n
+        self.event_shape, self.period = Size([n]), float(period)
 
     def __repr__(self) -> str:
         return f"Torus({self.dim}, period={self.period:.6g})"

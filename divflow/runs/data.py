@@ -12,10 +12,11 @@ from divflow.data.module import TensorDataModule
 from divflow.data.own import check_loaders, first_parts, is_features
 from divflow.errors import checked_event_shape
 from divflow.flow.transforms import Affine, Transform
+from divflow.manifolds import Manifold
 from divflow.operators.context import named_tensors
-from divflow.saved.build import ConfigError
+from divflow.saved.named import ConfigError, made
 
-__all__ = ["build_data", "data_description"]
+__all__ = ["build_data", "data_description", "manifold_of"]
 
 
 def build_data(settings: Mapping[str, Any]) -> tuple[L.LightningDataModule, Keys | None]:
@@ -62,6 +63,26 @@ def data_description(data: L.LightningDataModule, keys: Keys | None, network: Ma
     if data.coordinates is not None:
         found["coordinates"] = data.coordinates.config()
     return found | {name: list(getattr(data, name)) for name in ("columns", "context_columns") if hasattr(data, name)}
+
+
+def manifold_of(data: L.LightningDataModule, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The manifold of a run as plain values: that of its data, or the one given by the config; None for all of space.
+
+    Args:
+        data: data module, divflow's or any other.
+        given: config of the manifold, or None.
+
+    Raises:
+        ConfigError: both, and they are two.
+    """
+    own = getattr(data, "manifold", None)
+    if not isinstance(own, Manifold):
+        return None if given is None else dict(given)
+    if given is not None and made("manifold", given, Manifold) != own:
+        raise ConfigError(
+            f"the data lie on {own}, but manifold={made('manifold', given, Manifold)}; leave the manifold out"
+        )
+    return own.config()
 
 
 def _own(data: L.LightningDataModule, keys: Keys | None, network: Mapping[str, Any]) -> dict[str, Any]:

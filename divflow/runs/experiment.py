@@ -27,7 +27,7 @@ from divflow.errors import DivflowError
 from divflow.flow import FlowDensity
 from divflow.flow.evaluation_time import EvaluationTimeError
 from divflow.runs.compiled import compile_network
-from divflow.runs.data import build_data, data_description
+from divflow.runs.data import build_data, data_description, manifold_of
 from divflow.runs.folder import claim, earlier_metrics, link_latest, save_config, save_results, take_along
 from divflow.runs.loggers import build_loggers, log_settings, own_wandb_run
 from divflow.runs.report import print_results
@@ -221,6 +221,8 @@ def _build_task(config: DictConfig, data: L.LightningDataModule, keys: Keys | No
     names = ("network", *(_SCORE if scored else _FLOW))
     density_config = {name: plain[name] for name in names}
     density_config |= data_description(data, keys, plain["network"])
+    if (manifold := manifold_of(data, plain["manifold"])) is not None:
+        density_config["manifold"] = manifold
     names = ("estimator", "likelihood", "solver")
     ways, evaluation = ({name: it[name] for name in names} for it in (plain, plain["evaluation"]))
     described = {name: plain[name] for name in ("objective", "times")} if scored else {}

@@ -16,6 +16,7 @@ from divflow.divergence import Estimator
 from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.flow.transforms import MeanFreeScale
 from divflow.likelihood import Likelihood
+from divflow.manifolds import Manifold
 from divflow.operators.differentiating import evaluated
 from divflow.saved.named import ConfigError, made, named
 from divflow.score import ScoreDensity, UnnormalizedDensity
@@ -47,7 +48,8 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
 
             - `network`, `estimator`, `likelihood`, `solver` and `transform` name classes by `_target_`;
             - `event_shape` is that of the data, as are `context_features` and `context_transform` if they have a context;
-            - a flow has `t_base`, `t_data` and `base` (None for the standard normal);
+            - a flow has `t_base`, `t_data` and `base` (None for the standard normal, or the manifold's own);
+            - data on a manifold have a `manifold`;
             - a score has `sde` (None for none), `data_std`, `noise_levels` and `sampler` (None for the probability flow of the SDE).
 
     Returns:
@@ -61,9 +63,10 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
     transform = instantiate(config["transform"], _convert_="all")
     base = _build_base(config.get("base"), shape)
     _check_base(base, transform)
+    manifold = None if config.get("manifold") is None else made("manifold", config["manifold"], Manifold)
     if "sde" not in config:
         times = {name: config[name] for name in ("t_base", "t_data")}
-        flow = ContinuousFlow(network, shape, **build_ways(config), **times, base=base)
+        flow = ContinuousFlow(network, shape, **build_ways(config), **times, base=base, manifold=manifold)
         of_context = config.get("context_transform")
         return FlowDensity(flow, transform, None if of_context is None else instantiate(of_context, _convert_="all"))
     sde = _build_sde(config["sde"], shape)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from divflow.saved.build import build_density, build_objective, build_ways
 from divflow.saved.checkpoint import check_state, check_targets, named_classes
+from divflow.saved.named import ConfigError, named
 from divflow.score import ScoreDensity, UnnormalizedDensity
 from divflow.tasks.errors import TaskError
 
@@ -42,8 +43,34 @@ def build_task(config: Mapping[str, Any], make: Callable[..., Any] | None = None
     if not isinstance(density, UnnormalizedDensity) and "evaluation" not in arguments:
         arguments["evaluation"] = density.flow.replace(**build_ways(config))
     settings = {name: value for name, value in settings.items() if name not in arguments}
+    if "path" in (settings.get("objective") or {}):
+        settings["objective"] = _on_manifold(settings["objective"], config.get("manifold"))
     made = instantiate({**settings, "_partial_": True}, _convert_="all")
     return (make or made.func)(density, config=dict(config), **made.keywords, **arguments)
+
+
+def _on_manifold(objective: Mapping[str, Any], manifold: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Give the path and the coupling of flow matching the manifold of the data.
+
+    Raises:
+        ConfigError: the path leaves the manifold, or is one of manifolds and there is none.
+    """
+    given = {name: it for name, it in objective.items() if isinstance(it, Mapping) and _takes_manifold(it)}
+    if manifold is None:
+        if "path" in given and given["path"].get("manifold") is None:
+            raise ConfigError(
+                "path=geodesic is for data on a manifold, but these are not; add manifold=sphere, or take data=sphere, torus or rotations"
+            )
+        return dict(objective)
+    if "path" not in given:
+        path = objective["path"].get("_target_")
+        raise ConfigError(f"{path} leaves the manifold of the data, {manifold}; use path=geodesic")
+    return {**objective, **{name: {**it, "manifold": it.get("manifold") or manifold} for name, it in given.items()}}
+
+
+def _takes_manifold(settings: Mapping[str, Any]) -> bool:
+    made = named(settings["_target_"], "_target_") if "_target_" in settings else None
+    return made is not None and "manifold" in inspect.signature(made).parameters
 
 
 def restore_task(
