@@ -2,8 +2,9 @@
 
     python tests/benchmarks/pictures.py layered.png colors.png
 
-draws these two, and all of them if none is named. `noise_to_data.png` and `nodes.png` show the flow of `python train.py task=flow_matching`, which is
-trained first if `outputs/benchmarks/two_moons` does not hold it.
+draws these two, and all of them if none is named. `noise_to_data.png` and `nodes.png` show the flow of `python train.py task=flow_matching`,
+`sphere_mixture.png` and `torus_paths.png` those of `data=sphere_mixture` and `data=torus_mixture`; flows that `outputs/benchmarks` does not hold are
+trained first.
 """
 
 import itertools
@@ -25,6 +26,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noq
 from run import config  # noqa: E402
 
 import divflow  # noqa: E402
+import divflow.data.toy  # noqa: E402
+from divflow.callbacks.manifold_plots import plot_map  # noqa: E402
 from divflow.divergence import Estimate, Estimator, Exact  # noqa: E402
 from divflow.divergence.exact.colored import colors as colored  # noqa: E402
 from divflow.flow import ContinuousFlow  # noqa: E402
@@ -35,14 +38,16 @@ from divflow.runs.experiment import train  # noqa: E402
 from divflow.solver import Solver  # noqa: E402
 from divflow.solver.step_control import StepTimes  # noqa: E402
 
-FOLDER = HERE.parents[1] / "outputs" / "benchmarks" / "two_moons"
+FOLDER = HERE.parents[1] / "outputs" / "benchmarks"
 
 
-def trained_flow() -> ContinuousFlow:
-    """The flow of `python train.py task=flow_matching`."""
-    checkpoint = FOLDER / "checkpoints" / "best.ckpt"
+def trained_flow(data: str = "two_moons") -> ContinuousFlow:
+    """The flow of `python train.py task=flow_matching` for some data."""
+    folder = FOLDER / data
+    checkpoint = folder / "checkpoints" / "best.ckpt"
     if not checkpoint.is_file():
-        train(config("task=flow_matching", "callbacks.figures=null", "device=cpu", f"output_dir={FOLDER}"))
+        words = "task=flow_matching", f"data={data}", "callbacks.figures=null", "device=cpu", f"output_dir={folder}"
+        train(config(*words))
     return divflow.load(checkpoint).flow.replace(likelihood=Quadrature(15), solver=Solver("dopri5", 1e-5, 1e-5))
 
 
@@ -276,7 +281,47 @@ def _in_a_row(ax: Axes, parts: tuple[tuple[str, str], ...], x: float, y: float) 
         x = ax.transData.inverted().transform(written.get_window_extent().get_points())[1, 0]
 
 
+@torch.no_grad()
+def sphere_mixture() -> None:
+    """Data, samples and log-density of a flow on the sphere."""
+    flow, data = trained_flow("sphere_mixture"), divflow.data.toy.sphere_mixture()
+    torch.manual_seed(0)
+    drawn = plot_map(data.sample(2_000), flow.sample(2_000), flow.log_prob)
+    drawn.set_size_inches(12, 2.8)
+    save(drawn, "sphere_mixture.png")
+
+
+@torch.no_grad()
+def torus_paths() -> None:
+    """The paths of samples on the torus from the base, over the log-density; they leave on one side and come back on the other."""
+    flow = trained_flow("torus_mixture")
+    line = (torch.arange(120) + 0.5) * 2 * torch.pi / 120 - torch.pi
+    density = flow.log_prob(torch.cartesian_prod(line, line)).view(120, 120).T
+    paths = flow.trajectory(flow.sample_base(40, Generator().manual_seed(1)), torch.linspace(0, 1, 60).tolist())
+    degrees = paths.rad2deg().transpose(0, 1)
+    drawn = figure(3.6)
+    ax = drawn.subplots()
+    image = ax.imshow(density, extent=(-180, 180) * 2, origin="lower", cmap="Blues", vmin=density.max() - 10)
+    for path in degrees:
+        apart = (path[1:] - path[:-1]).abs().amax(dim=1) > 180  # at the end of a period
+        pieces = torch.where(torch.cat([apart, apart.new_zeros(1)])[:, None], torch.nan, path)
+        ax.plot(*pieces.T, color="0.3", linewidth=0.7, marker="")
+        ax.plot(*path[-1], color=OURS, marker=".", markersize=5)
+    ticks = (-180, -90, 0, 90, 180)
+    ax.set(
+        xlim=(-180, 180),
+        ylim=(-180, 180),
+        xticks=ticks,
+        yticks=ticks,
+        xlabel="first angle (degrees)",
+        ylabel="second angle",
+    )
+    drawn.colorbar(image, ax=ax, label="log p (nats)", extend="min")
+    save(drawn, "torus_paths.png")
+
+
 PICTURES = {"noise_to_data.png": noise_to_data, "nodes.png": nodes, "colors.png": colors, "layered.png": layered}
+PICTURES |= {"sphere_mixture.png": sphere_mixture, "torus_paths.png": torus_paths}
 
 
 def main(*names: str) -> None:
