@@ -37,7 +37,7 @@ from divflow.saved.build import ConfigError
 from divflow.saved.checkpoint import check_state, init_weights, load_state, read_checkpoint, which_weights
 from divflow.score import UnnormalizedDensity
 from divflow.tasks.building import build_task
-from divflow.tasks.resuming import check_resumed
+from divflow.tasks.resuming import check_resumed, warn_of_seed
 from divflow.tasks.task import Task
 
 __all__ = ["train"]
@@ -111,6 +111,7 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         if taken is not None:
             print(f"starting from {taken}; the optimizer starts anew")
         if resumed is not None:
+            warn_of_seed(config.seed, resumed)
             take_along(Path(ckpt_path), output)
             _resume_metrics(trainer, earlier_metrics(Path(ckpt_path), resumed["global_step"], output))
         save_config(config, output, f"step {resumed['global_step']} of {ckpt_path}" if resumed else "")
