@@ -73,6 +73,10 @@ def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
         return _unreadable(error)
     if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error)):
         return _several_values(found[1], found[2], groups)
+    if isinstance(error, OSError) and not str(error.filename).endswith(
+        ".yaml"
+    ):  # which Hydra makes before the command runs
+        return f"{error.filename} can't be made ({error.strerror}). Choose another folder by output_dir=..."
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(error).startswith("Could not override"):
         return _no_such_setting(cause, groups)

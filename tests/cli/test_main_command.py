@@ -179,7 +179,7 @@ def test_help_and_mistakes_come_before_what_is_slow_to_import(tmp_path):
             ([name, "--help"], ["torch", "lightning", "matplotlib"])
             for name in ("train", "evaluate", "sample", "compare")
         ),
-        (["train", "solver.method=dopri9"], ["lightning"]),
+        *((["train", it], ["lightning"]) for it in ("solver.method=dopri9", "+network.depth=3", "seed=-1")),
         (["evaluate", "ckpt_path=none.ckpt"], ["lightning", "matplotlib"]),
         (["sample", "ckpt_path=none.ckpt"], ["lightning"]),
     ]
