@@ -43,11 +43,7 @@ __all__ = [
     "take",
 ]
 
-# A diagonal has one of these forms:
-# None       ones
-# () (r,)    the same for the whole batch
-# (k, r)     one per sample
-# (k, 1)     one number per sample for all entries, which commutes with every matrix
+# None for ones; () or (r,) for the whole batch; (k, r) per sample; (k, 1) one number per sample, which commutes with matrices.
 Diagonal = Tensor | None
 # A matrix is multiplied with the layer below it if it has so many times fewer rows than columns.
 _NARROW = 8
