@@ -1,5 +1,6 @@
 """What Hydra refuses of a command line, in one line with the remedy, and what it would take in silence."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def check_options(arguments: Sequence[str], command: str) -> None:
     Raises:
         ConfigError: with the setting as it is written here.
     """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         option, equals, value = argument.partition("=")
         # An option may be cut short, and the value of a short one may follow without a space.
         if not argument.startswith("-") or any(it.startswith(option) for it in OPTIONS) or _is_short(option):

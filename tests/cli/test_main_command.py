@@ -169,6 +169,7 @@ def test_the_options_are_those_of_hydra():
     parser = get_args_parser()
     assert set(OPTIONS) == {it for action in parser._actions for it in action.option_strings}
     check_options([*OPTIONS, "--multi", "-cjob", "--config-dir=a", "seed=-1", "10"], "train")
+    check_options([], "train")
 
 
 def test_help_and_mistakes_come_before_what_is_slow_to_import(tmp_path):
