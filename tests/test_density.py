@@ -131,6 +131,50 @@ def test_a_context_is_looked_at_as_data_are():
             conditional.log_prob(x, wrong)
 
 
+def test_a_context_may_be_given_by_the_names_of_its_columns():
+    """As the tensor of these columns in their order: a number for all rows, or one for each, whose gradients are those of the tensor."""
+    flow = ContinuousFlow(lambda t, x, c: c[:, :1] - x * c[:, 1:], 2)
+    density = FlowDensity(flow, Affine(), Affine([40.0, 170.0], [10.0, 5.0]))
+    density.context_columns = ["age", "height"]
+    x, heights = torch.randn(3, 2), torch.tensor([160.0, 170.0, 185.0], dtype=torch.float64, requires_grad=True)
+    context = torch.stack([torch.full((3,), 41.0, dtype=torch.float64), heights], dim=1)
+    expected = density.log_prob(x, context)
+    for given in ({"height": heights, "age": 41}, {"age": np.full(3, 41), "height": heights.tolist()}):
+        torch.testing.assert_close(density.log_prob(x, given), expected, rtol=0, atol=0)
+    by_name, by_tensor = (
+        torch.autograd.grad(density.log_prob(x, it).sum(), heights)[0]
+        for it in ({"age": 41.0, "height": heights}, context)
+    )
+    torch.testing.assert_close(by_name, by_tensor)
+    named = {"age": 41.0, "height": 170.0}
+    draw, rows = (lambda: torch.Generator().manual_seed(0)), torch.tensor([[41.0, 170.0]]).expand(4, 2)
+    assert torch.equal(density.sample(4, named, draw()), density.sample(4, rows, draw()))
+    weights = [
+        density.importance_weights(lambda x: -x.square().sum(dim=1), 4, draw(), context=it) for it in (named, rows)
+    ]
+    assert torch.equal(weights[0].log_weights, weights[1].log_weights)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"age": 41.0}, "the context names age, but the columns of the context are age, height"),
+        ({"age": 41.0, "hieght": 1.0, "height": 170.0}, "the context names age, hieght, height, but"),
+        ({"age": "old", "height": 170.0}, r"context's age must be a number or \(3,\) of them, but is 'old'"),
+        ({"age": torch.ones(3, 1), "height": 170.0}, r"context's age must be .* \(3,\), but has shape \(3, 1\)"),
+        ({"age": torch.ones(4), "height": 170.0}, r"one number per sample, \(3,\), but has shape \(4,\)"),
+        ({"age": math.nan, "height": 170.0}, "the context must be finite, but is not in row 0, 1, 2 of 3"),
+    ],
+)
+def test_what_is_no_context_by_name(given, message):
+    density = FlowDensity(ContinuousFlow(lambda t, x, c: c - x, 2), Affine(), Affine([40.0, 170.0], [10.0, 5.0]))
+    with pytest.raises(FieldError, match="To give numbers by name, set context_columns"):
+        density.log_prob(torch.zeros(3, 2), given)
+    density.context_columns = ["age", "height"]
+    with pytest.raises(FieldError, match=message):
+        density.log_prob(torch.zeros(3, 2), given)
+
+
 # Out of range --------------------------------------------------------------------------------------------------------
 
 

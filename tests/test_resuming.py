@@ -66,6 +66,19 @@ def test_settings_that_the_checkpoint_overrules_are_reported(stopped, tmp_path, 
         run(tmp_path / "longer", annealed, "task=flow_matching", "trainer.max_steps=6")
 
 
+def test_another_seed_is_reported_and_changes_nothing(stopped, tmp_path, recwarn):
+    """The order of rows and the noise go on with the seed of the checkpoint, so that both end in the same weights."""
+    last, _, _ = stopped
+    settings = [last, "task=flow_matching", "task.scheduler=null"]
+    same = run(tmp_path / "same", *settings, "seed=0")
+    assert not [it for it in recwarn if "seed=" in str(it.message)]
+    with pytest.warns(UserWarning, match=r"noise go on with seed=0 of the checkpoint, not with seed=1, which only"):
+        other = run(tmp_path / "other", *settings, "seed=1")
+    assert other == same
+    run(tmp_path / "none", *settings, "seed=null")
+    assert not [it for it in recwarn if "seed=" in str(it.message)]
+
+
 def test_results_have_both_weights(stopped, tmp_path, capsys):
     """Each as a run that ends with them finds it: at a learning rate of zero both are what training starts from."""
     _, folder, results = stopped

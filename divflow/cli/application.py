@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 import divflow.cli.help  # registers how choices are listed
 import divflow.runs.sweeps  # registers how the folders of a sweep are named
 from divflow.cli.command_line import for_hydra
-from divflow.cli.mistakes import check_no_choice_is_hidden, in_a_line
+from divflow.cli.mistakes import check_no_choice_is_hidden, check_options, in_a_line
 from divflow.errors import DivflowError
 from divflow.runs.signals import alone
 
@@ -69,6 +69,7 @@ def run_application(name: str, arguments: Sequence[str]) -> None:
     # Until there is a config, let Hydra raise its errors. It would print them, some with a traceback.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        check_options(arguments, name)
         with _command_line([given[0], *for_hydra(arguments)]):
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(run)()
     except Exception as error:

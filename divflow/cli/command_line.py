@@ -3,11 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["for_hydra"]
+__all__ = ["OPTIONS", "for_hydra"]
 
 _FOLDERS = ("--config-path", "-cp")
 # Options whose value is the next argument.
-_WITH_VALUE = (*_FOLDERS, "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
+_WITH_VALUE = (
+    *_FOLDERS,
+    *("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--experimental-rerun"),
+)
+OPTIONS = (
+    *_WITH_VALUE,
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--shell-completion", "-sc", "--info", "-i"),
+)
+"""All options of Hydra's parser."""
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 

@@ -168,7 +168,7 @@ def _sorted(runs: Sequence[_Run]) -> list[_Run]:
 
 
 def _shown(metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Results with their errors: those of a test, or over several seeds those of their mean."""
+    """Results with their standard errors, and over what these are taken: the rows of the test, or several seeds."""
     first, count = metrics[0], len(metrics)
     shown = {}
     for name in (name for name in first if f"{name}{_ERROR}" in first or "val/" in name):
@@ -182,7 +182,8 @@ def _shown(metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
         shown[name] = f"{statistics.fmean(it[name] for it in metrics if name in it):.1e}"
     for name in ("seconds", "steps"):
         shown[name] = f"{statistics.fmean(it[name] for it in metrics):.0f}"
-    return shown if count == 1 else shown | {"seeds": str(count)}
+    over = f"{count} seeds" if count > 1 else "test rows" if any(name.endswith(_ERROR) for name in first) else None
+    return shown if over is None else shown | {"± over": over}
 
 
 def _named(runs: Sequence[_Run]) -> dict[str, _Run]:
@@ -196,7 +197,8 @@ def _table(runs: Mapping[str, _Run], count: int) -> Any:
     from rich.table import Table
 
     keys = dict.fromkeys(key for it in runs.values() for key in it.settings)
-    differing = [key for key in keys if len({str(it.settings.get(key)) for it in runs.values()}) > 1]
+    values = {key: [str(it.settings.get(key)) for it in runs.values()] for key in keys}
+    differing = [key for key in keys if len(set(values[key])) > 1 and not _is_of_group(key, values)]
     shown = {name: _shown(it.metrics) for name, it in runs.items()}
     results = list(dict.fromkeys(name for it in shown.values() for name in it))
     lines = [["", *differing, *results]]
@@ -205,14 +207,19 @@ def _table(runs: Mapping[str, _Run], count: int) -> Any:
         lines.append([name, *settings, *(shown[name].get(key, "–") for key in results)])
     if len(lines[0]) > len(lines):
         lines = [list(line) for line in zip(*lines, strict=True)]
-    seeds = any(len(it.metrics) > 1 for it in runs.values())
-    title = f"{count} runs{', ± over seeds where there are several' if seeds else ''}, the best first"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{count} runs, the best first", title_justify="left")
     for number, name in enumerate(lines[0]):
         table.add_column(name, overflow="fold", no_wrap=number == 0)
     for line in lines[1:]:
         table.add_row(*line)
     return table
+
+
+def _is_of_group(key: str, values: Mapping[str, Sequence[str]]) -> bool:
+    """Whether an argument of the task is that of a group in all runs: `task.objective.coupling` takes `coupling`."""
+    parts = key.split(".")
+    shorter = (".".join(parts[i:]) for i in range(1, len(parts)) if parts[0] == "task")
+    return any(values.get(name) == values[key] for name in shorter)
 
 
 def _named_class(key: str, value: Any) -> tuple[str, Any]:

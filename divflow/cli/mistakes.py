@@ -1,7 +1,8 @@
 """What Hydra refuses of a command line, in one line with the remedy, and what it would take in silence."""
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -10,14 +11,44 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from divflow.cli.command_line import OPTIONS
 from divflow.saved.named import ConfigError, meant
 
-__all__ = ["check_no_choice_is_hidden", "in_a_line"]
+__all__ = ["check_no_choice_is_hidden", "check_options", "in_a_line"]
 
+_LONG = [it for it in OPTIONS if it.startswith("--")]
+_SHORT = tuple(it for it in OPTIONS if not it.startswith("--"))
 # The groups that a task brings with it.
 _OF_TASK = dict.fromkeys(("sde", "objective", "sampler"), "score") | dict.fromkeys(
     ("path", "coupling"), "flow_matching"
 )
+
+
+def check_options(arguments: Sequence[str], command: str) -> None:
+    """Refuse settings that are written as options, `--num_samples 10`.
+
+    Args:
+        arguments: command line, without the command.
+        command: such as `sample`.
+
+    Raises:
+        ConfigError: with the setting as it is written here.
+    """
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        option, equals, value = argument.partition("=")
+        # An option may be cut short, and the value of a short one may follow without a space.
+        if not argument.startswith("-") or any(it.startswith(option) for it in OPTIONS) or _is_short(option):
+            continue
+        if not equals and following and "=" not in following and not following.startswith("-"):
+            value = following
+        written = f"{option.lstrip('-').replace('-', '_')}={value or 'VALUE'}"
+        raise ConfigError(
+            f"divflow {command} has no option {option}{meant(option, _LONG, 0.85)}. Settings are written without dashes: {written}"
+        )
+
+
+def _is_short(option: str) -> bool:
+    return not option.startswith("--") and option.startswith(_SHORT)
 
 
 def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
@@ -41,6 +72,12 @@ def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
         return f"divflow {command} has no group {found[1]!r} here{where}"
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
+    if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error)):
+        return _several_values(found[1], found[2], groups)
+    if isinstance(error, OSError) and not str(error.filename).endswith(
+        ".yaml"
+    ):  # which Hydra makes before the command runs
+        return f"{error.filename} can't be made ({error.strerror}). Choose another folder by output_dir=..."
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(error).startswith("Could not override"):
         return _no_such_setting(cause, groups)
@@ -77,6 +114,13 @@ def _unreadable(error: OverrideParseException) -> str:
         f"{given!r} can't be read; in a shell, put a setting with spaces, braces or brackets between quotation marks, such as "
         '"context={age: 41}", and write a list as name=[a,b]'
     )
+
+
+def _several_values(name: str, values: str, groups: Iterable[str]) -> str:
+    many = f"{name}={values} has several values"
+    if name in groups or "[" in values:
+        return f"{many}. Add -m for a run with each of them, or give one"
+    return f"{many}. Write a list as {name}=[{values}], or add -m for a run with each of them"
 
 
 def _no_such_setting(cause: OmegaConfBaseException, groups: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from divflow.cli.trained import (
 )
 from divflow.flow import FlowDensity
 from divflow.flow.data_density import in_units
+from divflow.flow.named_context import in_order
 from divflow.operators.context import Context, mapped
 from divflow.saved.build import ConfigError
 from divflow.score import ScoreDensity, UnnormalizedDensity
@@ -75,15 +76,15 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
     """Context of all samples, `(features,)`, or a dict for a velocity of your own that takes one; None if none is given.
 
     Raises:
-        ConfigError: it is neither a list of numbers nor numbers by the names of its columns; the density needs one and none is given,
-            or takes none.
+        ConfigError: it is neither a list of numbers nor numbers by the names of its columns, nor a number for one column; the density
+            needs one and none is given, or takes none.
+        FieldError: names that are not those of its columns.
     """
     standardized, columns = getattr(density, "context_transform", None), getattr(density, "context_columns", None)
     if numbers is None:
         if standardized is not None:
-            named = f": {', '.join(columns)}" if columns else ""
             raise ConfigError(
-                f"the density is conditional, but no context was given. Give {standardized.shift.numel()} numbers{named}, as context=[0.1,...]"
+                f"the density is conditional, but no context was given. Give {_asked(standardized.shift.numel(), columns)}"
             )
         return None
     if not isinstance(density, FlowDensity) or isinstance(density, ScoreDensity):
@@ -91,13 +92,13 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
     if isinstance(numbers, Mapping) and not columns and standardized is None:
         return {str(name): _tensor(name, value, density) for name, value in numbers.items()}
     if isinstance(numbers, Mapping):
-        if set(map(str, numbers)) != set(columns or ()):
+        if not columns:
             raise ConfigError(
-                f"context={numbers} names {', '.join(map(str, numbers))}, but the columns of the context are "
-                f"{', '.join(columns or ()) or 'unnamed. Give a list'}"
+                f"context={numbers} gives names, but the columns of the context are unnamed. Give a list, as context=[0.1,...]"
             )
-        by_name = {str(name): number for name, number in numbers.items()}
-        numbers = [by_name[name] for name in columns or ()]
+        numbers = in_order(numbers, columns)
+    if isinstance(numbers, int | float) and standardized is not None and standardized.shift.numel() == 1:
+        numbers = [numbers]
     try:
         if isinstance(numbers, str):  # each letter of which may be a number
             raise TypeError
@@ -107,8 +108,18 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
     except (TypeError, ValueError):
         context = torch.tensor([math.nan], device="cpu")
     if not context.isfinite().all():
-        raise ConfigError(f"context must be a list of numbers, such as [0.1,-0.3], but is {numbers!r}")
+        asked = "a list of numbers, such as [0.1,-0.3]"
+        if standardized is not None:
+            asked = _asked(standardized.shift.numel(), columns)
+        raise ConfigError(f"context must be {asked}, but is {numbers!r}")
     return context
+
+
+def _asked(count: int, columns: Sequence[str] | None) -> str:
+    named = f" ({', '.join(columns)})" if columns else ""
+    return (
+        f"1 number{named}, as context=0.1" if count == 1 else f"a list of {count} numbers{named}, as context=[0.1,...]"
+    )
 
 
 def _tensor(name: Any, value: Any, density: FlowDensity) -> Tensor:

@@ -1,6 +1,6 @@
 """The density of data through their preprocessing: what tasks train and `divflow.load` returns."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from divflow.errors import DivflowError, FieldError
 from divflow.flow.continuous import ContinuousFlow
 from divflow.flow.evaluation import FlowEvaluation
 from divflow.flow.importance import ImportanceWeights
+from divflow.flow.named_context import from_columns
 from divflow.flow.rows import check_finite_rows, checked_rows
 from divflow.flow.settings import solved_settings
 from divflow.flow.transforms import Affine, Transform
@@ -35,7 +36,7 @@ class FlowDensity(nn.Module):
 
     Attributes:
         columns: the names of the data's columns, if the density was loaded and they have names; else None.
-        context_columns: those of the context's.
+        context_columns: those of the context's columns. A context may then be a dict of numbers by these names.
         coordinates: in which the data's file has the points of a manifold, if the density was loaded and they are of such a file. Then
             `coordinates.rows(samples)` are in the file's terms.
         watch_units: whether `evaluate` with diagnostics warns about data that are farther from the base than the model's
@@ -81,7 +82,7 @@ class FlowDensity(nn.Module):
         return "" if ends is None else f"data_range=({ends[0].min().item():g}, {ends[1].max().item():g})"
 
     def log_prob(self, x: Tensor, context: Context | None = None, generator: Generator | None = None) -> Tensor:
-        """Compute the log-density of data x `(k, *event)` in nats, `(k,)`."""
+        """Compute the log-density of data x `(k, *event)` in nats, `(k,)`; the arguments are those of `evaluate`."""
         return self.evaluate(x, context, generator, diagnostics=False).log_prob
 
     def evaluate(
@@ -97,7 +98,8 @@ class FlowDensity(nn.Module):
 
         Args:
             x: data `(k, *event)`.
-            context: a tensor or a tree of tensors, one row per sample, in its own units.
+            context: a tensor or a tree of tensors, one row per sample, in its own units; or, if `context_columns` are known, a dict
+                with a number, or one number per sample, for each of them, such as `{"age": 41.0}`.
             generator: draws a stochastic estimator's probes.
             diagnostics: estimate the errors even if that takes further evaluations.
             penalties: integrals to take along the trajectory, as `ContinuousFlow.evaluate`.
@@ -109,7 +111,9 @@ class FlowDensity(nn.Module):
             FieldError: x is not a floating-point tensor `(k, *event)`, or has rows that are not finite or out of the range of
                 the density.
         """
-        x, flow_context = checked_rows(x, self.flow.event_shape), self.flow_context(context)
+        x = checked_rows(x, self.flow.event_shape)
+        context = self._context(context, len(x))
+        flow_context = self.flow_context(context)
         try:
             y, log_det = self.transform(x, values=False)
             y, log_det = y.to(self.dtype), log_det.to(self.dtype)
@@ -131,13 +135,21 @@ class FlowDensity(nn.Module):
 
         Args:
             num_samples: how many.
-            context: one row per sample, in its own units.
+            context: as of `evaluate`.
             generator: draws the base samples.
 
         Raises:
             FieldError: samples that are not finite in the units of the data.
         """
-        return in_units(self.transform, self.flow.sample(num_samples, self.flow_context(context), generator))
+        given = self.flow_context(self._context(context, num_samples))
+        return in_units(self.transform, self.flow.sample(num_samples, given, generator))
+
+    def _context(self, context: Context | None, count: int) -> Context | None:
+        """A context of `count` samples that is given by the names of its columns as a tensor; any other as it is."""
+        columns, standardized = self.context_columns, self.context_transform
+        if not isinstance(context, Mapping) or columns is None or standardized is None:
+            return context
+        return from_columns(context, columns, count, standardized.shift)
 
     def flow_context(self, context: Context | None) -> Context | None:
         """Convert a context to what the flow takes: S(c), or c itself, floating-point tensors in the flow's dtype.
@@ -151,9 +163,12 @@ class FlowDensity(nn.Module):
         features, found = tuple(self.context_transform.shift.shape), getattr(context, "shape", None)
         if found is None or tuple(found[1:]) != features:
             what = f"a {type(context).__name__}" if found is None else f"of shape {tuple(found)}"
+            by_name = (
+                " To give numbers by name, set context_columns to the names." if isinstance(context, Mapping) else ""
+            )
             raise FieldError(
                 f"the context must be a tensor (k, {', '.join(map(str, features))}), one row per sample, which this density standardizes, "
-                f"but is {what}. For trees of tensors, leave context_transform out and let the velocity standardize them."
+                f"but is {what}. For trees of tensors, leave context_transform out and let the velocity standardize them.{by_name}"
             )
         return self.context_transform(checked_rows(context, name="the context"), values=False)[0].to(self.dtype)
 
@@ -173,7 +188,7 @@ class FlowDensity(nn.Module):
             log_target: of data `(n, *event)` in float64, `(n,)`, in nats; log Z is in its units.
             num_samples: n, at least 2.
             generator: of the samples.
-            context: one row per sample, in its own units.
+            context: as of `evaluate`.
             correct: subtracts half the variance of an estimated log p.
             batch_size: samples per solve, which bounds the memory.
         """
@@ -189,7 +204,7 @@ class FlowDensity(nn.Module):
             of_transformed,
             num_samples,
             generator,
-            context=self.flow_context(context),
+            context=self.flow_context(self._context(context, num_samples)),
             correct=correct,
             batch_size=batch_size,
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from divflow.divergence.exact.conditioned import Conditioned
 from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.operators.context import Context, context_rows, mapped, named_tensors, repeated
+from divflow.operators.field import called
 from divflow.solver.captured import is_differentiated, substituted
 
 __all__ = ["ConditionedField"]
@@ -49,7 +50,7 @@ class ConditionedField(Conditioned):
         """Call a function of the velocity's with the tensors of the solve."""
         context = mapped(lambda leaf: substituted(leaf).clone(), self.context)
         with self._as_solved():
-            return function(t, x) if self.context is None else function(t, x, context)
+            return called(function, t, x, *(() if self.context is None else (context,)))
 
     @property
     def finest_scale(self) -> Callable[[Tensor], Tensor] | None:

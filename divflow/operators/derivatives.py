@@ -25,7 +25,7 @@ from divflow.errors import FieldError
 from divflow.operators.compiled import eagerly
 from divflow.operators.context import Context, mapped, named_tensors
 from divflow.operators.dense import products_per_pass
-from divflow.operators.field import as_time, checked_state
+from divflow.operators.field import as_time, called, checked_state
 from divflow.operators.forward_laplacian import (
     one_number_a_sample,
 )
@@ -133,7 +133,8 @@ def jacobian(g: Callable[..., Tensor], t: Tensor | float, x: Tensor, *, context:
     x = checked_state(x)
     t = as_time(t, x)
     named_tensors(context)  # refuses other leaves
-    return _all_rows(lambda z: g(t.clone(), z, *([] if context is None else [mapped(Tensor.clone, context)])), x)
+    given = () if context is None else (context,)
+    return _all_rows(lambda z: called(g, t.clone(), z, *mapped(Tensor.clone, given)), x)
 
 
 def hessian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

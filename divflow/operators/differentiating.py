@@ -1,11 +1,12 @@
 """Fields that differentiate in x themselves, such as the gradient of a potential, evaluated with grad enabled."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from divflow.operators.field import Field
+from divflow.operators.field import Field, called
 from divflow.tape.graph import graph_of
 from divflow.verification.kept import Plans
 
@@ -28,7 +29,7 @@ def evaluated(g: Field, t: Tensor, x: Tensor, call: Callable[[Tensor, Tensor], T
         x: states `(k, *event)`.
         call: evaluates it; g itself if None.
     """
-    call = g if call is None else call
+    call = functools.partial(called, g) if call is None else call
     differentiable = torch.is_grad_enabled()
     if (differentiable and x.requires_grad) or torch.compiler.is_compiling():
         return call(t, x)

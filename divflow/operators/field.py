@@ -1,11 +1,13 @@
 """What a field g(t, x) receives and returns: checked, with the shapes that all else relies on."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from divflow.errors import FieldError
 
@@ -14,6 +16,7 @@ __all__ = [
     "Field",
     "accumulation_dtype",
     "as_time",
+    "called",
     "checked_state",
     "checked_value",
     "event_size",
@@ -114,6 +117,56 @@ def checked_value(value: Tensor, x: Tensor) -> Tensor:
     return value
 
 
+def called(g: Callable[..., Any], t: Tensor, x: Tensor, *context: Any) -> Any:
+    """Evaluate g(t, x), or g(t, x, context), and say what to do where g takes no time.
+
+    Args:
+        g: the function or module.
+        t: time, `()` or `(k,)`.
+        x: states `(k, *event)`.
+        *context: the context, if there is one.
+
+    Raises:
+        FieldError: the signature of g takes x without t. Errors of g itself are raised as they are.
+    """
+    try:
+        return g(t, x, *context)
+    except TypeError as error:
+        if _takes_no_time(g, 1 + len(context)):
+            rest = ", context" if context else ""
+            raise FieldError(
+                f"the field is called as g(t, x{rest}), but {_name(g)} takes g(x{rest}), without a time. Use lambda t, x{rest}: g(x{rest})."
+            ) from error
+        raise
+
+
+def _takes_no_time(g: Callable[..., Any], others: int) -> bool:
+    """Whether a call without the time, with `others` arguments, fits the signature of g, and one with it does not."""
+    if isinstance(g, nn.Module):
+        if g._forward_pre_hooks or type(g).__call__ is not nn.Module.__call__:  # which may take the time away
+            return False
+        g = g.forward
+    try:
+        signature = inspect.signature(g, follow_wrapped=False)  # what it wraps may be called otherwise
+    except (TypeError, ValueError):  # a built-in function
+        return False
+    if next(iter(signature.parameters), None) in ("t", "time"):
+        return False
+    return _fits(signature, others) and not _fits(signature, others + 1)
+
+
+def _fits(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _name(g: Callable[..., Any]) -> str:
+    return getattr(g, "__name__", type(g).__name__)
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a divergence is summed and returned: x's, but at least float32.
 
@@ -143,4 +196,4 @@ class AtTime:
         """Evaluate g(t, x)."""
         with torch.inference_mode(False):
             t = self.t.clone()
-        return self.g(t, x)
+        return called(self.g, t, x)

@@ -59,9 +59,9 @@ def made(setting: str, config: Mapping[str, Any], kind: type) -> Any:
     return found
 
 
-def meant(name: str, known: list[str]) -> str:
-    """A hint at the known name that is most like this one; empty if none is."""
-    close = difflib.get_close_matches(name, known, 1)
+def meant(name: str, known: list[str], likeness: float = 0.6) -> str:
+    """A hint at the known name that is most like this one; empty if none is as like as `likeness`, at most 1."""
+    close = difflib.get_close_matches(name, known, 1, likeness)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

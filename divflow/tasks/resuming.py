@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from divflow.errors import DivflowError
 
-__all__ = ["ResumeError", "check_resumed", "trained_by"]
+__all__ = ["ResumeError", "check_resumed", "trained_by", "warn_of_seed"]
 
 # Parts of a checkpoint from which Lightning resumes.
 _STATES = ("loops", "callbacks", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")
@@ -76,6 +76,22 @@ def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], chec
         schedule = new["lr_scheduler"]["scheduler"]
         for state in checkpoint["lr_schedulers"][:1]:
             _warn_of("learning rate schedule", type(schedule), state, schedule.state_dict())
+
+
+def warn_of_seed(seed: int | None, checkpoint: Mapping[str, Any]) -> None:
+    """Warn of a seed that is not that of the run that is resumed, whose order and noise go on.
+
+    Args:
+        seed: of the new run, or None for none.
+        checkpoint: as Lightning saved it.
+    """
+    before = checkpoint.get("noise_seed", seed)
+    if seed is not None and before != seed:
+        warnings.warn(
+            f"the order of rows and all noise go on with seed={before} of the checkpoint, not with seed={seed}, which only random numbers of "
+            "your own code outside of training steps follow. Start another run from its weights, by init_from=..., to change that",
+            stacklevel=2,
+        )
 
 
 def _settings(group: dict[str, Any], scheduled: bool) -> dict[str, Any]:

@@ -155,9 +155,12 @@ def test_a_table_with_a_context_from_the_command(tmp_path, monkeypatch):
     np.testing.assert_allclose(np.load("other.npy")[:, 0], expected, rtol=1e-5)
     write([[21.0, 0.0], [30.0, 0.0]], "none.csv", "a,id")
     assert "none.csv has no column b" in refused("evaluate", BEST, "data=table", "data.path=none.csv", "out=none.npy")
-    assert "1 numbers: b, as context=" in refused("sample", BEST, "out=none.npy")
+    main(["sample", BEST, "context=7", "num_samples=5", "out=u.npy"])
+    assert (np.load("u.npy") == np.load("t.npy")).all()
+    assert (density.sample(3, {"b": 7.0}).shape, density.sample(2, {"b": [7.0, 8.0]}).shape) == ((3, 1), (2, 1))
+    assert "Give 1 number (b), as context=0.1" in refused("sample", BEST, "out=none.npy")
     assert "names a, but the columns of the context are b" in refused("sample", BEST, "context={a: 1}", "out=none.npy")
-    assert "context must be a list of numbers" in refused("sample", BEST, "context='12'", "out=none.npy")
+    assert "context must be 1 number (b)" in refused("sample", BEST, "context='12'", "out=none.npy")
     given = refused("evaluate", BEST, "data=table", "data.path=t.csv", "data.context=a", "out=none.npy")
     assert "data.context=['a'] are not those of the training, ['b']" in given
 

@@ -11,12 +11,15 @@ import zipfile
 
 import built_wheel
 import pytest
+from hydra._internal.utils import get_args_parser
 from run import FAST, ROOT, SMALL_TOY
 from setuptools import find_packages
 
 import divflow
 from divflow.cli import application, main
 from divflow.cli.application import config_dir
+from divflow.cli.command_line import OPTIONS
+from divflow.cli.mistakes import check_options
 from divflow.runs.signals import Stopped, alone, heard
 
 
@@ -131,12 +134,42 @@ def test_a_signal_that_a_library_swallows_is_a_stop_all_the_same(number, stop):
         ("table.csv", "write data.path=table.csv"),
         ("context={age: 41", r"can't be read; in a shell.*\"context=\{age: 41\}\""),
         ("lr=0.1", r"no group or setting lr \(did you mean task.optimizer.lr\?\)"),
+        ("data.columns=height,weight", r"several values. Write a list as data.columns=\[height,weight\], or add -m"),
+        ("+data.columns=a,b", r"as \+data.columns=\[a,b\]"),
+        ("network.hidden=[64],[32]", r"network.hidden=\[64\],\[32\] has several values. Add -m for a run with each"),
+        ("task=flow,score", "task=flow,score has several values. Add -m for a run with each of them, or give one$"),
+        ("--seed=3", "divflow train has no option --seed. Settings are written without dashes: seed=3$"),
+        ("-n", "no option -n. Settings are written without dashes: n=VALUE"),
     ],
 )
 def test_what_is_no_setting(setting, message, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit, match=message):
         main(["train", setting])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--num_samples", "10"], "divflow sample has no option --num_samples. .* without dashes: num_samples=10$"),
+        (["--num-samples=10", "seed=1"], "no option --num-samples. .*: num_samples=10$"),
+        (["ckpt_path=a.ckpt", "--out", "a b.csv"], "out=a b.csv$"),
+        (["--overwrite", "seed=1"], "overwrite=VALUE$"),
+        (["--overwrite", "--seed", "1"], "no option --overwrite. .*: overwrite=VALUE$"),
+        (["--multirunn", "seed=1,2"], r"no option --multirunn \(did you mean --multirun\?\)"),
+    ],
+)
+def test_settings_are_no_options(given, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["sample", *given])
+
+
+def test_the_options_are_those_of_hydra():
+    """A single one may be cut short, or be one with its value."""
+    parser = get_args_parser()
+    assert set(OPTIONS) == {it for action in parser._actions for it in action.option_strings}
+    check_options([*OPTIONS, "--multi", "-cjob", "--config-dir=a", "seed=-1", "10"], "train")
+    check_options([], "train")
 
 
 def test_help_and_mistakes_come_before_what_is_slow_to_import(tmp_path):
@@ -147,7 +180,7 @@ def test_help_and_mistakes_come_before_what_is_slow_to_import(tmp_path):
             ([name, "--help"], ["torch", "lightning", "matplotlib"])
             for name in ("train", "evaluate", "sample", "compare")
         ),
-        (["train", "solver.method=dopri9"], ["lightning"]),
+        *((["train", it], ["lightning"]) for it in ("solver.method=dopri9", "+network.depth=3", "seed=-1")),
         (["evaluate", "ckpt_path=none.ckpt"], ["lightning", "matplotlib"]),
         (["sample", "ckpt_path=none.ckpt"], ["lightning"]),
     ]

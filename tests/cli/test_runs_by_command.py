@@ -111,7 +111,24 @@ def test_seeds_are_one_line_and_the_best_comes_first(tmp_path, monkeypatch, caps
     assert table[""] == ["lr-0.01_seed-*", "alone", "lr-0.1_seed-*"]
     assert table["test/nll"] == ["1.5000 ± 0.2887", "2.0000 ± 0.5000", "4.0000 ± 0.5774"]  # 0.5 / sqrt(3), 1 / sqrt(3)
     assert table["seed"] == ["0, 1, 2", "7", "0, 1, 2"]
-    assert table["seeds"] == ["3", "–", "3"]
+    assert table["± over"] == ["3 seeds", "test rows", "3 seeds"]
+
+
+def test_a_group_is_shown_once_although_the_task_takes_it_too(tmp_path, monkeypatch, capsys):
+    """And an argument of the task that differs from the group's is shown beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for name, rows, own in (("first", 8, 8), ("second", 64, 64)):
+        finished(tmp_path / name, 1.0, 0, 0.1)
+        of_task = f"  lr: 0.1\n  objective:\n    coupling:\n      max_rows: {rows}\n    path:\n      sigma: {own + 1}\n"
+        groups = f"coupling:\n  max_rows: {rows}\npath:\n  sigma: 0\n"
+        (tmp_path / name / "config.yaml").write_text(f"seed: 0\ntask:\n{of_task}{groups}")
+    main(["compare", "first", "second"])
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    table = {cells[0]: cells[1:] for cells in lines if len(cells) == 3}
+    assert table["coupling.max_rows"] == ["8", "64"]
+    assert table["task.objective.path.sigma"] == ["9", "65"]
+    assert "task.objective.coupling.max_rows" not in table
 
 
 def test_one_failing_run_of_a_sweep_leaves_the_others(tmp_path, monkeypatch, capsys):
@@ -132,6 +149,22 @@ def test_an_output_that_can_not_be_written_is_reported_before_the_work(runs, tmp
     for out in ("file/log_prob.csv", "folder.csv", "/proc/log_prob.csv"):
         with pytest.raises(SystemExit, match=rf"out={out} can't be written \(.+\)\. Choose another file by out="):
             main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", f"out={out}", "overwrite=true"])
+
+
+def test_a_solver_that_is_none_is_reported_before_the_checkpoint_is_read(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("divflow.cli.trained.read_checkpoint", None)  # is not come to
+    for command in ("evaluate", "sample"):
+        with pytest.raises(SystemExit, match="rtol must be a positive, finite number, but is -1"):
+            main(
+                [
+                    command,
+                    f"ckpt_path={runs}/exact/checkpoints/best.ckpt",
+                    "solver=dopri5",
+                    "solver.rtol=-1",
+                    "out=x.csv",
+                ]
+            )
 
 
 def test_what_can_not_be_written_at_the_end_is_kept_elsewhere(runs, tmp_path, monkeypatch):

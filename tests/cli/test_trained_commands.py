@@ -174,6 +174,41 @@ def test_a_function_of_ones_own_makes_the_density(best, tmp_path):
     assert "own_density" in refused("sample", "model._target_=own_density.nothing", "out=x.npy")
 
 
+_GIVEN = """
+import torch
+from divflow.flow import ContinuousFlow, FlowDensity
+from divflow.flow.transforms import Affine
+
+def given(count, columns=None):
+    flow = ContinuousFlow(lambda t, x, c: (c.sum(dim=1, keepdim=True) - x).expand_as(x), 1)
+    density = FlowDensity(flow, Affine(), Affine(torch.full((count,), 40.0), torch.ones(count)))
+    density.context_columns = columns
+    return density
+"""
+
+
+def test_a_context_is_a_number_where_the_density_is_given_one(best, tmp_path):
+    (tmp_path / "own_given.py").write_text(_GIVEN)
+    sample = ["sample", "model._target_=own_given.given", "num_samples=3"]
+    for name, context in (("number", "41"), ("list", "[41]"), ("other", "42.0")):
+        main([*sample, "+model.count=1", f"context={context}", f"out={name}.npy"])
+    assert (np.load("number.npy") == np.load("list.npy")).all()
+    assert (np.load("number.npy") != np.load("other.npy")).all()
+    main([*sample, "+model.count=1", "+model.columns=[age]", "context={age: 41}", "out=named.npy"])
+    assert (np.load("named.npy") == np.load("list.npy")).all()
+    for settings, message in (
+        (["+model.count=2", "context=41"], "a list of 2 numbers, as context=[0.1,...], but is 41"),
+        (["+model.count=2", "+model.columns=[age,size]", "context=41"], "a list of 2 numbers (age, size), as"),
+        (["+model.count=1", "context=old"], "1 number, as context=0.1, but is 'old'"),
+        (["+model.count=1", "context={age: 41}"], "the columns of the context are unnamed. Give a list"),
+        (
+            ["+model.count=1", "+model.columns=[age]", "context={old: 41}"],
+            "names old, but the columns of the context are age",
+        ),
+    ):
+        assert message in refused(*sample, *settings, "out=none.npy")
+
+
 _PIXELS = """
 from divflow.adapters import from_flow_matching
 from divflow.flow import FlowDensity

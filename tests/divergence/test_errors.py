@@ -1,11 +1,16 @@
 """What a field or an argument that is wrong gets: a FieldError that names the value and the remedy."""
 
+import functools
+
 import pytest
 import torch
 from catalogue import ESTIMATORS, Network
 from torch import nn
 
 from divflow.divergence import Exact, FieldError, Hutchinson, check_field, divergence
+from divflow.flow import ContinuousFlow
+from divflow.matching import ConditionalFlowMatching
+from divflow.operators import jacobian
 
 X = torch.randn(4, 3)
 
@@ -25,6 +30,71 @@ def test_bad_fields(name, kind):
     field, message = BAD_FIELDS[kind]
     with pytest.raises(FieldError, match=message):
         divergence(field, 0.0, X, ESTIMATORS[name])
+
+
+NET = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def of_state(x):
+    return -x
+
+
+@pytest.mark.parametrize("field", [NET, of_state, lambda x: -x, functools.partial(of_state)])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_field_without_a_time_is_told_how_to_take_one(name, field):
+    with pytest.raises(FieldError, match=r"called as g\(t, x\), but \S+ takes g\(x\).*Use lambda t, x: g\(x\)"):
+        ESTIMATORS[name](field, 0.0, X)
+
+
+def test_wherever_a_field_is_called_its_time_is_asked_for():
+    flow = ContinuousFlow(NET, 3)
+    calls = [lambda: check_field(NET, 0.0, X), lambda: Exact().explain(NET, 0.0, X), lambda: jacobian(NET, 0.0, X)]
+    for call in (*calls, lambda: flow.log_prob(X), lambda: flow.sample(2), lambda: ConditionalFlowMatching()(NET, X)):
+        with pytest.raises(FieldError, match=r"but Sequential takes g\(x\), without a time"):
+            call()
+    given = r"g\(t, x, context\), but <lambda> takes g\(x, context\).*Use lambda t, x, context: g\(x, context\)"
+    for call in (
+        lambda: divergence(lambda x, c: x * c, 0.0, X, context=X),
+        lambda: ContinuousFlow(lambda x, c: x * c, 3).log_prob(X, X),
+    ):
+        with pytest.raises(FieldError, match=given):
+            call()
+
+
+class TimeDropped(nn.Module):
+    """Whose hook takes the time away, so that its forward takes x alone and is called with x alone."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.own = forward
+        self.register_forward_pre_hook(lambda module, arguments: arguments[1:])
+
+    def forward(self, x):
+        return self.own(x)
+
+
+def within(t, x):
+    return of_state(t, x)
+
+
+@functools.wraps(of_state)
+def wrapping(t, x):
+    raise TypeError("my own")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (within, "of_state.. takes 1 positional argument but 2 were given"),
+        (wrapping, "my own"),
+        (TimeDropped(lambda x: x + "a"), "unsupported operand|must be Tensor"),
+        (lambda t, x, c: x, "missing 1 required positional argument"),
+        (lambda t: -t, "takes 1 positional argument but 2 were given"),
+    ],
+)
+def test_a_type_error_of_ones_own_code_stays_what_it_is(field, message):
+    with pytest.raises(TypeError, match=message):
+        Exact()(field, 0.0, X)
 
 
 def test_one_sample_without_a_batch_is_told_how_to_be_one():

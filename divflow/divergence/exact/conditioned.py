@@ -10,7 +10,7 @@ from divflow.divergence.around import Coordinates
 from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.operators.context import Context, context_rows, has_rows, mapped, structure
 from divflow.operators.differentiating import evaluated
-from divflow.operators.field import Field, checked_state, checked_value
+from divflow.operators.field import Field, called, checked_state, checked_value
 
 __all__ = ["Conditioned", "given"]
 
@@ -55,7 +55,7 @@ class Conditioned(nn.Module):
 
     def call(self, function: Callable[..., Any], t: Tensor, x: Tensor) -> Any:
         """Call a function of g's with t, x and a copy of the context."""
-        return function(t, x, mapped(Tensor.clone, self.context))
+        return called(function, t, x, mapped(Tensor.clone, self.context))
 
     @property
     def divflow_nearby(self) -> "Conditioned":

@@ -20,6 +20,7 @@ from divflow.operators.field import (
     Field,
     accumulation_dtype,
     as_time,
+    called,
     checked_state,
     checked_value,
     event_size,
@@ -106,7 +107,7 @@ def _columns(g: Field, t: Tensor, x: Tensor, vectors: Tensor) -> tuple[Tensor, T
 
     def product(vector: Tensor) -> tuple[Tensor, Tensor]:
         with Listening(_WrittenOut(create_graph)):
-            return jvp(lambda z: checked_value(g(t.clone(), z.clone()), x), (x,), (vector,))[:2]
+            return jvp(lambda z: checked_value(called(g, t.clone(), z.clone()), x), (x,), (vector,))[:2]
 
     try:
         # Before torch 2.12 inference mode has no batching rule for dual tensors.
