@@ -137,7 +137,12 @@ class FlowDensity(nn.Module):
         Raises:
             FieldError: samples that are not finite in the units of the data.
         """
-        return in_units(self.transform, self.flow.sample(num_samples, self.flow_context(context), generator))
+        return self.in_units(self.flow.sample(num_samples, self.flow_context(context), generator))
+
+    def in_units(self, y: Tensor) -> Tensor:
+        """Map samples to the units of the data as `in_units` does; on a manifold, in float64, they lie on it to its rounding."""
+        x = in_units(self.transform, y)
+        return x if self.flow.manifold is None else self.flow.manifold.project(x)
 
     def flow_context(self, context: Context | None) -> Context | None:
         """Convert a context to what the flow takes: S(c), or c itself, floating-point tensors in the flow's dtype.

@@ -158,6 +158,14 @@ class Manifold(ABC):
         """
         raise self._lacks("wrapped_normal")
 
+    def scale(self, like: Tensor) -> Tensor | float:
+        """What lengths of ambient tangent vectors are multiplied by to be those of the manifold: 1, a number or `event_shape`.
+
+        Args:
+            like: a tensor of the dtype and device.
+        """
+        return 1.0
+
     def base(self, dtype: torch.dtype | None = None) -> Distribution:
         """The density that flows start from unless another is given: the uniform one.
 
