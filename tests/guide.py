@@ -203,10 +203,23 @@ def _photos(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
+def _places(path: Path) -> None:
+    rows = np.random.default_rng(0).uniform([-90, -180], [90, 180], (100, 2))
+    np.savetxt(path, rows, delimiter=",", header="latitude,longitude", comments="")
+
+
+def _poses(path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(100, 4))
+    np.savetxt(path, rows / np.linalg.norm(rows, axis=1, keepdims=True), delimiter=",")
+
+
 # What a user has at a `data.path`.
 FILES = {
     "measurements.csv": _table("height,weight,age"),
     "messung.csv": _table("Höhe;Gewicht", ";", lambda value: f"{value:,.2f}".translate(str.maketrans(",.", ".,"))),
     "survey.csv": _table("income,age,weight"),
     "photos": _photos,
+    "dihedrals.csv": _table("phi,psi"),
+    "poses.csv": _poses,
+    "places.csv": _places,
 }

@@ -19,7 +19,18 @@ from divflow.solver import METHODS
 from divflow.solver.step_control import ADAPTIVE
 
 CONFIGS = ROOT / "configs"
-DENSITIES = ("two_moons", "circles", "two_spirals", "swiss_roll", "eight_gaussians", "checkerboard", "pinwheel")
+DENSITIES = (
+    "two_moons",
+    "circles",
+    "two_spirals",
+    "swiss_roll",
+    "eight_gaussians",
+    "checkerboard",
+    "pinwheel",
+    "sphere_mixture",
+    "torus_mixture",
+    "rotations_mixture",
+)
 # What a recipe may choose, and what it then chooses from.
 CHOICES = {
     "/recipe/network": "network",

@@ -19,6 +19,7 @@ from divflow.callbacks.weight_average import WeightAverage
 from divflow.data.batch import parts_of
 from divflow.data.module import TensorDataModule
 from divflow.flow import FlowDensity
+from divflow.score import UnnormalizedDensity
 from divflow.tasks.task import Task
 
 __all__ = ["Figures", "log_figure"]
@@ -119,23 +120,27 @@ class Figures(L.Callback):
         rows: Tensor = data.test.rows[: len(samples)].to(task.device)
         if data.images:
             return plot_images(rows, samples)
-        # A score without SDE has no density; where the truth is known, that is drawn, and the score over it.
-        truth = cast(Callable[[Tensor], Tensor], data.log_prob) if data.log_prob(rows[:1]) is not None else None
-        known = isinstance(density, FlowDensity)
-        log_prob, name = (density.log_prob, "Log-density") if known else (truth, "True log-density")
+        log_prob, name = (None, "") if data.context_features else _log_density(density, data, rows)
         if data.manifold is not None:
-            names = getattr(data, "columns", None)
-            return plot_on_manifold(
-                data.manifold, rows, samples, None if data.context_features else log_prob, names, name
-            )
+            return plot_on_manifold(data.manifold, rows, samples, log_prob, getattr(data, "columns", None), name)
         if data.event_shape == (2,) and not data.context_features:
-            paths = _paths(density) if known else None
+            paths = _paths(density) if isinstance(density, FlowDensity) else None
             return plot_plane(rows, samples, log_prob, getattr(density, "score", None), paths, name)
         if data.energy is not None and isinstance(density, FlowDensity):
             return plot_energies(rows, samples, _log_weights(density, data, samples), data.energy)
         rows, samples = rows.flatten(1), samples.flatten(1)
         names = getattr(data, "columns", None) or [f"$x_{{{i + 1}}}$" for i in range(rows.shape[1])]
         return plot_pairs(rows, samples, names)
+
+
+def _log_density(
+    density: FlowDensity | UnnormalizedDensity, data: TensorDataModule, rows: Tensor
+) -> tuple[Callable[[Tensor], Tensor] | None, str]:
+    """The log-density to draw and its name. A score without SDE has none; that of the truth is drawn where it is known."""
+    if isinstance(density, FlowDensity):
+        return density.log_prob, "Log-density"
+    known = data.log_prob(rows[:1]) is not None
+    return (cast(Callable[[Tensor], Tensor], data.log_prob) if known else None), "True log-density"
 
 
 def _log_weights(density: FlowDensity, data: TensorDataModule, samples: Tensor) -> Tensor | None:

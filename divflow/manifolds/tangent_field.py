@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from divflow.divergence import FieldError
 from divflow.divergence.around import Coordinates
+from divflow.divergence.check import fresh_copy
 from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.errors import listed_rows
 from divflow.manifolds.manifold import Manifold, ManifoldError, check_manifold
@@ -93,9 +94,11 @@ class TangentField(nn.Module):
         same = self.manifold.again(x)
         if same is None or not x.numel():
             return
+        # A copy whose parameters are not zero, as those of a last layer may be at first.
+        field, _ = fresh_copy(self.field)
         with torch.no_grad():
             t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-            values = [self.field(t.clone(), points.clone(), *context) for points in (x, same)]
+            values = [field(t.clone(), points.clone(), *context) for points in (x, same)]
         first, second = (flatten_event(value.detach()) for value in values)
         apart = (first - second).abs().amax(dim=1)
         bad = apart > 1e2 * torch.finfo(x.dtype).eps ** 0.5 * first.abs().amax()

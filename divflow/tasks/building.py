@@ -10,6 +10,7 @@ import torch
 from hydra.utils import get_object, instantiate
 from torch.optim import Optimizer, lr_scheduler
 
+from divflow.matching import GeodesicPath, LinearPath
 from divflow.saved.build import build_density, build_objective, build_ways
 from divflow.saved.checkpoint import check_state, check_targets, named_classes
 from divflow.saved.named import ConfigError, named
@@ -63,8 +64,11 @@ def _on_manifold(objective: Mapping[str, Any], manifold: Mapping[str, Any] | Non
             )
         return dict(objective)
     if "path" not in given:
-        path = objective["path"].get("_target_")
-        raise ConfigError(f"{path} leaves the manifold of the data, {manifold}; use path=geodesic")
+        path = objective["path"]
+        # Straight lines of a manifold are its geodesics.
+        if named(path["_target_"], "path._target_") is not LinearPath or path.get("sigma_min"):
+            raise ConfigError(f"path={dict(path)} leaves the manifold of the data; use path=geodesic")
+        given["path"] = {"_target_": f"{GeodesicPath.__module__}.{GeodesicPath.__qualname__}"}
     return {**objective, **{name: {**it, "manifold": it.get("manifold") or manifold} for name, it in given.items()}}
 
 
