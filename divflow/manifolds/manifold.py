@@ -46,7 +46,9 @@ class Manifold(ABC):
         return hash(repr(self))
 
     def config(self) -> dict[str, Any]:
-        """Plain values from which it is built again: `_target_`, the class, and its arguments, which are attributes of the same names.
+        """Plain values from which it is built again: `_target_`, the class, and its arguments.
+
+        Arguments are attributes of the same names.
 
         Raises:
             ManifoldError: an argument is no attribute.

@@ -31,6 +31,7 @@ class BrownianMotion(VarianceExploding):
     - The error of the walk is of order sigma^4 / steps: on the sphere the mean of x_t is off by at most 0.09 / steps.
 
     Args:
+        event_shape: that of the manifold's points; taken from it if None.
         T: as of `SDE`.
         epsilon: as of `SDE`.
         sigma_min: as of `VarianceExploding`, in the manifold's units: radians on spheres, rotations and angles of period 2 pi.
@@ -41,7 +42,7 @@ class BrownianMotion(VarianceExploding):
 
     Raises:
         ManifoldError: no manifold.
-        SDEError: a manifold of infinite volume; as `VarianceExploding`.
+        SDEError: a manifold of infinite volume, or an event shape that is not its own; as `VarianceExploding`.
         ValueError: fewer than one step.
 
     Example:
@@ -53,14 +54,18 @@ class BrownianMotion(VarianceExploding):
     """
 
     sigma_max: float = 3.0
-    event_shape: tuple[int, ...] | None = field(default=None, init=False, repr=False)
     manifold: Manifold = field(kw_only=True)
     steps: int = field(default=16, kw_only=True)
 
     def __post_init__(self) -> None:
         check_manifold(self.manifold)
-        object.__setattr__(self, "event_shape", tuple(self.manifold.event_shape))
+        shape = tuple(self.manifold.event_shape)
+        object.__setattr__(self, "event_shape", shape if self.event_shape is None else self.event_shape)
         super().__post_init__()
+        if self.event_shape != shape:
+            raise SDEError(
+                f"points of {self.manifold} have shape {shape}, but event_shape={self.event_shape}. Leave it out"
+            )
         check_count("steps", self.steps)
         if not math.isfinite(self.manifold.volume):
             raise SDEError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from divflow.divergence import Autograd, Exact, Hutchinson
+from divflow.divergence import Autograd, Hutchinson
 from divflow.flow.transforms import Affine
 from divflow.likelihood import Quadrature
 from divflow.manifolds import (
@@ -296,6 +296,8 @@ def test_what_is_refused():
         BrownianMotion(manifold=Product(way=SPHERE, place=Euclidean(2)).parts["place"])
     with pytest.raises(ManifoldError, match="but is 3"):
         BrownianMotion(manifold=3)
+    with pytest.raises(SDEError, match=r"Sphere\(2\) have shape \(3,\), but event_shape=\(2,\)"):
+        BrownianMotion(2, manifold=SPHERE)
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1, but is 0"):
         BrownianMotion(manifold=SPHERE, steps=0)
     with pytest.raises(ValueError, match=r"denoising needs.*not known on Sphere\(2\).*objective=implicit"):
