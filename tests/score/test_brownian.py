@@ -297,7 +297,7 @@ def test_what_is_refused():
     with pytest.raises(ManifoldError, match="but is 3"):
         BrownianMotion(manifold=3)
     with pytest.raises(SDEError, match=r"Sphere\(2\) have shape \(3,\), but event_shape=\(2,\)"):
-        BrownianMotion(2, manifold=SPHERE)
+        BrownianMotion(event_shape=2, manifold=SPHERE)
     with pytest.raises(ValueError, match="steps must be a whole number of at least 1, but is 0"):
         BrownianMotion(manifold=SPHERE, steps=0)
     with pytest.raises(ValueError, match=r"denoising needs.*not known on Sphere\(2\).*objective=implicit"):
