@@ -137,12 +137,29 @@ def test_every_objective_over_every_sde(objective, sde):
     plain = OmegaConf.to_container(
         config("task=score", f"objective={objective}", f"sde={sde}", "output_dir=x"), resolve=True
     )
-    density = build_density(plain | {"event_shape": [2], "transform": AFFINE})
+    torus = {"_target_": "divflow.manifolds.Torus", "n": 2} if sde == "brownian" else None
+    density = build_density(plain | {"event_shape": [2], "transform": AFFINE, "manifold": torus})
     built = build_objective(plain, density)
     assert (sde == "none") == isinstance(density, UnnormalizedDensity) == (plain["sde"] is None)
     assert isinstance(built, TimeConditionalScoreMatching) == (sde != "none")
     assert built(density.score_field, torch.randn(3, 2)).shape == (3,)
     assert density.sample(2).shape == (2, 2)
+
+
+def test_scores_stay_on_the_manifold_of_the_data():
+    sphere = {"_target_": "divflow.manifolds.Sphere", "d": 2}
+    of = {"event_shape": [3], "transform": AFFINE}
+    plain = lambda *of: OmegaConf.to_container(config("task=score", *of, "output_dir=x"), resolve=True)  # noqa: E731
+    with pytest.raises(ConfigError, match=r"VariancePreserving leaves the manifold.*use sde=brownian"):
+        build_density(plain() | of | {"manifold": sphere})
+    with pytest.raises(ConfigError, match=r"_target_=none leaves the manifold.*use sde=brownian"):
+        build_density(plain("sde=none") | of | {"manifold": sphere})
+    with pytest.raises(ConfigError, match=r"sde=brownian is for data on a manifold.*use sde=vp"):
+        build_density(plain("sde=brownian") | of)
+    settings = plain("sde=brownian", "sampler=reverse_sde", "objective=implicit", "features=manifold")
+    density = build_density(settings | of | {"manifold": sphere})
+    density.flow.manifold.check(density.sample(3))
+    assert build_objective(settings, density)(density.score_field, density.sample(4).float()).shape == (4,)
 
 
 @covered(times=[name for name in options("times") if name != "sde"], coupling=options("coupling"), path=options("path"))

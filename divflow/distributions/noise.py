@@ -2,10 +2,12 @@
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import Distribution
 
 from divflow.errors import check_generator
+from divflow.verification.seeded import seeded
 
-__all__ = ["integers_like", "normal_like", "permutation_like", "uniform_like", "uniform_times_like"]
+__all__ = ["drawn_like", "integers_like", "normal_like", "permutation_like", "uniform_like", "uniform_times_like"]
 
 
 def normal_like(x: Tensor, generator: Generator | None = None) -> Tensor:
@@ -28,6 +30,22 @@ def uniform_like(x: Tensor, generator: Generator | None = None) -> Tensor:
     """
     device = _device(x, generator)
     return torch.rand(x.shape, generator=generator, dtype=_drawn(x), device=device).to(x)
+
+
+def drawn_like(x: Tensor, distribution: Distribution, generator: Generator | None = None) -> Tensor:
+    """Draw as many samples of a distribution as x has rows, in x's dtype and on its device.
+
+    Args:
+        x: the tensor.
+        distribution: of x's event shape.
+        generator: torch's default one if None.
+    """
+    check_generator(generator)
+    if generator is None:
+        return distribution.sample(x.shape[:1]).to(x)
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)  # distributions draw from the default
+    with seeded(int(seed.item())):
+        return distribution.sample(x.shape[:1]).to(x)
 
 
 def integers_like(x: Tensor, high: int, generator: Generator | None = None) -> Tensor:

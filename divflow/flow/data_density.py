@@ -142,7 +142,12 @@ class FlowDensity(nn.Module):
             FieldError: samples that are not finite in the units of the data.
         """
         given = self.flow_context(self._context(context, num_samples))
-        return in_units(self.transform, self.flow.sample(num_samples, given, generator))
+        return self.in_units(self.flow.sample(num_samples, given, generator))
+
+    def in_units(self, y: Tensor) -> Tensor:
+        """Map samples to the units of the data as `in_units` does; on a manifold, in float64, they lie on it to its rounding."""
+        x = in_units(self.transform, y)
+        return x if self.flow.manifold is None else self.flow.manifold.project(x)
 
     def _context(self, context: Context | None, count: int) -> Context | None:
         """A context of `count` samples that is given by the names of its columns as a tensor; any other as it is."""

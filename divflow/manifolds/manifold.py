@@ -46,7 +46,9 @@ class Manifold(ABC):
         return hash(repr(self))
 
     def config(self) -> dict[str, Any]:
-        """Plain values from which it is built again: `_target_`, the class, and its arguments, which are attributes of the same names.
+        """Plain values from which it is built again: `_target_`, the class, and its arguments.
+
+        Arguments are attributes of the same names.
 
         Raises:
             ManifoldError: an argument is no attribute.
@@ -157,6 +159,14 @@ class Manifold(ABC):
             std: standard deviation of v along each direction, a number or `(*batch,)`.
         """
         raise self._lacks("wrapped_normal")
+
+    def scale(self, like: Tensor) -> Tensor | float:
+        """What lengths of ambient tangent vectors are multiplied by to be those of the manifold: 1, a number or `event_shape`.
+
+        Args:
+            like: a tensor of the dtype and device.
+        """
+        return 1.0
 
     def base(self, dtype: torch.dtype | None = None) -> Distribution:
         """The density that flows start from unless another is given: the uniform one.

@@ -120,6 +120,12 @@ class Product(Manifold):
         point, velocity = (self.join(dict(zip(self.parts, each, strict=True))) for each in zip(*ways, strict=True))
         return point, velocity
 
+    def scale(self, like: Tensor) -> Tensor:
+        """Part by part."""
+        return torch.cat(
+            [(like.new_ones(part.event_shape) * part.scale(like)).flatten() for part in self.parts.values()]
+        )
+
     @property
     def volume(self) -> float:
         """The product of the parts' volumes."""

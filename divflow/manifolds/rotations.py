@@ -88,6 +88,10 @@ class SpecialOrthogonal(Symmetric):
         q = torch.where((p * q).sum(dim=-1, keepdim=True) < 0, -q, q)
         return 4 * torch.atan2(torch.linalg.vector_norm(p - q, dim=-1), torch.linalg.vector_norm(p + q, dim=-1))
 
+    def scale(self, like: Tensor) -> float:
+        """1 / sqrt(2): the squared Frobenius norm of R hat(w) is 2 |w|^2."""
+        return 0.5**0.5
+
     @property
     def volume(self) -> float:
         """8 pi^2."""

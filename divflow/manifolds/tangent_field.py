@@ -75,6 +75,11 @@ class TangentField(nn.Module):
         """The same field, which takes points off the manifold as the closest ones everywhere."""
         return TangentField(self.field, self.manifold, tangent=self.tangent, checked=False)
 
+    @property
+    def finest_scale(self) -> Callable[[Tensor], Tensor] | None:
+        """That of the field, if it has one (`ProbabilityFlow.finest_scale`)."""
+        return getattr(self.field, "finest_scale", None)
+
     def check_period(self, t: Tensor | float, x: Tensor, *context: Any) -> None:
         """Refuse a field that has another value at other coordinates of the same points, such as angles a period apart.
 

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
-from divflow.errors import check_generator
+from divflow.distributions.noise import drawn_like
 from divflow.manifolds import Manifold
 from divflow.manifolds.manifold import check_manifold
 from divflow.matching.path import Path, PathPoint
-from divflow.verification.seeded import seeded
 
 __all__ = ["GeodesicPath"]
 
@@ -59,10 +57,4 @@ class GeodesicPath(Path):
         Raises:
             ManifoldError: the manifold has no `base`.
         """
-        check_generator(generator)
-        base = self.manifold.base(x.dtype)
-        if generator is None:
-            return base.sample(x.shape[:1]).to(x)
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
-        with seeded(int(seed)):
-            return base.sample(x.shape[:1]).to(x)
+        return drawn_like(x, self.manifold.base(x.dtype), generator)

@@ -70,7 +70,7 @@ def build_density(config: Mapping[str, Any]) -> FlowDensity | UnnormalizedDensit
         flow = ContinuousFlow(network, shape, **build_ways(config), **times, base=base, manifold=manifold)
         of_context = config.get("context_transform")
         return FlowDensity(flow, transform, None if of_context is None else instantiate(of_context, _convert_="all"))
-    sde = _build_sde(config["sde"], shape)
+    sde = _build_sde(config["sde"], shape, config.get("manifold"))
     sampler = _build_sampler(config["sampler"], sde, shape)
     levels = config["noise_levels"]
     if sde is None:
@@ -195,8 +195,26 @@ def _build_features(config: Mapping[str, Any], event_shape: tuple[int, ...]) -> 
     return made("features", {**features, **{name: it for name, it in given.items() if name in free}}, nn.Module)
 
 
-def _build_sde(config: Mapping[str, Any] | None, event_shape: tuple[int, ...]) -> SDE | None:
-    return None if config is None else made("sde", {**config, "event_shape": list(event_shape)}, SDE)
+def _build_sde(
+    config: Mapping[str, Any] | None, event_shape: tuple[int, ...], manifold: Mapping[str, Any] | None
+) -> SDE | None:
+    """Build an SDE, with the event shape of the data or their manifold.
+
+    Raises:
+        ConfigError: the SDE leaves the manifold of the data, or is one of manifolds and there is none.
+    """
+    target = None if config is None else config.get("_target_")
+    moves = target is not None and "manifold" in inspect.signature(named(target, "sde._target_")).parameters
+    if manifold is not None and not moves:
+        raise ConfigError(
+            f"sde._target_={target or 'none'} leaves the manifold of the data, {manifold}; use sde=brownian"
+        )
+    if config is None:
+        return None
+    if moves and manifold is None:
+        raise ConfigError("sde=brownian is for data on a manifold, but these are not; use sde=vp")
+    given = {"manifold": manifold} if moves else {"event_shape": list(event_shape)}
+    return made("sde", {**config, **given}, SDE)
 
 
 def _build_sampler(config: Mapping[str, Any] | None, sde: SDE | None, event_shape: tuple[int, ...]) -> Sampler | None:

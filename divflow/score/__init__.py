@@ -3,6 +3,7 @@
 A score is a field s(t, x) that approximates grad_x log p_t(x), with the data at t = 0 and the noise at t = T.
 """
 
+from divflow.score.brownian import BrownianMotion
 from divflow.score.data_density import ScoreDensity, UnnormalizedDensity
 from divflow.score.probability_flow import ProbabilityFlow, probability_flow
 from divflow.score.scaling import ScaledScore
@@ -17,6 +18,7 @@ from divflow.score.sde import (
 
 __all__ = [
     "SDE",
+    "BrownianMotion",
     "Marginal",
     "ProbabilityFlow",
     "SDEError",

@@ -10,7 +10,7 @@ from divflow.flow import ContinuousFlow, FlowDensity
 from divflow.flow.data_density import computed_dtype, in_units
 from divflow.flow.rows import checked_rows
 from divflow.flow.transforms import Transform
-from divflow.manifolds import Coordinates
+from divflow.manifolds import Coordinates, TangentField
 from divflow.operators.field import Field
 from divflow.score.field import AtTime, Score, as_field, evaluate
 from divflow.score.probability_flow import ProbabilityFlow
@@ -35,6 +35,9 @@ class ScoreDensity(FlowDensity):
     def __init__(self, flow: ContinuousFlow, transform: Transform, sampler: Sampler | None = None) -> None:
         super().__init__(flow, transform)
         self.sampler = sampler
+        score, manifold = self._probability_flow.score, self.sde.manifold
+        # In a tuple, so that it is no submodule: the flow has the score's parameters already.
+        self._score = (score if manifold is None else TangentField(score, manifold),)
         over = getattr(sampler, "sde", None)
         if sampler is not None and over != self.sde:
             raise ValueError(f"the score is over {self.sde}, but the sampler over {over}")
@@ -42,12 +45,17 @@ class ScoreDensity(FlowDensity):
     @property
     def sde(self) -> SDE:
         """The SDE to whose marginals the score belongs."""
-        return cast(ProbabilityFlow, self.flow.velocity).sde
+        return self._probability_flow.sde
 
     @property
     def score_field(self) -> Field:
-        """The trained score s(t, y) of the transformed data."""
-        return cast(ProbabilityFlow, self.flow.velocity).score
+        """The trained score s(t, y) of the transformed data; on a manifold a `TangentField`."""
+        return self._score[0]
+
+    @property
+    def _probability_flow(self) -> ProbabilityFlow:
+        velocity = self.flow.velocity
+        return cast(ProbabilityFlow, velocity.field if isinstance(velocity, TangentField) else velocity)
 
     def score(self, x: Tensor) -> Tensor:
         """Compute the score of the data, grad log p(x), `(k, *event)`, at the model's earliest time, sde.epsilon."""
@@ -58,7 +66,7 @@ class ScoreDensity(FlowDensity):
     def sample(self, num_samples: int, context: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Draw samples of the data `(num_samples, *event)` in float64, without gradient; scores take no context."""
         sampler = self.sampler or ProbabilityFlowODE(self.sde, self.flow.solver)
-        return in_units(self.transform, sampler(self.score_field, num_samples, generator).samples)
+        return self.in_units(sampler(self.score_field, num_samples, generator).samples)
 
     def with_flow(self, flow: ContinuousFlow) -> "ScoreDensity":
         """Return the same density, evaluated by another flow, such as one with another estimator."""

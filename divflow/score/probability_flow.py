@@ -9,9 +9,11 @@ from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.flow import ContinuousFlow
 from divflow.flow.settings import tensor_settings
 from divflow.likelihood import Likelihood, Quadrature
+from divflow.manifolds import TangentField
 from divflow.operators.field import checked_value, event_size
 from divflow.score.field import Score, as_field
-from divflow.score.sde import SDE, Prior, broadcast
+from divflow.score.prior import Prior
+from divflow.score.sde import SDE, broadcast
 from divflow.solver import Solver
 
 __all__ = ["ProbabilityFlow", "probability_flow"]
@@ -79,6 +81,8 @@ def probability_flow(
       (`sde.marginal(sde.epsilon)`; 0.001 of the data's scale for `VariancePreserving()`), not that of the data themselves.
     - Above T: base and p_T differ by what remains of the data there, alpha(T).
 
+    Over a `BrownianMotion` it is a flow on its manifold, of the tangent part of the score, and its base is uniform.
+
     Near epsilon the velocity of a sharp density is stiff. The default likelihood therefore has a tolerance and divides the
     interval where its error estimate requires it.
 
@@ -103,10 +107,12 @@ def probability_flow(
     if not isinstance(sde, SDE):
         raise ValueError(f"sde must be an SDE, such as VariancePreserving(event_shape=2), but is {sde!r}")
     sde.check()
+    prior = sde.prior
     return ContinuousFlow(
-        ProbabilityFlow(score, sde),
-        sde.prior.event_shape,
-        base=Prior(sde.prior.event_shape, sde.prior.std, **tensor_settings(score)),
+        ProbabilityFlow(score.field if isinstance(score, TangentField) else score, sde),
+        prior.event_shape,
+        base=Prior(prior.event_shape, prior.std, **tensor_settings(score)) if isinstance(prior, Prior) else None,
+        manifold=sde.manifold,
         t_base=sde.T,
         t_data=sde.epsilon,
         estimator=estimator,

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from divflow.distributions.noise import normal_like
+from divflow.distributions.noise import drawn_like, normal_like
 from divflow.divergence import Field
 from divflow.errors import DivflowError, check_count, check_positive, checked_event_shape
 from divflow.flow.settings import tensor_settings
 from divflow.operators.field import as_time, checked_state, flatten_event
 from divflow.score.field import Score, as_field, evaluate
+from divflow.score.prior import Prior
 from divflow.score.probability_flow import probability_flow
 from divflow.score.sde import SDE, broadcast
 from divflow.solver import Solver
@@ -105,7 +106,8 @@ class _SDESampler(Sampler):
         return tuple(self.sde.prior.event_shape)
 
     def _start(self, like: Tensor, generator: Generator | None) -> Tensor:
-        return self.sde.prior.draw(like, generator)
+        prior = self.sde.prior
+        return prior.draw(like, generator) if isinstance(prior, Prior) else drawn_like(like, prior, generator)
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,9 @@ class PredictorCorrector(_SDESampler):
             x = _reverse_step(score, self.sde, x, t, step, generator)
             t = t - step
             for _ in range(self.corrector_steps):
-                x = _langevin_step(score, x, t, 2 * (self.snr * self.sde.std(t)).square(), generator)
+                size = 2 * (self.snr * self.sde.std(t)).square()
+                langevin = size * evaluate(score, t, x) + (2 * size).sqrt() * self.sde.noise(x, generator)
+                x = self.sde.moved(x, langevin)
         return denoise(score, self.sde, x) if self.denoise else x
 
 
@@ -287,7 +291,7 @@ def denoise(score: Score, sde: SDE, x: Tensor, t: Tensor | float | None = None) 
     t = as_time(sde.epsilon if t is None else t, checked_state(x))
     sde.check_score_time(t)
     alpha, sigma = (broadcast(values, x) for values in (sde.mean_scale(t), sde.std(t)))
-    return (x + sigma.square() * evaluate(as_field(score), t, x)) / alpha
+    return sde.moved(x, sigma.square() * evaluate(as_field(score), t, x)) / alpha
 
 
 class _Counted(nn.Module):
@@ -312,8 +316,8 @@ def _time_steps(sde: SDE, count: int, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _reverse_step(score: Field, sde: SDE, x: Tensor, t: Tensor, step: Tensor, generator: Generator | None) -> Tensor:
     drift, squared_diffusion = sde.coefficients(t)
-    mean = x - step * (drift * x - squared_diffusion * evaluate(score, t, x))
-    return mean + (squared_diffusion * step).sqrt() * normal_like(x, generator)
+    mean = step * (squared_diffusion * evaluate(score, t, x) - drift * x)
+    return sde.moved(x, mean + (squared_diffusion * step).sqrt() * sde.noise(x, generator))
 
 
 def _langevin_step(score: Field, x: Tensor, t: Tensor, size: Tensor, generator: Generator | None) -> Tensor:

@@ -23,6 +23,9 @@ class ScaledScore(nn.Module):
     the logarithm of the noise, in which scores change evenly. A network that starts at zero (`zero_init`) starts as that
     normal density.
 
+    On a manifold it is the second term alone, of net(log(sigma) / 4, x): points keep their place, and without the network the density is
+    uniform.
+
     Without a scale, s(t, x) = net(t, x) / sigma(t), the scaling of Song et al. (2021, appendix G and their code).
 
     Args:
@@ -48,6 +51,8 @@ class ScaledScore(nn.Module):
         if self.data_std is None:
             return checked_value(self.network(t.clone(), x), x) / broadcast(self.sde.std(t), x)
         time, variance, root, gain = self._scales(t, self.data_std)
+        if self.sde.manifold is not None:
+            return broadcast(gain, x) * checked_value(self.network(time.clone(), x), x)
         value = checked_value(self.network(time.clone(), x / broadcast(root, x)), x)
         return broadcast(gain, x) * value - x / broadcast(variance, x)
 
@@ -62,6 +67,9 @@ class ScaledScore(nn.Module):
             (value, divergence), sigma = own(t.clone(), x), self.sde.std(t)
             return checked_value(value, x) / broadcast(sigma, x), divergence / sigma
         time, variance, root, gain = self._scales(t, self.data_std)
+        if self.sde.manifold is not None:
+            value, divergence = own(time.clone(), x)
+            return broadcast(gain, x) * checked_value(value, x), gain * divergence
         value, divergence = own(time.clone(), x / broadcast(root, x))
         score = broadcast(gain, x) * checked_value(value, x) - x / broadcast(variance, x)
         return score, gain / root * divergence - event_size(x) / variance

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.distributions import Distribution
 
+from divflow.distributions.noise import normal_like
 from divflow.errors import check_numbers, checked_event_shape, on_copies
+from divflow.manifolds import Manifold
 from divflow.operators.field import as_time, checked_state
 from divflow.operators.transformed import forward_mode
 from divflow.score.prior import Prior, SDEError
@@ -82,6 +85,7 @@ class SDE(ABC):
     event_shape: tuple[int, ...] | None = None
     T: float = 1.0
     epsilon: float = 1e-5
+    manifold: Manifold | None = field(default=None, init=False, repr=False)
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Protect the caller's times from an SDE that writes to them."""
@@ -177,12 +181,31 @@ class SDE(ABC):
                 f"{t[squared.argmin()].item():g}, where sigma(t) / alpha(t) falls. It must not decrease in time."
             )
 
+    def diffuse(self, x: Tensor, t: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Draw x_t given data x, and return it with the score of x_t given x, if that is known.
+
+        Args:
+            x: data `(k, *event)`.
+            t: a scalar or one time per sample.
+            generator: torch's default one if None.
+        """
+        noise, std = self.noise(x, generator), self.std(t)
+        return self.perturb(x, t, noise), -noise / broadcast(std, x)
+
+    def noise(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        """Draw standard normal noise at x, `(k, *event)`; torch's default generator if None."""
+        return normal_like(x, generator)
+
+    def moved(self, x: Tensor, vector: Tensor) -> Tensor:
+        """Take a step of a sampler from x, x + vector."""
+        return x + vector
+
     def perturb(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Compute x_t = alpha(t) x + sigma(t) noise; t is a scalar or one time per sample."""
         return broadcast(self.mean_scale(t), x) * x + broadcast(self.std(t), x) * noise
 
     @property
-    def prior(self) -> "Prior":
+    def prior(self) -> Distribution:
         """Return the noise at T that replaces the data: N(0, sigma(T)^2 I) over events of `event_shape`.
 
         Raises:

@@ -11,7 +11,7 @@ from divflow.divergence import Field
 from divflow.errors import check_positive
 from divflow.operators.field import as_time, checked_state
 from divflow.score.field import Score, as_field, evaluate
-from divflow.score.objectives.objective import Objective, half_squared_norm
+from divflow.score.objectives.objective import Objective, half_squared_norm, in_lengths
 from divflow.score.sde import broadcast
 
 __all__ = ["DenoisingScoreMatching"]
@@ -98,4 +98,4 @@ class DenoisingScoreMatching(Objective):
             raise ValueError(
                 "denoising needs the conditional_score of the noisy x. Call the objective itself, which adds the noise."
             )
-        return half_squared_norm(evaluate(score, t, x) - conditional_score)
+        return half_squared_norm(in_lengths(score, evaluate(score, t, x) - conditional_score))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from divflow.divergence import Estimator, Exact, Field
-from divflow.score.objectives.objective import Objective, half_squared_norm
+from divflow.score.objectives.objective import Objective, half_squared_norm, in_lengths
 
 __all__ = ["ImplicitScoreMatching"]
 
@@ -43,4 +43,4 @@ class ImplicitScoreMatching(Objective):
     ) -> Tensor:
         """Compute the losses, as `Objective.loss`; differentiating them once takes the second derivatives of s."""
         value, divergence = self.estimator(score, t, x, generator)
-        return divergence + half_squared_norm(value)
+        return divergence + half_squared_norm(in_lengths(score, value))

@@ -5,16 +5,19 @@ from abc import ABC, abstractmethod
 from torch import Generator, Tensor
 
 from divflow.divergence import Field
+from divflow.manifolds import TangentField
 from divflow.operators.field import accumulation_dtype, as_time, checked_state, flatten_event
 from divflow.score.field import Score, as_field
 
-__all__ = ["Objective", "half_squared_norm"]
+__all__ = ["Objective", "half_squared_norm", "in_lengths"]
 
 
 class Objective(ABC):
     """Base class of losses whose mean over data is half of the score's Fisher divergence, up to a constant.
 
         E[loss] = E[|s(t, x) - grad_x log p(x)|^2] / 2 + constant
+
+    On a manifold the score is a `TangentField`; lengths, divergence and gradient are those of the manifold.
 
     The constant has no parameters, so all objectives agree in expectation, and in their gradients. Losses have the units
     of 1 / x^2.
@@ -57,6 +60,16 @@ class Objective(ABC):
             generator: of everything that is drawn.
             conditional_score: if x is a datum with noise, the score of x given that datum, `(k, *event)`.
         """
+
+
+def in_lengths(score: Field, values: Tensor) -> Tensor:
+    """Scale values of a score on a manifold such that their Euclidean lengths are the manifold's; others as they are.
+
+    Args:
+        score: a `TangentField`, or any other field.
+        values: `(k, *event)`.
+    """
+    return values * score.manifold.scale(values) if isinstance(score, TangentField) else values
 
 
 def half_squared_norm(values: Tensor) -> Tensor:

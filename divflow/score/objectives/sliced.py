@@ -9,7 +9,7 @@ from divflow.divergence import Field, FieldError, Hutchinson
 from divflow.errors import check_count, check_positive
 from divflow.operators.field import accumulation_dtype, flatten_event
 from divflow.score.field import evaluate
-from divflow.score.objectives.objective import Objective, half_squared_norm
+from divflow.score.objectives.objective import Objective, half_squared_norm, in_lengths
 
 __all__ = ["FiniteDifferenceScoreMatching", "SlicedScoreMatching"]
 
@@ -52,6 +52,7 @@ class SlicedScoreMatching(Objective):
         """Compute the losses, as `Objective.loss`; differentiating them once takes the second derivatives of s."""
         slices = Hutchinson(self.num_slices, self.distribution).freeze(x, generator)
         value, divergence = slices(score, t, x)
+        value = in_lengths(score, value)
         norm = half_squared_norm(value) if self.variance_reduction else _sliced_norm(value, slices.probes)
         return divergence + norm
 
@@ -107,7 +108,7 @@ class FiniteDifferenceScoreMatching(Objective):
         for probe in probes:
             with torch.autocast(x.device.type, enabled=False):
                 forward, backward = (evaluate(score, t, x + step * probe) for step in (self.step, -self.step))
-            mean, slope = (forward + backward) / 2, (forward - backward) / (2 * self.step)
+            mean, slope = in_lengths(score, forward + backward) / 2, (forward - backward) / (2 * self.step)
             norm = half_squared_norm(mean) if self.variance_reduction else _sliced_norm(mean, probe[None])
             total = total + _inner(probe, slope) + norm
         return total / self.num_slices

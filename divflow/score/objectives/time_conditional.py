@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from divflow.distributions.noise import normal_like, uniform_times_like
+from divflow.distributions.noise import uniform_times_like
 from divflow.divergence import Field
 from divflow.operators.field import accumulation_dtype, as_time, checked_state
 from divflow.score.field import Score, as_field
 from divflow.score.objectives.denoising import DenoisingScoreMatching
 from divflow.score.objectives.objective import Objective
-from divflow.score.sde import SDE, broadcast
+from divflow.score.sde import SDE
 
 __all__ = ["WEIGHTINGS", "TimeConditionalScoreMatching"]
 
@@ -51,7 +51,7 @@ class TimeConditionalScoreMatching(Objective):
 
     Raises:
         ValueError: an unknown weighting, a denoising objective with levels or weights of its own, or arguments that are not
-            an SDE or an objective.
+            an SDE or an objective; denoising on a curved manifold.
         SDEError: an SDE of your own whose functions are not those of an SDE.
 
     Example:
@@ -80,6 +80,12 @@ class TimeConditionalScoreMatching(Objective):
             )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, but is {self.weighting!r}")
+        manifold = self.sde.manifold
+        if isinstance(self.objective, DenoisingScoreMatching) and manifold is not None and not manifold.flat:
+            raise ValueError(
+                f"denoising needs the score of x_t given a datum, which is not known on {manifold}. Use ImplicitScoreMatching() or "
+                "SlicedScoreMatching(), by the command objective=implicit or objective=sliced."
+            )
         self.sde.check()
 
     def __call__(
@@ -114,9 +120,8 @@ class TimeConditionalScoreMatching(Objective):
         conditional_score: Tensor | None = None,
     ) -> Tensor:
         """Compute the weighted losses of data x, perturbed to time t, as `Objective.loss`."""
-        noise, std = normal_like(x, generator), self.sde.std(t)
-        noisy = self.sde.perturb(x, t, noise)
-        losses = self.objective.loss(score, t, noisy, generator, -noise / broadcast(std, x))
+        noisy, conditional_score = self.sde.diffuse(x, t, generator)
+        losses = self.objective.loss(score, t, noisy, generator, conditional_score)
         return losses * _weights(self.sde, self.weighting, t).to(losses)
 
     def draw_times(self, x: Tensor, generator: Generator | None = None) -> "DrawnTimes":
