@@ -35,6 +35,7 @@ DENSITIES = (
 CHOICES = {
     "/recipe/network": "network",
     "/recipe/base": "base",
+    "/recipe/features": "features",
     "/recipe/likelihood": "likelihood",
     "/recipe/evaluation/likelihood": "likelihood",
 }

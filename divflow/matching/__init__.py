@@ -10,7 +10,7 @@ from divflow.matching.coupling import Coupling, IndependentCoupling, OptimalTran
 from divflow.matching.geodesic import GeodesicPath
 from divflow.matching.objective import ConditionalFlowMatching
 from divflow.matching.path import AffinePath, LinearPath, Path, PathPoint, TrigonometricPath, VariancePreservingPath
-from divflow.matching.times import LogitNormalTimes, MatchingError, PowerTimes, Times, UniformTimes
+from divflow.matching.times import LogarithmicTimes, LogitNormalTimes, MatchingError, PowerTimes, Times, UniformTimes
 
 __all__ = [
     "AffinePath",
@@ -20,6 +20,7 @@ __all__ = [
     "GeodesicPath",
     "IndependentCoupling",
     "LinearPath",
+    "LogarithmicTimes",
     "LogitNormalTimes",
     "MatchingError",
     "OptimalTransportCoupling",

@@ -10,7 +10,15 @@ from torch import Generator, Tensor
 from divflow.distributions.noise import uniform_times_like
 from divflow.errors import DivflowError, check_numbers, check_positive
 
-__all__ = ["LogitNormalTimes", "MatchingError", "PowerTimes", "Times", "UniformTimes", "check_times"]
+__all__ = [
+    "LogarithmicTimes",
+    "LogitNormalTimes",
+    "MatchingError",
+    "PowerTimes",
+    "Times",
+    "UniformTimes",
+    "check_times",
+]
 
 
 class MatchingError(DivflowError, ValueError):
@@ -108,6 +116,33 @@ class PowerTimes(Times):
     def quantile(self, u: Tensor) -> Tensor:
         """Return the root of u."""
         return u ** (1 / (self.power + 1))
+
+
+@dataclass(frozen=True)
+class LogarithmicTimes(Times):
+    """Draw times of all distances from the data alike, on a logarithmic scale: for densities with detail of many scales.
+
+        p(t) = 1 / ((1 - t + epsilon) log(1 + 1 / epsilon))
+
+    A velocity at distance 1 - t from the data blurs detail that is finer than a multiple of it, so each scale gets its share of the
+    times. `LogarithmicEmbedding` lets a network see them as far apart.
+
+    Args:
+        stratified: as of `Times`.
+        epsilon: distance from the data below which times are uniform.
+
+    Raises:
+        ValueError: epsilon is not positive.
+    """
+
+    epsilon: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive("epsilon", self.epsilon)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return 1 - epsilon ((1 + 1 / epsilon)^(1 - u) - 1)."""
+        return (1 - self.epsilon * torch.expm1((1 - u) * math.log1p(1 / self.epsilon))).clamp(0, 1)
 
 
 def check_times(t: Tensor) -> None:

@@ -14,12 +14,13 @@ from divflow.networks.hollow_mlp import HollowMLP
 from divflow.networks.mlp import MLP
 from divflow.networks.pair_field import PairField
 from divflow.networks.potential import MLPPotential, Potential, QuadraticPotential
-from divflow.networks.time import GaussianFourierEmbedding, SinusoidalEmbedding
+from divflow.networks.time import GaussianFourierEmbedding, LogarithmicEmbedding, SinusoidalEmbedding
 from divflow.networks.token_mixer import TokenMixer
 from divflow.networks.unet import UNet
 
 __all__ = [
     "EGNN",
+    "LogarithmicEmbedding",
     "MLP",
     "ConcatSquash",
     "ConvNet",

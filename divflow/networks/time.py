@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
+from divflow.errors import check_count
 from divflow.networks.conditioning import NetworkError
 
-__all__ = ["GaussianFourierEmbedding", "SinusoidalEmbedding"]
+__all__ = ["GaussianFourierEmbedding", "LogarithmicEmbedding", "SinusoidalEmbedding"]
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -96,6 +97,50 @@ class GaussianFourierEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{self.features}, scale={self.scale:g}"
+
+
+class LogarithmicEmbedding(nn.Module):
+    """Embed time as time itself and waves of the logarithm of its distance from the data, at t = 1.
+
+        [t, s, sin(pi h s), cos(pi h s)],   h = 1, ..., harmonics,   s = log(1 + (1 - t) / epsilon) / log(1 + 1 / epsilon)
+
+    s falls from 1 at the noise to 0 at the data. A flow of sharp densities changes at each scale of 1 - t as much as at the next, which t
+    alone hardly shows to a network. `divflow.matching.LogarithmicTimes` draws the times to train at.
+
+    Args:
+        harmonics: number of multiples.
+        epsilon: distance from the data below which the scale is linear.
+
+    Shape:
+        t `(n,)`, returns `(n, 2 harmonics + 2)`, in t's dtype but not below float32. Times beyond 1 count as 1.
+
+    Raises:
+        NetworkError: epsilon is not positive.
+        ValueError: harmonics are no whole number of at least 0.
+
+    Example:
+        >>> LogarithmicEmbedding(harmonics=0)(torch.tensor([0.0, 0.9, 1.0]))
+        tensor([[0.0000, 1.0000],
+                [0.9000, 0.5196],
+                [1.0000, 0.0000]])
+    """
+
+    def __init__(self, harmonics: int = 4, epsilon: float = 0.01) -> None:
+        super().__init__()
+        check_count("harmonics", harmonics, least=0)
+        self.harmonics, self.epsilon = harmonics, _positive(epsilon, "epsilon")
+        self.features = 2 * harmonics + 2
+
+    def forward(self, t: Real[Tensor, " n"]) -> Float[Tensor, "n features"]:
+        """Features of each time; see the class."""
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        scale = torch.log1p((1 - t).clamp(min=0) / self.epsilon) / math.log1p(1 / self.epsilon)
+        angles = math.pi * torch.arange(1, self.harmonics + 1, dtype=t.dtype, device=t.device) * scale[:, None]
+        return torch.cat([t[:, None], scale[:, None], angles.sin(), angles.cos()], dim=1)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"harmonics={self.harmonics}, epsilon={self.epsilon:g}"
 
 
 def _waves(t: Float[Tensor, " n"], frequencies: Float[Tensor, " m"]) -> Float[Tensor, "n features"]:

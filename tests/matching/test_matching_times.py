@@ -1,14 +1,20 @@
 """Times: their distributions, against closed forms, and strata."""
 
+import math
+
 import pytest
 import torch
 from scipy import stats
 
-from divflow.matching import LogitNormalTimes, PowerTimes, UniformTimes
+from divflow.matching import LogarithmicTimes, LogitNormalTimes, PowerTimes, UniformTimes
 
 TIMES = {
     "uniform": (UniformTimes, stats.uniform.cdf),
     "logit-normal": (LogitNormalTimes, lambda t: stats.norm.cdf(torch.logit(torch.as_tensor(t)))),
+    "logarithmic": (
+        lambda **options: LogarithmicTimes(0.05, **options),
+        lambda t: 1 - torch.log1p((1 - torch.as_tensor(t)) / 0.05) / math.log(21),
+    ),
     "power": (lambda **options: PowerTimes(2.0, **options), stats.powerlaw(3).cdf),
 }
 
@@ -62,3 +68,15 @@ def test_powers():
     for power in (-1, -3.0, "1", torch.nan):
         with pytest.raises(ValueError, match="power must be"):
             PowerTimes(power)
+
+
+def test_logarithmic_times():
+    """Of each factor of distance from the data there are as many, and all times lie in [0, 1]."""
+    t = LogarithmicTimes(1e-4).draw(torch.zeros(20_000, 1, dtype=torch.float64))
+    shares = [((1 - t > low) & (1 - t < 10 * low)).double().mean() for low in (1e-3, 1e-2, 1e-1)]
+    assert max(shares) - min(shares) < 0.02
+    ends = LogarithmicTimes().quantile(torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(ends, torch.tensor([0.0, 1.0]))
+    assert 0 <= ends.min() <= ends.max() <= 1
+    with pytest.raises(ValueError, match="epsilon must be a positive"):
+        LogarithmicTimes(0.0)

@@ -13,6 +13,7 @@ from divflow.networks import (
     ConvNet,
     DiffusersUNet,
     GaussianFourierEmbedding,
+    LogarithmicEmbedding,
     HollowEGNN,
     HollowMLP,
     MLPPotential,
@@ -37,6 +38,7 @@ NETWORKS = {
     "ConvNet 2d": lambda **k: ConvNet((1, 3, 2), hidden=(4,), **k),
     "ConvNet 3d": lambda **k: ConvNet((1, 3, 2, 1), hidden=(4,), **k),
     "MLP of waves": lambda **k: MLP((2, 3), hidden=(8,), time_embedding=SinusoidalEmbedding(6), **k),
+    "MLP of logarithmic waves": lambda **k: MLP((2, 3), hidden=(8,), time_embedding=LogarithmicEmbedding(2), **k),
     "ConcatSquash of waves": lambda **k: ConcatSquash((2, 3), (8,), time_embedding=GaussianFourierEmbedding(6), **k),
     "ConvNet of waves": lambda **k: ConvNet((2, 3), hidden=(4,), time_embedding=SinusoidalEmbedding(2), **k),
     "MLPPotential": lambda **k: MLPPotential((2, 3), hidden=(8, 8), **k),
@@ -202,3 +204,16 @@ def test_diffusers_is_asked_for_when_it_is_needed(monkeypatch):
 def test_errors(call, message):
     with pytest.raises(NetworkError, match=message):
         call()
+
+
+def test_logarithmic_waves_tell_times_near_the_data_apart():
+    """s is the logarithm of 1 + (1 - t) / epsilon, divided by that at t = 0; beyond the data nothing changes."""
+    embedding = LogarithmicEmbedding(harmonics=1, epsilon=1e-3)
+    t = torch.tensor([0.0, 0.99, 0.999, 1.0, 1.01], dtype=torch.float64)
+    s = torch.log(1 + (1 - t).clamp(min=0) / 1e-3) / math.log(1_001)
+    expected = torch.stack([t, s, (math.pi * s).sin(), (math.pi * s).cos()], dim=1)
+    torch.testing.assert_close(embedding(t), expected)
+    with pytest.raises(NetworkError, match="epsilon must be positive"):
+        LogarithmicEmbedding(epsilon=0.0)
+    with pytest.raises(ValueError, match="harmonics"):
+        LogarithmicEmbedding(harmonics=-1)
