@@ -20,7 +20,6 @@ from divflow.networks.unet import UNet
 
 __all__ = [
     "EGNN",
-    "LogarithmicEmbedding",
     "MLP",
     "ConcatSquash",
     "ConvNet",
@@ -29,6 +28,7 @@ __all__ = [
     "GaussianFourierEmbedding",
     "HollowEGNN",
     "HollowMLP",
+    "LogarithmicEmbedding",
     "MLPPotential",
     "ManifoldFeatures",
     "NetworkError",

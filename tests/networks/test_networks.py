@@ -1,3 +1,4 @@
+import math
 import sys
 
 import pytest
@@ -13,9 +14,9 @@ from divflow.networks import (
     ConvNet,
     DiffusersUNet,
     GaussianFourierEmbedding,
-    LogarithmicEmbedding,
     HollowEGNN,
     HollowMLP,
+    LogarithmicEmbedding,
     MLPPotential,
     NetworkError,
     PairField,
