@@ -19,6 +19,7 @@ import drawing  # noqa: E402 - the folders are no packages
 import exact  # noqa: E402
 import following  # noqa: E402
 import laplacian  # noqa: E402
+import on_manifolds  # noqa: E402
 import opaque  # noqa: E402
 import residual  # noqa: E402
 import score_step  # noqa: E402
@@ -39,6 +40,7 @@ PARTS = {
     "known": exact.known,
     "laplacian": lambda: laplacian.four_hidden(32) + laplacian.four_hidden(256),
     "gradient_field": laplacian.two_hidden,
+    "manifolds": lambda: on_manifolds.exact() + on_manifolds.probes(),
     "residual": residual.steps,
     "opaque": opaque.one_operation,
     "following": following.calls,
