@@ -301,6 +301,7 @@ def torus_paths() -> None:
     paths = flow.trajectory(flow.sample_base(40, Generator().manual_seed(1)), torch.linspace(0, 1, 60).tolist())
     degrees = paths.rad2deg().transpose(0, 1)
     drawn = figure(3.6)
+    drawn.set_size_inches(4.8, 3.8)
     ax = drawn.subplots()
     image = ax.imshow(density, extent=(-180, 180) * 2, origin="lower", cmap="Blues", vmin=density.max() - 10)
     for path in degrees:

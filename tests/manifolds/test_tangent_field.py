@@ -19,6 +19,7 @@ from divflow.divergence import (
     value_and_divergence,
 )
 from divflow.divergence.around import around
+from divflow.divergence.exact.conditioned import given
 from divflow.manifolds import Manifold, ManifoldError, Product, SpecialOrthogonal, Sphere, TangentField, Torus, hat
 from divflow.networks import MLP, HollowMLP
 from divflow.tape.graph import graph_of
@@ -310,3 +311,13 @@ def test_inside_function_transforms():
     field = TangentField(u, Sphere(2))
     single = torch.func.vmap(lambda y: divergence(field, TIME, y[None])[0])(x)
     torch.testing.assert_close(single, by_frame(u, Sphere(2), x))
+
+
+@pytest.mark.parametrize("context", [None, torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)])
+def test_some_rows_of_a_field_near_its_points(context):
+    """By which single samples are verified."""
+    x, rows = points(Sphere(2), 3), [2, 0]
+    field = given(TangentField(Field(Sphere(2)), Sphere(2)), context, x)
+    near, coordinates = around(field, x, estimated=False)
+    y = coordinates.origin + 0.1
+    torch.testing.assert_close(near.divflow_rows(rows)(TIME, y[rows]), near(TIME, y)[rows])
