@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from divflow.runs.sweeps import check_resumed_alone
 from divflow.saved.build import WAYS, ConfigError, build_ways
 
 __all__ = ["check_paths", "check_settings", "check_values"]
@@ -28,7 +29,8 @@ def check_settings(config: DictConfig) -> None:
         config: of a whole run.
 
     Raises:
-        ConfigError: a value is missing, a file or folder does not exist, or `times` are those of another task.
+        ConfigError: a value is missing, a file or folder does not exist, `times` are those of another task, or all runs of a sweep would go on from one
+            checkpoint.
         DivflowError: an estimator, a likelihood or a solver does not take an option.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
@@ -41,6 +43,7 @@ def check_settings(config: DictConfig) -> None:
     if config.ckpt_path is None:
         paths["init_from"] = config.init_from
     check_paths(paths)
+    check_resumed_alone(config.ckpt_path)
     _check_lists(OmegaConf.to_container(config, resolve=True))
     _check_times(config)
     for ways in (config, config.evaluation):
