@@ -61,14 +61,16 @@ def run(config: DictConfig) -> float:
     minutes = config.max_minutes
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise ConfigError(f"max_minutes must be a positive number, or null for no limit, but is {minutes!r}")
-    if config.split not in _SPLITS:
-        raise ConfigError(f"split must be one of {', '.join(_SPLITS)}, but is {config.split!r}")
+    if config.split not in (None, *_SPLITS):
+        raise ConfigError(f"split must be null or one of {', '.join(_SPLITS)}, but is {config.split!r}")
     named_device(config.device, several=True)
     trained = load_trained(config)
     if isinstance(trained.density, UnnormalizedDensity):
         raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density. Sample from it instead")
     settings = data_config(config, trained)
-    parts, numbers, data = _rows(settings, config.split, trained, names_other_data(config))
+    other = names_other_data(config)
+    split = config.split or _default_split(settings, trained, other)
+    parts, numbers, data = _rows(settings, split, trained, other)
     rows = parts.x
     density = scaled_to_model(trained.density, config.data_range, None if data is None else data.levels, trained.name)
     shape = tuple(trained.density.flow.event_shape)
@@ -88,9 +90,34 @@ def run(config: DictConfig) -> float:
         names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]
         columns = [*(values[name] for name in names), numbers.double()]
         write_table(out, [*names, _ROW], torch.stack(columns, dim=1).numpy(), [_ROW])
-        _print(metrics, f"{trained.name}: {len(rows)} rows, split {config.split}", out)
+        there = getattr(data, "num_rows", len(rows)) if other else len(rows)
+        counted = f"{len(rows)} rows" if there == len(rows) else f"{len(rows)} of {there} rows"
+        _print(metrics, f"{trained.name}: {counted}, split {split}", out)
+        if there > len(rows) and split != "all":
+            print(f"To evaluate all {there} rows, add split=all")
     fabric.barrier()
     return metrics["nll"]
+
+
+def _default_split(settings: dict[str, Any], trained: Trained, other: bool) -> str:
+    """Split to evaluate if none is given: the test, or all rows of another table of which none was trained on."""
+    from divflow.data.split import has_none_of
+    from divflow.data.table import all_rows
+
+    state = trained.data_states.get("Table", {})
+    if not other or not _is_table(settings) or "digests" not in state:
+        return "test"
+    _, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
+    if not has_none_of(state, digests):
+        return "test"
+    print(f"no row of {settings['path']} was trained on, so all of them are evaluated")
+    return "all"
+
+
+def _is_table(settings: dict[str, Any]) -> bool:
+    from divflow.data import Table  # here, since it imports Lightning
+
+    return settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table")
 
 
 def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -> tuple["Parts", Tensor, Any]:
@@ -98,15 +125,14 @@ def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -
 
     With split=all the rows are those of the file, in its order. Other splits are those of the training, unless these are other data.
     """
-    from divflow.data import Table  # here, since it imports Lightning
-    from divflow.data.batch import parts_of
+    from divflow.data.batch import parts_of  # here, since it imports Lightning
     from divflow.data.module import TensorDataModule
     from divflow.data.own import split_parts
     from divflow.data.split import SplitData, describe_changes
     from divflow.data.table import all_rows
     from divflow.runs.data import build_data
 
-    if split == "all" and settings["_target_"] in ("divflow.data.Table", f"{Table.__module__}.Table"):
+    if split == "all" and _is_table(settings):
         found, digests = all_rows(**{name: value for name, value in settings.items() if name != "_target_"})
         if not other and (changes := describe_changes(trained.data_states.get("Table", {}), digests)):
             warnings.warn(changes, stacklevel=2)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -78,6 +79,26 @@ def test_a_grown_table_is_tested_on_the_rows_that_training_held_out(here):
         assert float(every[int(row["row"])]["log_prob"]) == pytest.approx(float(row["log_prob"]), rel=1e-5)
     with pytest.warns(UserWarning, match=said):
         main(["sample", BEST, "num_samples=20"])
+
+
+def test_all_rows_of_a_new_file_are_evaluated(here, capsys):
+    """As few as they are; a split of it that is asked for is shown as a part of it."""
+    write(VALUES[:5] + 1, "new.csv")
+    new = [BEST, "data=table", "data.path=new.csv"]
+    main(["evaluate", *new, "out=five.csv"])
+    assert [row["row"] for row in read("five.csv")] == list("01234")
+    said = capsys.readouterr().out
+    assert re.search(r"no row of \S*new\.csv was trained on, so all of them are evaluated", said)
+    assert "5 rows, split all" in said
+    write(VALUES[:30] + 1, "new.csv")
+    main(["evaluate", *new, "split=test", "out=three.csv"])
+    said = capsys.readouterr().out
+    assert re.search(r"3 of 30 rows, split\s+test", said)
+    assert "To evaluate all 30 rows, add split=all" in said
+    write(np.concatenate([VALUES, VALUES[:30] + 1]), "new.csv")
+    with pytest.warns(UserWarning, match="30 are new"):
+        main(["evaluate", *new, "out=held.csv"])
+    assert len(read("held.csv")) == 10
 
 
 @pytest.mark.slow

@@ -332,7 +332,10 @@ MISTAKES = {
     "no checkpoint": (["evaluate", "ckpt_path=there.csv"], r"there\.csv is not a checkpoint of plain tensors"),
     "no data": (["evaluate", "{best}", "+data.path=none"], "there is no file or folder none"),
     "context": (["sample", "{best}", "context=[1,2]"], "0 context features, but got 2"),
-    "split": (["evaluate", "{best}", "split=tset"], "split must be one of train, val, test, all, but is 'tset'"),
+    "split": (
+        ["evaluate", "{best}", "split=tset"],
+        "split must be null or one of train, val, test, all, but is 'tset'",
+    ),
     "suffix": (["evaluate", "{best}", "out=a.txt"], r"must end in \.csv or \.npy, but .*'\.txt'"),
     "figure suffix": (["sample", "{best}", "out=a"], r"\.csv or \.npy or \.png, but .*\(none\)"),
     "there already": (["evaluate", "{best}", "out=there.csv"], "there.csv exists.*overwrite=true"),
