@@ -158,6 +158,14 @@ WARNED = {
         lambda n: {"": np.arange(n) + 7},
         r"column '' \(without a name\) of t\.csv counts its rows.*data\.columns=\[a,b\]",
     ),
+    "shuffled index": (
+        lambda n: {"": np.random.default_rng(0).permutation(3 * n)[:n]},
+        r"column '' \(without a name\) of t\.csv counts its rows, as the index that pandas writes.*data\.columns=\[a,b\]",
+    ),
+    "shuffled, with a name": (
+        lambda n: {"row": np.random.default_rng(0).permutation(n)},
+        r"column row of t\.csv counts its rows.*data\.columns=\[a,b\]",
+    ),
     "whole numbers": (lambda n: {"visits": np.arange(n) % 7}, r"column visits .*data\.discrete=\[visits\]"),
     "ids": (
         lambda n: {"id": [12345678901234567890 + 10_007 * i for i in range(n)]},
