@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -23,6 +23,7 @@ from divflow.cli.trained import (
 )
 from divflow.flow import FlowDensity
 from divflow.flow.evaluation_time import expect, limited
+from divflow.flow.units import warn_of_far_context
 from divflow.operators.context import context_rows, joined_contexts, mapped
 from divflow.runs.report import metrics_table
 from divflow.saved.build import ConfigError
@@ -80,6 +81,9 @@ def run(config: DictConfig) -> float:
             "Give the columns, or the data.event_shape, of the training"
         )
     _check_within(density, rows, numbers)
+    if density.context_range is not None:  # once, not in each batch
+        warn_of_far_context(cast(Tensor, parts.context), density.context_range, density.context_columns)
+        density.context_range = None
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
     fabric = launched(config.device)
     _expect(fabric, density, parts, size, config.max_minutes)

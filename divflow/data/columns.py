@@ -113,6 +113,7 @@ class Columns(SplitData):
         if self._all.context is not None:
             seen = self._all.context[self.train.numbers]
             self.context_transform = _standardization(seen, self.context_columns)
+            self.context_range = [end.tolist() for end in seen.aminmax(dim=0)]
 
     def _divide(self, train: Tensor, val: Tensor, test: Tensor) -> None:
         self.val, self.test = self._all.taken(val), self._all.taken(test)

@@ -88,6 +88,8 @@ class TensorDataModule(L.LightningDataModule):
         images: whether samples are drawn as a grid of images.
         context_features: number of features of the context; 0 for unconditional data.
         context_transform: standardization of contexts, fitted on the training split; None for none.
+        context_range: the least and the largest training value of each feature of the context, of which a loaded density warns of
+            others; None if they are not known.
         energy: energy of particles, towards whose Boltzmann density samples can be weighted; None for other data.
         num_weighted: samples of the model that the test weights.
 
@@ -105,6 +107,7 @@ class TensorDataModule(L.LightningDataModule):
     images: bool = False
     context_features: int = 0
     context_transform: Affine | None = None
+    context_range: list[list[float]] | None = None
     energy: PairEnergy | None = None
     num_weighted: int = 10_000
 

@@ -106,6 +106,7 @@ def rebuild(
     density.columns = columns
     if isinstance(density, FlowDensity):
         density.watch_units, density.context_columns = True, given
+        density.context_range = config.get("context_range")
     return density.eval()
 
 

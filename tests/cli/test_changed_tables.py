@@ -17,6 +17,7 @@ from scipy.stats import norm
 import divflow
 from divflow.cli import main
 from divflow.data.split import split_numbers
+from divflow.flow.units import UnitsWarning
 from divflow.runs.experiment import train
 from divflow.runs.settings import check_settings
 from divflow.saved.build import ConfigError
@@ -179,6 +180,14 @@ def test_a_table_with_a_context_from_the_command(tmp_path, monkeypatch):
     main(["sample", BEST, "context=7", "num_samples=5", "out=u.npy"])
     assert (np.load("u.npy") == np.load("t.npy")).all()
     assert (density.sample(3, {"b": 7.0}).shape, density.sample(2, {"b": [7.0, 8.0]}).shape) == ((3, 1), (2, 1))
+    given = divflow.data.Table("t.csv", context="b")
+    assert density.context_range == [[end] for end in given._all.context[given.train.numbers].aminmax()]
+    with pytest.warns(UnitsWarning, match=r"^b=700 lies outside the training data's \d\S+ to 1\d\S+\. The density"):
+        main(["sample", BEST, "context=700", "num_samples=5", "out=far.npy"])
+    write([[21.0, 0.0, 10.0], [30.0, 0.0, -120.0]], "far.csv", "a,id,b")
+    with pytest.warns(UnitsWarning, match=r"^b=-120 lies outside") as said:
+        main(["evaluate", BEST, "data=table", "data.path=far.csv", "batch_size=1", "out=far.csv.npy"])
+    assert len([it for it in said if "lies outside" in str(it.message)]) == 1
     assert "Give 1 number (b), as context=0.1" in refused("sample", BEST, "out=none.npy")
     assert "names a, but the columns of the context are b" in refused("sample", BEST, "context={a: 1}", "out=none.npy")
     assert "context must be 1 number (b)" in refused("sample", BEST, "context='12'", "out=none.npy")
