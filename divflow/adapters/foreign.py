@@ -17,6 +17,7 @@ from divflow.operators.context import Context, mapped, named_tensors
 from divflow.operators.field import checked_value
 from divflow.score.field import parameters_of
 from divflow.solver import Solver
+from divflow.verification.noise import draws
 from divflow.verification.seeded import seeded
 
 __all__ = ["AdaptedFlow", "AdapterError", "Foreign", "adapted_flow"]
@@ -279,9 +280,8 @@ def adapted_flow(
 
 def _refuse_training(model: object) -> None:
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training and (dropout or normalizes):
+        if draws(module) or (module.training and normalizes):
             raise AdapterError(
                 f"{name or 'the model'} is a {type(module).__name__} in training mode, so the model has no unique value at "
                 "a point. Call its .eval() first, since adapters evaluate the model as it is"

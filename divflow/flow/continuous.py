@@ -234,7 +234,7 @@ class ContinuousFlow(nn.Module):
         """Compute the states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
         if not isinstance(times, Sequence | Tensor) or len(times) == 0:
             raise ValueError(f"times must contain at least the time of x, but is {times!r}")
-        with outside_inference_mode(), explained(x, context, self.times):
+        with outside_inference_mode(), explained(x, context, self):
             x, field = self._prepare(x, context)
             (states,) = self.solver.solve(
                 lambda t, state: (field(t, state[0]),),
@@ -298,7 +298,7 @@ class ContinuousFlow(nn.Module):
         evaluations: Evaluations | None = None,
         penalties: Collection[str] = (),
     ) -> Transport:
-        with outside_inference_mode(), explained(x, context, self.times):
+        with outside_inference_mode(), explained(x, context, self):
             x, field = self._prepare(x, context)
             if self._sample_times is None and x.numel():
                 alone = self.field(mapped(Tensor.detach, context))
