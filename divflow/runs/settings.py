@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from divflow.runs.sweeps import check_resumed_alone
 from divflow.saved.build import WAYS, ConfigError, build_ways
+from divflow.saved.checkpoint import folder_instead
 
 __all__ = ["check_paths", "check_settings", "check_values"]
 
@@ -129,6 +130,8 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
         if not isinstance(path, str) or not path:
             raise ConfigError(f"{name} must be a path, but is {path!r}")
         found = Path(path).expanduser()
+        if name != "data.path" and (message := folder_instead(path)):
+            raise ConfigError(f"{name}={message}")
         what, there = ("file or folder", found.exists()) if name == "data.path" else ("file", found.is_file())
         if not there:
             raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}). Set {name} to an existing {what}")
