@@ -33,7 +33,7 @@ def check_options(arguments: Sequence[str], command: str) -> None:
     Raises:
         ConfigError: with the setting as it is written here.
     """
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         option, equals, value = argument.partition("=")
         # An option may be cut short, and the value of a short one may follow without a space.
         if not argument.startswith("-") or any(it.startswith(option) for it in OPTIONS) or _is_short(option):
@@ -70,11 +70,14 @@ def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
         where = f"; it is a group of task={task}" if command == "train" and task else ""
         return f"divflow {command} has no group {found[1]!r} here{where}"
     if isinstance(error, OverrideParseException):
-        return _unreadable(error)
+        return _unreadable(error, groups)
     if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error)):
         return _several_values(found[1], found[2], groups)
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(error).startswith("Could not override"):
+        if (name := str(cause.full_key)).startswith("context."):
+            value = re.search(rf"\+{re.escape(name)}=(.*)", str(error))
+            return f'{name} is no setting; write "context={{{name[8:]}: {value[1] if value else "VALUE"}}}"'
         return _no_such_setting(cause, groups)
     return " ".join(f"{error} {cause if isinstance(cause, OmegaConfBaseException) else ''}".split())
 
@@ -100,8 +103,10 @@ def check_no_choice_is_hidden(sources: Iterable[Any], folder: Path) -> None:
                 )
 
 
-def _unreadable(error: OverrideParseException) -> str:
+def _unreadable(error: OverrideParseException, groups: Iterable[str]) -> str:
     given = error.override
+    if given in groups:
+        return f"{given!r} is no setting; write {given}=VALUE, without a space"
     if "=" not in given:
         setting = "ckpt_path" if given.endswith(".ckpt") else "data.path" if "." in given else "SETTING"
         return f"{given!r} is no setting; write {setting}={given if setting != 'SETTING' else 'VALUE'}"

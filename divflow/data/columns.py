@@ -256,7 +256,7 @@ def _standardization(rows: Tensor, names: Sequence[str]) -> Affine:
         why = f" Float64 holds 15 digits, and {', '.join(digits)} has more: is it an id?" if digits else ""
         raise DataError(
             f"column {', '.join(names[i] for i in constant)} is constant over the training rows, so it has no density. Leave it out, "
-            f"by columns=[...].{why}"
+            f"by data.columns=[...].{why}"
         )
     if beyond := [name for name, it in zip(names, std, strict=True) if not it < math.inf]:
         raise DataError(
@@ -328,6 +328,6 @@ def _warn_of_dependence(rows: Tensor, names: Sequence[str]) -> None:
         warnings.warn(
             f"over the {len(rows)} training rows these columns are linear functions of others, to {TOLERANCE:g} of their "
             f"standard deviation: {listed(functions)}. The density is degenerate and its likelihood unbounded. Leave them "
-            f"out, by columns=[{rest}]",
+            f"out, by data.columns=[{rest}]",
             stacklevel=4,
         )

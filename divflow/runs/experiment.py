@@ -80,9 +80,9 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:  # as Lightning takes it
             raise ConfigError(f"seed must be null or a whole number in [0, 2^32), but is {config.seed!r}")
         L.seed_everything(config.seed, workers=True, verbose=False)
-    check_targets_arguments(_plain(config))
-    check_arguments(L.Trainer, _plain(config.trainer), "trainer")
+    check_arguments(L.Trainer, _plain(config.trainer), "trainer")  # first, since others follow its steps
     check_arguments(L.Trainer, _plain(config.device), "device")
+    check_targets_arguments(_plain(config))
     with _settings_of("data"):
         data, keys = build_data(_plain(config.data))
     with _settings_of("task"):

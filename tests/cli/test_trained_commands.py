@@ -202,6 +202,14 @@ def test_a_context_is_a_number_where_the_density_is_given_one(best, tmp_path):
         (["+model.count=1", "context=old"], "1 number, as context=0.1, but is 'old'"),
         (["+model.count=1", "context={age: 41}"], "the columns of the context are unnamed. Give a list"),
         (
+            ["+model.count=1", "+model.columns=[age]", "context={age: old}"],
+            "age of the context must be a number, as \"context={age: 0.1}\", but is 'old'",
+        ),
+        (
+            ["+model.count=1", "+model.columns=[age]", "context=old"],
+            "1 number (age), as context=0.1 or \"context={age: 0.1}\", but is 'old'",
+        ),
+        (
             ["+model.count=1", "+model.columns=[age]", "context={old: 41}"],
             "names old, but the columns of the context are age",
         ),

@@ -185,6 +185,12 @@ def test_what_is_probably_no_datum_is_warned_of(tmp_path, kind):
     Table(tmp_path / "t.csv", columns=["a", "b"])  # without a word
 
 
+def test_text_is_left_out_by_the_setting_of_that_name(tmp_path):
+    (tmp_path / "t.csv").write_text("a,kind\n" + "".join(f"{i}.5,k{i}\n" for i in range(30)))
+    with pytest.raises(DataError, match=r"not numbers: kind .*by data\.columns=\[a\]"):
+        Table(tmp_path / "t.csv")
+
+
 def test_repeated_rows_are_warned_of(tmp_path):
     (tmp_path / "t.csv").write_text(text() + "".join(text().splitlines(keepends=True)[1:4]))
     with pytest.warns(UserWarning, match=r"3 of the 43 rows of t\.csv repeat another"):
