@@ -13,6 +13,7 @@ from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.flow.settings import tensor_settings
 from divflow.flow.units import warn_of_far_data, warn_of_range
 from divflow.likelihood import Likelihood, Quadrature
+from divflow.operators.calling import TIMES
 from divflow.operators.context import Context, mapped, named_tensors
 from divflow.operators.field import checked_value
 from divflow.score.field import parameters_of
@@ -23,7 +24,7 @@ from divflow.verification.seeded import seeded
 __all__ = ["AdaptedFlow", "AdapterError", "Foreign", "adapted_flow"]
 
 # Names of a time among a model's arguments.
-_TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
+_TIMES = TIMES | {"sigma", "sigmas"}
 # Errors of a model that does not take its arguments.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 

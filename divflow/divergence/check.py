@@ -14,7 +14,7 @@ from divflow.errors import FieldError, FieldWarning
 from divflow.operators.compiled import eagerly
 from divflow.operators.context import Context
 from divflow.operators.differentiating import differentiates, evaluated, note_differentiates
-from divflow.operators.field import AtTime, Field, as_time, checked_state, checked_value
+from divflow.operators.field import AtTime, Field, as_time, checked_field, checked_state, checked_value
 from divflow.operators.linearization import linearize_field
 from divflow.operators.transformed import refuse_transforms
 from divflow.verification.copies import CopyError, copied
@@ -76,7 +76,7 @@ def check_field(
     """
     refuse_transforms("check_field", "call it once beforehand")
     x = checked_state(x)
-    t, g = as_time(t, x), given(g, context, x)
+    t, g = as_time(t, x), given(checked_field(g), context, x)
     if x.numel() == 0:
         checked_value(evaluated(g, t, x.clone()), x)
         return

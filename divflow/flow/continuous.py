@@ -21,7 +21,7 @@ from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadratu
 from divflow.likelihood.gauss_kronrod import gauss_kronrod
 from divflow.operators.compiled import eagerly
 from divflow.operators.context import Context, check_context, mapped
-from divflow.operators.field import checked_state
+from divflow.operators.field import checked_field, checked_state
 from divflow.operators.transformed import refuse_transforms
 from divflow.solver import Evaluations, Solver
 from divflow.verification import severed_fields
@@ -62,7 +62,7 @@ class ContinuousFlow(nn.Module):
             are an error, because the divergence would leave them out.
 
     Raises:
-        ValueError: a base of another event shape, or t_base equal to t_data.
+        ValueError: a base of another event shape, t_base equal to t_data, or a velocity that is a class, or takes (x, t).
 
     Example:
         >>> flow = ContinuousFlow(lambda t, x: -x, 2)  # x = z exp(-1)
@@ -84,7 +84,7 @@ class ContinuousFlow(nn.Module):
         detached: bool = False,
     ) -> None:
         super().__init__()
-        self.velocity = velocity
+        self.velocity = checked_field(velocity)
         self.event_shape = torch.Size(checked_event_shape(event_shape))
         self.estimator = Exact() if estimator is None else estimator
         self.likelihood = Quadrature() if likelihood is None else likelihood
