@@ -1,6 +1,8 @@
 """What Hydra refuses of a command line, in one line with the remedy, and what it would take in silence."""
 
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from divflow.cli.command_line import OPTIONS
 from divflow.saved.named import ConfigError, meant
 
-__all__ = ["check_no_choice_is_hidden", "check_options", "in_a_line"]
+__all__ = ["check_no_choice_is_hidden", "check_options", "in_a_line", "last_own_line"]
 
 _LONG = [it for it in OPTIONS if it.startswith("--")]
 _SHORT = tuple(it for it in OPTIONS if not it.startswith("--"))
@@ -101,6 +103,24 @@ def check_no_choice_is_hidden(sources: Iterable[Any], folder: Path) -> None:
                 raise ConfigError(
                     f"{file} has the name of a choice of divflow's, which would be taken instead of it ({name.with_suffix('')}); rename it"
                 )
+
+
+def last_own_line(error: BaseException) -> str | None:
+    """The last line of a user's own file that an error passed through; None if there is none.
+
+    Args:
+        error: as it was caught.
+
+    Returns:
+        Such as `my_module.py, line 12: return self.net(x)`.
+    """
+    others = [Path(sysconfig.get_path("stdlib")).resolve(), Path(__file__).resolve().parents[1]]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).resolve()
+        installed = {"site-packages", "dist-packages"} & set(file.parts) or any(map(file.is_relative_to, others))
+        if file.is_file() and not installed:
+            return f"{file.name}, line {frame.lineno}: {frame.line}"
+    return None
 
 
 def _unreadable(error: OverrideParseException, groups: Iterable[str]) -> str:

@@ -128,6 +128,8 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         )
         save_results(results, seconds, trainer.global_step, seed, output, before)
         print_results(results, seconds, trainer.global_step, output, tested, before)
+        if trainer.global_step == 0:
+            print("No step was trained, so there is no checkpoint. Set trainer.max_steps to a positive number")
     return results
 
 
