@@ -169,9 +169,49 @@ def test_sweeps_name_their_folders_by_what_differs(tmp_path, monkeypatch):
         ("data=table", r"data\.path must be given"),
         ("ckpt_path=none.ckpt", "there is no file none.ckpt .*ckpt_path"),
         ("evaluation.solver.method=dopri9", "unknown solver method 'dopri9'"),
+        ("seed=-1", "seed must be null or a whole number"),
+        ("trainer.max_steps=-5", "max_steps must be a whole number, or -1 for no limit, but is -5"),
+        ("trainer.max_steps=many", "max_steps must be a whole number, or -1 for no limit, but is 'many'"),
+        ("trainer.val_check_interval=-2", "val_check_interval must be a number of steps .*, but is -2"),
+        ("+network.depth=3", "network.depth is no setting of MLP"),
+        ("+task.optimizer.momentum=0.9", "task.optimizer.momentum is no setting of AdamW"),
+        ("+task.scheduler.foo=1", "task.scheduler.foo is no setting of CosineAnnealingLR"),
     ],
 )
 def test_what_is_wrong_is_reported_before_lightning_is_there(override, message):
     with pytest.raises((ConfigError, InstantiationException)) as caught:
         check_settings(config(override, "output_dir=x"))
     assert re.search(message, f"{caught.value} {caught.value.__cause__}")
+
+
+def test_gpus_that_are_not_there_are_reported_before_lightning_is_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for settings in (["device=gpu"], ["device=multi_gpu"], ["device=gpu", "device.devices=[0,1]"]):
+        check_settings(config(*settings, "output_dir=x"))
+    for devices in ("3", "[0,2]"):
+        with pytest.raises(ConfigError, match=r"asks for GPUs of this machine, but torch sees 2.*device.devices=2"):
+            check_settings(config("device=gpu", f"device.devices={devices}", "output_dir=x"))
+
+
+def test_a_folder_that_can_not_be_written_is_reported_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("divflow.runs.experiment.train", None)  # is not come to
+    for folder, message in (
+        ("/proc", r"^error: output_dir=/proc can't be written \(.+\)\. Choose another folder by output_dir="),
+        ("/proc/run", r"^error: /proc/run can't be made \(.+\)\. Choose another folder by output_dir="),
+        ("file/run", r"file/run can't be made \(Not a directory\)\. Choose"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_here(*SMALL, f"output_dir={folder}")
+
+
+def test_results_of_another_run_are_protected_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (last := tmp_path / "checkpoints" / "last.ckpt").write_text("precious")
+    monkeypatch.setattr("divflow.runs.experiment.train", lambda config: {"val/nll": 1.0})
+    with pytest.raises(SystemExit, match=r"holds the results of another run \(checkpoints/last.ckpt\)"):
+        run_here(*SMALL, f"output_dir={tmp_path}")
+    for going_on in ("overwrite=true", f"ckpt_path={last}"):
+        run_here(*SMALL, f"output_dir={tmp_path}", going_on)
+    assert last.read_text() == "precious"

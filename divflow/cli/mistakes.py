@@ -1,5 +1,6 @@
 """What Hydra refuses of a command line, in one line with the remedy, and what it would take in silence."""
 
+import itertools
 import re
 import sysconfig
 import traceback
@@ -35,7 +36,7 @@ def check_options(arguments: Sequence[str], command: str) -> None:
     Raises:
         ConfigError: with the setting as it is written here.
     """
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         option, equals, value = argument.partition("=")
         # An option may be cut short, and the value of a short one may follow without a space.
         if not argument.startswith("-") or any(it.startswith(option) for it in OPTIONS) or _is_short(option):
@@ -75,6 +76,10 @@ def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
         return _unreadable(error, groups)
     if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error)):
         return _several_values(found[1], found[2], groups)
+    if isinstance(error, OSError) and not str(error.filename).endswith(
+        ".yaml"
+    ):  # which Hydra makes before the command runs
+        return f"{error.filename} can't be made ({error.strerror}). Choose another folder by output_dir=..."
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(error).startswith("Could not override"):
         if (name := str(cause.full_key)).startswith("context."):

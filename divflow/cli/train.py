@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from divflow.runs.folder import check_folder
 from divflow.runs.settings import check_settings
 
 __all__ = ["run"]
@@ -23,6 +25,7 @@ def run(config: DictConfig) -> float | None:
     config.output_dir = HydraConfig.get().runtime.output_dir  # a sweep, or hydra.run.dir=..., may have set another
     try:
         check_settings(config)
+        check_folder(Path(config.output_dir).expanduser().resolve(), config.ckpt_path, config.overwrite)
         from divflow.runs.experiment import train  # here, so that mistakes are reported before Lightning is imported
 
         results = train(config)

@@ -116,6 +116,7 @@ def load_trained(config: DictConfig, with_data: bool = True) -> Trained:
         CheckpointError: a checkpoint can't be read or is not allowed.
         ConfigError: the function did not make a density.
     """
+    ways = build_ways(_plain(config))
     if config.ckpt_path is None:
         density, name, columns, states = _made(config.model), config.model._target_, None, {}
     else:
@@ -126,7 +127,6 @@ def load_trained(config: DictConfig, with_data: bool = True) -> Trained:
         name = which_weights(checkpoint, config.ckpt_path)
         columns = density.columns or _data_of_run(config).get("columns")
         states = {key: it for key, it in checkpoint.items() if isinstance(it, Mapping) and "order_seed" in it}
-    ways = build_ways(_plain(config))
     if ways:
         if not isinstance(density, FlowDensity):
             raise ConfigError(f"{name} is a score without SDE, which has no flow. Leave {', '.join(ways)} out")

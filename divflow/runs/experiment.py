@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import logging
-import os
 import sys
 import time
 import warnings
@@ -31,6 +30,7 @@ from divflow.runs.data import build_data, data_description
 from divflow.runs.folder import claim, earlier_metrics, link_latest, save_config, save_results, take_along
 from divflow.runs.loggers import build_loggers, log_settings, own_wandb_run
 from divflow.runs.report import print_results
+from divflow.runs.settings import check_gpus, check_seed
 from divflow.runs.signals import exit_code
 from divflow.runs.sweeps import going_on
 from divflow.runs.types import check_arguments, check_targets_arguments
@@ -76,13 +76,14 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         if config[name] is not None:
             config[name] = str(Path(config[name]).expanduser().resolve())
     output, ckpt_path = Path(config.output_dir), config.ckpt_path
+    check_seed(config.seed)
     if config.seed is not None:
-        if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:  # as Lightning takes it
-            raise ConfigError(f"seed must be null or a whole number in [0, 2^32), but is {config.seed!r}")
         L.seed_everything(config.seed, workers=True, verbose=False)
-    check_arguments(L.Trainer, _plain(config.trainer), "trainer")  # first, since others follow its steps
-    check_arguments(L.Trainer, _plain(config.device), "device")
     check_targets_arguments(_plain(config))
+    check_arguments(L.Trainer, _plain(config.trainer), "trainer")
+    check_arguments(L.Trainer, _plain(config.device), "device")
+    with _settings_of("callbacks"):
+        callbacks = _build_callbacks(config)
     with _settings_of("data"):
         data, keys = build_data(_plain(config.data))
     with _settings_of("task"):
@@ -100,8 +101,8 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         else init_weights(task.density, config.init_from, config.weights)
     )
     held.enter_context(own_wandb_run())
-    with _settings_of("trainer, device, logger or callbacks"):
-        trainer = _build_trainer(config)
+    with _settings_of("trainer, device or logger"):
+        trainer = _build_trainer(config, callbacks)
     if resumed is not None:  # before anything is written; training itself warns of the rest
         with warnings.catch_warnings(action="ignore"):
             check_resumed(task, declared(trainer).callbacks, resumed)
@@ -243,17 +244,18 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
-def _build_trainer(config: DictConfig) -> L.Trainer:
+def _build_callbacks(config: DictConfig) -> list[L.Callback]:
+    return [instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None]
+
+
+def _build_trainer(config: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
     settings = _plain(config.device) | _plain(config.trainer)
     if settings["accelerator"] == "auto" and not torch.cuda.is_available():
         settings["accelerator"] = "cpu"  # MPS has no float64, in which torchdiffeq keeps time
     if settings["accelerator"] == "gpu":
-        _check_gpus(settings["devices"])
+        check_gpus(settings["devices"])
     # Without divflow's bar Lightning would show its own.
     settings.setdefault("enable_progress_bar", config.callbacks.get("progress") is not None)
-    callbacks = [
-        instantiate(callback, _convert_="all") for callback in config.callbacks.values() if callback is not None
-    ]
     loggers = build_loggers(config.logger, Path(config.output_dir))
     return L.Trainer(default_root_dir=config.output_dir, logger=loggers, callbacks=callbacks, **settings)
 
@@ -264,20 +266,6 @@ def _best_value(trainer: L.Trainer) -> dict[str, float]:
         if isinstance(callback, BestCheckpoint) and callback.monitor and callback.best_model_score is not None:
             return {callback.monitor: float(callback.best_model_score)}
     return {}
-
-
-def _check_gpus(devices: int | str | list[int]) -> None:
-    there = torch.cuda.device_count()
-    numbers = devices if isinstance(devices, list) else range(there if devices in ("auto", -1, "-1") else int(devices))
-    if there and all(0 <= int(number) < there for number in numbers):
-        return
-    build = "" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} is built without CUDA. "
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    masked = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the others. " if hidden is not None else ""
-    remedy = f"Use device.devices={there}" if there else "Use device=cpu or device=multi_process_cpu"
-    raise ConfigError(
-        f"device.devices={devices} asks for GPUs of this machine, but torch sees {there or 'none'}. {build}{masked}{remedy}"
-    )
 
 
 def _resume_metrics(trainer: L.Trainer, rows: list[dict[str, str]]) -> None:

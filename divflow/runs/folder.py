@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,36 @@ try:
 except ImportError:  # a system without file locks
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["claim", "earlier_metrics", "link_latest", "save_config", "save_results", "take_along"]
+__all__ = ["check_folder", "claim", "earlier_metrics", "link_latest", "save_config", "save_results", "take_along"]
 
 _RESULTS = ("checkpoints/*.ckpt", "samples.npy", "results.json", "figures/*.png")
 _OTHERS = ("config.yaml", "metrics.csv")
 _FOLDER = "<output_dir>"
 # Folder of a run that is started again from its config.yaml: a new one.
 _AGAIN = "outputs/again/${now:%Y-%m-%d_%H-%M-%S-%f}"
+
+
+def check_folder(output: Path, ckpt_path: str | None, overwrite: bool) -> None:
+    """Refuse a folder that can't be written, or holds the results of another run, before anything is loaded.
+
+    Args:
+        output: the folder.
+        ckpt_path: checkpoint to resume from, or None.
+        overwrite: whether results of another run are to be deleted.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output} can't be written ({error.strerror}). Choose another folder by output_dir=..."
+        ) from error
+    if not _is_own(output, ckpt_path):
+        _check_free(output, overwrite)
 
 
 @contextlib.contextmanager
@@ -71,9 +95,7 @@ def _lock(folder: int, output: Path) -> None:
 
 
 def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> None:
-    own = ckpt_path is not None and Path(ckpt_path).resolve().parent.parent == output.resolve()
-    held = sorted(path for pattern in _RESULTS for path in output.glob(pattern))
-    if own:
+    if _is_own(output, ckpt_path):
         done = _steps(output / "results.json")
         if done <= step or overwrite:
             return
@@ -81,9 +103,24 @@ def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> N
             f"{output} holds the results of this run at step {done}, later than step {step} of {ckpt_path}. Go on from it in "
             "another folder by output_dir=..., or let the later results be replaced by overwrite=true"
         )
-    if not held:
-        return
-    if not overwrite:
+    held = _check_free(output, overwrite)
+    for path in (*held, *(output / name for name in _OTHERS if held)):
+        path.unlink(missing_ok=True)
+
+
+def _is_own(output: Path, ckpt_path: str | None) -> bool:
+    """Whether the checkpoint is of the run in that folder."""
+    return ckpt_path is not None and Path(ckpt_path).expanduser().resolve().parent.parent == output.resolve()
+
+
+def _check_free(output: Path, overwrite: bool) -> list[Path]:
+    """Results of another run in the folder.
+
+    Raises:
+        ConfigError: there are some, and they may not be overwritten.
+    """
+    held = sorted(path for pattern in _RESULTS for path in output.glob(pattern))
+    if held and not overwrite:
         last = output / "checkpoints" / "last.ckpt"
         going_on = f", go on with that run by ckpt_path={last}," if last.is_file() else ""
         raise ConfigError(
@@ -91,8 +128,7 @@ def _empty(output: Path, ckpt_path: str | None, step: int, overwrite: bool) -> N
             f"{f' and {len(held) - 1} more' if len(held) > 1 else ''}). Choose another folder by output_dir=..."
             f"{going_on} or let them be deleted by overwrite=true"
         )
-    for path in (*held, *(output / name for name in _OTHERS)):
-        path.unlink(missing_ok=True)
+    return held
 
 
 def _steps(results: Path) -> int:

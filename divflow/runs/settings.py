@@ -1,20 +1,26 @@
 """Checks of the settings of a run, before anything is built from them."""
 
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from divflow.runs.sweeps import check_resumed_alone
+from divflow.runs.types import check_targets_arguments
 from divflow.saved.build import WAYS, ConfigError, build_ways
 from divflow.saved.checkpoint import folder_instead
 
-__all__ = ["check_paths", "check_settings", "check_values"]
+__all__ = ["check_gpus", "check_paths", "check_seed", "check_settings", "check_values"]
 
 _LARGEST = 3.4e38
+# Settings whose classes need no Lightning, in the config and in its task.
+_OF_TORCH = ("network", "base", "path", "coupling", "times", "sde", "objective", "sampler")
+_OF_TASK = ("optimizer", "scheduler")
 # Settings that are lists, with an example.
 _LISTS = {
     **dict.fromkeys(("hidden", "joint", "channels", "block_out_channels", "event_shape"), "[64,64]"),
@@ -30,16 +36,18 @@ def check_settings(config: DictConfig) -> None:
         config: of a whole run.
 
     Raises:
-        ConfigError: a value is missing, a file or folder does not exist, `times` are those of another task, or all runs of a sweep would go on from one
-            checkpoint.
+        ConfigError: a value is missing, a file or folder does not exist, `times` are those of another task, there are not the GPUs, a
+            class does not take an argument, or all runs of a sweep would go on from one checkpoint.
         DivflowError: an estimator, a likelihood or a solver does not take an option.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"{', '.join(missing)} must be given. Add {missing[0]}=...")
     _check_groups(config)
     check_values(OmegaConf.to_container(config, resolve=True))
-    if config.trainer.get("val_check_interval") == 0:
-        raise ConfigError("trainer.val_check_interval must be a number of steps or a share of an epoch, but is 0")
+    check_seed(config.seed)
+    _check_steps(config.trainer)
+    if config.device.get("accelerator") == "gpu":
+        check_gpus(config.device.get("devices", "auto"))
     paths = {"data.path": config.data.get("path"), "ckpt_path": config.ckpt_path}
     if config.ckpt_path is None:
         paths["init_from"] = config.init_from
@@ -49,6 +57,10 @@ def check_settings(config: DictConfig) -> None:
     _check_times(config)
     for ways in (config, config.evaluation):
         build_ways({name: OmegaConf.to_container(ways[name], resolve=True) for name in WAYS})
+    for name in (*_OF_TORCH, *(f"task.{name}" for name in _OF_TASK)):
+        found = OmegaConf.select(config, name)
+        if isinstance(found, DictConfig):
+            check_targets_arguments(OmegaConf.to_container(found, resolve=True), name)
 
 
 def _check_groups(config: DictConfig) -> None:
@@ -116,6 +128,52 @@ def _check_times(config: DictConfig) -> None:
         raise ConfigError(f"{drawn} is for the times of flow matching. Use times=sde with task=score")
     if "coupling" in config and drawn is None:
         raise ConfigError("times=sde is for task=score. Use times=uniform, power or logit_normal with flow matching")
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed, as Lightning takes it.
+
+    Raises:
+        ConfigError: with the value.
+    """
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
+        raise ConfigError(f"seed must be null or a whole number in [0, 2^32), but is {seed!r}")
+
+
+def _check_steps(trainer: DictConfig) -> None:
+    steps, interval = trainer.get("max_steps", -1), trainer.get("val_check_interval")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < -1:
+        raise ConfigError(f"trainer.max_steps must be a whole number, or -1 for no limit, but is {steps!r}")
+    if isinstance(interval, int | float) and interval <= 0:
+        raise ConfigError(
+            f"trainer.val_check_interval must be a number of steps or a share of an epoch, but is {interval}"
+        )
+
+
+def check_gpus(devices: Any) -> None:
+    """Refuse GPUs that this machine does not have.
+
+    Args:
+        devices: how many, their numbers, or "auto" for all, as Lightning takes them.
+
+    Raises:
+        ConfigError: with the number of those there are, and what hides others.
+    """
+    there = torch.cuda.device_count()
+    try:
+        listed = [int(it) for it in devices] if isinstance(devices, Sequence) and not isinstance(devices, str) else None
+        numbers = range(there if devices in ("auto", -1, "-1") else int(devices)) if listed is None else listed
+    except (TypeError, ValueError):  # which Lightning takes or refuses
+        return
+    if there and all(0 <= number < there for number in numbers):
+        return
+    build = "" if torch.version.cuda or torch.version.hip else f"torch {torch.__version__} is built without CUDA. "
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    masked = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the others. " if hidden is not None else ""
+    remedy = f"Use device.devices={there}" if there else "Use device=cpu or device=multi_process_cpu"
+    raise ConfigError(
+        f"device.devices={devices} asks for GPUs of this machine, but torch sees {there or 'none'}. {build}{masked}{remedy}"
+    )
 
 
 def check_paths(paths: Mapping[str, str | None]) -> None:

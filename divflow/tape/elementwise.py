@@ -1,4 +1,4 @@
-"""Rules for elementwise functions: closed first and second derivatives for the most common, autograd's for all others."""
+"""Rules for elementwise functions: closed formulas of both derivatives for common ones, and autograd for all others."""
 
 import contextlib
 import functools
@@ -38,11 +38,11 @@ class Elementwise(Rule):
     curvature: Callable[..., Any] | None = None
 
     def identity(self, op: Operation) -> Hashable:
-        """The formula that is taken, too."""
+        """The rule and the formula that it uses: another formula makes another plan."""
         return id(self), id(FORMULAS.get(op.name)), id(PARTIALS.get(op.name))
 
     def record(self, tape: Recorder, op: Operation) -> Any:
-        """Evaluate it, and its derivatives."""
+        """Evaluate the function and its derivatives."""
         if op.kwargs.get("inplace") or (op.name.endswith("_") and not op.name.startswith("_")):
             return self._in_place(tape, op)
         if "out" in op.kwargs:
@@ -50,7 +50,7 @@ class Elementwise(Rule):
         if "inplace" in op.kwargs:
             op = op._replace(kwargs={key: value for key, value in op.kwargs.items() if key != "inplace"})
         value, operands, slopes, curvatures = self._derivatives(tape, op)
-        # Where a slope is a constant beside the only operand, it may have fewer entries than the value.
+        # With one operand and a constant, as in 3 * u, the slope is the constant, which may have fewer entries than the value.
         shared = len(operands) == 1 and op.name in PARTIALS and self.slope is None
         shapes = [operand.shape for operand in operands]
         return tape.learn(value, Scaled(shapes, slopes, curvatures, shared), operands)
@@ -72,14 +72,14 @@ class Elementwise(Rule):
             try:
                 slopes = partials.slopes(*op.args, value)
                 curvatures = partials.curvatures(*op.args, value) if tape.curved else {}
-            except ArithmeticError as error:  # of Python's numbers, which can't be infinite as a tensor's can
+            except ArithmeticError as error:  # Python's numbers raise where a tensor would become infinite
                 raise NoRule(f"{op.name}: {error}") from error
             places = [i for i, argument in enumerate(op.args) if tape.depends(argument)]
             return value, operands, [slopes[i] for i in places], _at(places, curvatures)
         return self._by_autograd(tape, op)
 
     def _given(self, tape: Recorder, op: Operation) -> tuple[Tensor, list[Tensor], list[Factor], Curvatures]:
-        """By the slope that was given, and the curvature, if there is one."""
+        """By the slope and curvature of the rule; without a curvature, by autograd from the slope."""
         assert self.slope is not None
         places = [i for i, tensor in enumerate(op.tensors) if tape.depends(tensor)]
         if not tape.curved or self.curvature is not None:
@@ -99,7 +99,7 @@ class Elementwise(Rule):
         return value, operands, [_detached(tape, slope) for slope in derived], bends
 
     def _by_autograd(self, tape: Recorder, op: Operation) -> tuple[Tensor, list[Tensor], list[Factor], Curvatures]:
-        """By reverse mode, whose conventions at kinks are autograd's."""
+        """By reverse mode; at kinks, derivatives follow autograd's conventions."""
         operands = [*{id(tensor): tensor for tensor in op.tensors if tape.depends(tensor)}.values()]
         with torch.enable_grad():
             points, at = _points(tape, op, operands)
@@ -111,7 +111,7 @@ class Elementwise(Rule):
         return _detached(tape, value), operands, factors, curvatures
 
     def _in_place(self, tape: Recorder, op: Operation) -> Tensor:
-        """The function out of place, at a copy of its argument that stays as it is, and its value over the argument."""
+        """Record an operation in place as one out of place: at a copy of its argument, over which its value is then written."""
         target, base = op.tensors[0], op.name.rstrip("_")
         if not tape.depends(target):
             raise NoRule(f"{op.name} on a constant")
@@ -125,23 +125,23 @@ class Elementwise(Rule):
 
 
 class BatchNorm(Elementwise):
-    """With statistics that are constants it is elementwise."""
+    """Batch normalization in evaluation mode, which is elementwise because its statistics are constants."""
 
     def record(self, tape: Recorder, op: Operation) -> Any:
-        """Evaluate it, unless it is in training mode."""
+        """Evaluate it; training mode, which mixes samples, has no rule."""
         if op.args[5] if len(op.args) > 5 else op.kwargs.get("training", False):
             raise NoRule("batch_norm over the batch")
         return super().record(tape, op)
 
 
 def _is_plain(op: Operation) -> bool:
-    """Whether it is the function of one tensor, its first argument, with the options that it is written out for."""
+    """Whether the function is called with one tensor, its first argument, and the options that its formula assumes."""
     if len(op.args) == 1 and not op.kwargs:
         return op.name not in _OPTIONS or "exponent" not in _OPTIONS[op.name]
     options = _OPTIONS.get(op.name, {})
     if len(op.tensors) != 1 or not op.args or op.args[0] is not op.tensors[0] or len(op.args) - 1 > len(options):
         return False
-    # By name: in a call they may stand in any order.
+    # By name, because a call may have them in any order.
     given = dict(zip(options, op.args[1:], strict=False)) | op.kwargs
     return options | given == options
 
@@ -158,7 +158,7 @@ def _as_tuple(slopes: Any) -> tuple[Any, ...]:
 
 
 def _at(places: list[int], curvatures: Mapping[tuple[int, int], Factor]) -> Curvatures:
-    """Those of the operands at some places among all."""
+    """Curvatures between the operands at `places`, numbered within these."""
     return {
         (places.index(i), places.index(j)): curvature
         for (i, j), curvature in curvatures.items()
@@ -171,20 +171,20 @@ def _detached(tape: Recorder, tensor: Any) -> Any:
 
 
 def _points(tape: Recorder, op: Operation, operands: list[Tensor]) -> tuple[list[Tensor], Callable[[Operation], Any]]:
-    """Operands to differentiate in, and what gives the operation's arguments with these."""
+    """Copies of the operands to differentiate in, and a function that puts them into an operation's arguments."""
     shape = operands[0].shape
     with contextlib.suppress(RuntimeError):
         shape = torch.broadcast_shapes(*(tensor.shape for tensor in op.tensors))
     points: dict[int, Tensor] = {}
     for operand in operands:
-        # Broadcast beforehand, so that the derivatives at the entries of the value are not added up.
+        # Expanded to the value's shape, because autograd would add up the derivatives of entries that are broadcast.
         point = (operand if tape.differentiable else operand.detach()).expand(shape)
         points[id(operand)] = point if point.requires_grad else point.requires_grad_()
     return [*points.values()], lambda op: op.arguments(lambda tensor: points.get(id(tensor), tensor))
 
 
 def _entries(value: Any, points: list[Tensor], create_graph: bool) -> list[Tensor | None]:
-    """Derivatives of a value at every one of its entries; None where it does not depend on a point."""
+    """dy_i/du_i at each entry i of a value y, for each point u; None for a point that y does not depend on."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return [None] * len(points)
     found = torch.autograd.grad(
@@ -204,25 +204,25 @@ def _curvatures(tape: Recorder, slopes: list[Any], points: list[Tensor]) -> Curv
     return curvatures
 
 
-# Formulas: reverse mode gives the same, but takes longer to set up than a small network's layer to evaluate.
+# Formulas. Reverse mode gives the same values, but its overhead exceeds the evaluation of a small layer.
 
 
 class Formula(NamedTuple):
-    """Derivatives s'(u) and s''(u) of y = s(u), of u, y and, the second, of s'(u); None for one that vanishes."""
+    """Derivatives of y = s(u): the slope s'(u) from u and y, the curvature s''(u) from u, y and s'(u); None if it vanishes."""
 
     slope: Callable[[Tensor, Tensor], Factor]
     curvature: Callable[[Tensor, Tensor, Any], Factor] | None = None
 
 
 class Partials(NamedTuple):
-    """The same for y = s(a, b), by the places of the arguments."""
+    """Derivatives of y = s(a, b) from a, b and y: both slopes, and the curvatures by pairs of arguments, (0, 1) for a and b."""
 
     slopes: Callable[[Any, Any, Tensor], tuple[Factor, Factor]]
     curvatures: Callable[[Any, Any, Tensor], Curvatures] = lambda a, b, y: {}
 
 
 def _UNKNOWN(u: Tensor, y: Tensor, s: Any) -> Factor:  # noqa: N802 - a mark
-    """A second derivative that is left to autograd."""
+    """Marks a curvature that is left to autograd."""
     raise AssertionError
 
 
@@ -262,7 +262,7 @@ def _gelu_slope(u: Tensor, y: Tensor) -> Tensor:
 FORMULAS: dict[str, Formula] = {
     "tanh": Formula(lambda u, y: torch.addcmul(_one(y.dtype, y.device), y, y, value=-1), lambda u, y, s: -2 * y * s),
     "sigmoid": Formula(lambda u, y: y * (1 - y), lambda u, y, s: s * (1 - 2 * y)),
-    # torch has two formulas for these, with a graph and without, so that rounding would tell whether a call is verified.
+    # Torch rounds the derivatives of these differently with a graph, so a verified call would differ from others.
     "silu": Formula(_silu_slope, _silu_curvature),
     "mish": Formula(_mish_slope, _UNKNOWN),
     "softplus": Formula(_softplus_slope, lambda u, y, s: s * (1 - s)),
@@ -279,7 +279,7 @@ FORMULAS: dict[str, Formula] = {
     "reciprocal": Formula(lambda u, y: -y * y, lambda u, y, s: 2 * y * y * y),
     "neg": Formula(lambda u, y: -1.0),
 }
-"""By the name of the operation."""
+"""Functions of one tensor, by the name of the operation."""
 
 PARTIALS: dict[str, Partials] = {
     "add": Partials(lambda a, b, y: (None, None)),
@@ -288,4 +288,4 @@ PARTIALS: dict[str, Partials] = {
     "mul": Partials(lambda a, b, y: (b, a), lambda a, b, y: {(0, 1): None}),
     "div": Partials(lambda a, b, y: (1 / b, -y / b), lambda a, b, y: {(0, 1): -1 / (b * b), (1, 1): 2 * y / (b * b)}),
 }
-"""The same of two arguments."""
+"""Functions of two arguments, by the name of the operation."""

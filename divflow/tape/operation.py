@@ -1,4 +1,4 @@
-"""A torch function at its arguments, as a `TorchFunctionMode` sees it: its name, its tensors, its structure."""
+"""One call of a torch function, as a `TorchFunctionMode` receives it: its name, its tensors, its structure."""
 
 import functools
 import hashlib
@@ -25,24 +25,24 @@ __all__ = [
 ]
 
 HOOKS = {"register_hook", "register_post_accumulate_grad_hook"}
-"""Operations that may change gradients."""
+"""Operations that register a hook, which may change gradients."""
 OUTSIDE = {"grad", "backward"}
-"""Operations to which a tensor counts by its place in the graph, so that no other can stand in for it."""
+"""Operations that need the very tensor, by its place in the graph; a copy with the same numbers would not do."""
 METADATA = set(
     """
     shape size dim ndim ndimension numel nelement dtype device layout requires_grad is_leaf is_cuda is_floating_point
     is_complex is_contiguous stride element_size get_device __len__ grad_fn
     """.split()  # noqa: SIM905 - a list of these would take a screen
 )
-"""Operations that depend on shape, type and place of a tensor alone."""
+"""Operations whose result depends on the shape, dtype and device of a tensor, not on its numbers."""
 
 
 @functools.cache
 def name_of(func: Any) -> str:
-    """The name of a torch function: `add` for torch.add, Tensor.add, +; `add_` for what works in place.
+    """The name of a torch function: `add` for torch.add, Tensor.add and +, and `add_` in place.
 
-    Operators of a library (`torch.library`), and functions that are not torch's, have a name that none of torch has:
-    `mylib.rotate`.
+    Operators of `torch.library` and functions outside of torch have a qualified name, `mylib.rotate`, which no function of
+    torch has.
     """
     if isinstance(func, OpOverload | OpOverloadPacket):
         name = str(func).removesuffix(".default")
@@ -76,13 +76,13 @@ _NAMED = {torch.memory_format, torch.layout, range}
 def described(
     values: Iterable[Any], known: Container[int], tensors: list[Tensor], numbers: bool
 ) -> tuple[Hashable, ...]:
-    """What of an operation's arguments decides its structure: shapes and options, not the numbers in tensors.
+    """A key of the arguments' structure: shapes and options, without the numbers in tensors.
 
     Args:
         values: the arguments.
-        known: identities of the tensors that depend on x.
-        tensors: to which those among the arguments are added, in nested tuples, lists and dicts, too.
-        numbers: whether floats count, such as a scale of `interpolate`.
+        known: `id`s of the tensors that depend on x.
+        tensors: a list to which the tensors among the arguments are added, those in tuples, lists and dicts included.
+        numbers: whether floats are part of the structure, such as the scale of `interpolate`.
     """
     parts: list[Hashable] = []
     for value in values:
@@ -112,21 +112,21 @@ def described(
 
 
 def indices(tensors: list[Tensor]) -> list[Hashable]:
-    """What the integer and bool tensors among some hold."""
+    """Digests of the contents of the integer and bool tensors among some, such as indices and masks."""
     chosen = [tensor for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())]
     return [hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).digest() for tensor in chosen]
 
 
 class Operation(NamedTuple):
-    """A torch function at its arguments.
+    """One call of a torch function.
 
     Attributes:
         func: the function.
-        name: as of `name_of`.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        tensors: those among the arguments, lists and dicts included.
-        summary: what decides the structure: the name, shapes and options, and the numbers that do.
+        name: its name, by `name_of`.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        tensors: all tensors among the arguments, those in lists and dicts included.
+        summary: key of the call's structure: name, shapes, options, and numbers that a plan depends on.
     """
 
     func: Any
@@ -137,25 +137,25 @@ class Operation(NamedTuple):
     summary: tuple[Hashable, ...]
 
     def __call__(self) -> Any:
-        """Its value."""
+        """Evaluate it."""
         return self.func(*self.args, **self.kwargs)
 
     def arguments(self, new: Callable[[Tensor], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Its arguments with other tensors."""
+        """The arguments, with `new(tensor)` for each tensor."""
         return _map(new, self.args), _map(new, self.kwargs)
 
     def at(self, new: Callable[[Tensor], Any]) -> Any:
-        """Its value at other tensors."""
+        """Evaluate it with `new(tensor)` for each tensor."""
         args, kwargs = self.arguments(new)
         return self.func(*args, **kwargs)
 
     def at_places(self, new: Mapping[int, Tensor]) -> Any:
-        """Its value with other tensors at some places among its tensors."""
+        """Evaluate it with other tensors at some positions in `tensors`."""
         place = itertools.count()
         return self.at(lambda tensor: new.get(next(place), tensor))
 
     def touching(self) -> tuple[Any, list[Tensor]]:
-        """Its value, and the tensors that it made or changed, or may have changed the gradients of."""
+        """Evaluate it; return the value, and the tensors that it made or changed, or whose gradients it may change."""
         before = [(tensor, version(tensor)) for tensor in self.tensors]
         result = self()
         touched = [tensor for tensor in tensors_in(result) if tensor.is_floating_point() or tensor.is_complex()]
@@ -163,13 +163,13 @@ class Operation(NamedTuple):
         return result, touched + [tensor for tensor, number in before if version(tensor) != number]
 
     def out_of_place(self, new: Callable[[Tensor], Tensor], func: Any, name: str) -> "Operation":
-        """The function of that name at other tensors, not told to work in place."""
+        """The same call of another function, `func`, with `new(tensor)` for each tensor and without `inplace`."""
         kwargs = {key: _map(new, value) for key, value in self.kwargs.items() if key != "inplace"}
         return Operation(func, name, _map(new, self.args), kwargs, [*map(new, self.tensors)], self.summary)
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor, or another view of its memory, was changed in place; inference tensors don't count."""
+    """How often a tensor's memory was changed in place, by it or another view; 0 for inference tensors, which have no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -1,7 +1,8 @@
-"""Rules for operations that make one entry of many: sums, means, variances, norms, determinants.
+"""Rules for reductions, which make one entry of many: sums, means, variances, norms, determinants.
 
-Each entry of the argument is seen by one entry of the result, so that the derivative is a sum of the entries that belong
-together after a diagonal, the slope; and the second derivative a quadratic form of these entries, which has a closed form.
+Each entry u_i of the argument belongs to one entry y of the result. Along directions u' the derivatives are
+
+    first: y' = sum_i s_i u'_i, with the slope s_i = dy/du_i        second: sum_ij y_ij u'_i u'_j, a quadratic form
 """
 
 import math
@@ -26,10 +27,10 @@ class _Call(NamedTuple):
     """A reduction as it was called.
 
     Attributes:
-        x: what is reduced.
-        dims: the dimensions, counted from the front.
-        keepdim: whether they are kept.
-        options: the others, by name.
+        x: the tensor that is reduced.
+        dims: the reduced dimensions, counted from the front.
+        keepdim: whether they are kept with size 1.
+        options: all other arguments, by name.
     """
 
     x: Tensor
@@ -38,22 +39,22 @@ class _Call(NamedTuple):
     options: dict[str, Any]
 
     def whole(self, value: Tensor) -> Tensor:
-        """A value with the dimensions that were reduced."""
+        """A value with the reduced dimensions put back, with size 1."""
         for dim in () if self.keepdim else sorted(self.dims):
             value = value.unsqueeze(dim)
         return value
 
     def sum(self, rows: Tensor) -> Tensor:
-        """Rows `(m, *x)` summed along the dimensions."""
+        """Sum rows `(m, *x)` along the reduced dimensions."""
         return rows.sum([dim + 1 for dim in self.dims], keepdim=self.keepdim) if self.dims else rows
 
     def over(self, rows: Tensor) -> Tensor:
-        """The sum over the rows, `(1, *value)`, of a sum along the dimensions."""
+        """Sum rows `(m, *x)` along the reduced dimensions and over the m rows, `(1, *value)`."""
         return self.sum(rows.sum(dim=0, keepdim=True))
 
     @property
     def entries(self) -> int:
-        """Entries that one of the value is made of."""
+        """The number of entries that one entry of the value is made of."""
         return math.prod(self.x.shape[dim] for dim in self.dims)
 
 
@@ -65,11 +66,11 @@ class Reduction(Rule):
     """A function of the entries along some dimensions.
 
     Args:
-        names: of its arguments, in their order; "dim" and "keepdim" are among them.
-        formula: its slope, and its second derivative as a quadratic form, of the call and the value; or None for a call
-            that it does not cover. Without one the slope is autograd's, and the second derivative, too.
-        flat: whether the second derivative vanishes wherever there is one.
-        kinked: whether there are points without a derivative, for which autograd's convention is taken to first order.
+        names: names of its arguments in order, "dim" and "keepdim" among them.
+        formula: takes the call and the value; returns the slope and the quadratic form of the second derivative (None if it
+            vanishes), or None for a call that it does not cover. Without a formula autograd computes both.
+        flat: whether the second derivative is zero wherever it exists.
+        kinked: whether some points have no derivative. First derivatives are then autograd's, for its conventions there.
     """
 
     names: tuple[str, ...] = ("input", "dim", "keepdim")
@@ -78,7 +79,7 @@ class Reduction(Rule):
     kinked: bool = False
 
     def record(self, tape: Recorder, op: Operation) -> Tensor:
-        """Evaluate it, and its slope."""
+        """Evaluate the reduction and its derivatives."""
         call = self._call(tape, op)
         formula = None if self.kinked and not tape.curved else self.formula
         value = None if formula is None else op()
@@ -107,7 +108,7 @@ class Reduction(Rule):
 
 
 class Determinant(Rule):
-    """The logarithm of |det A|: its derivative along A' is tr(A^-1 A'), and the second one -tr(A^-1 A' A^-1 A')."""
+    """log |det A|. Its first derivative along A' is tr(A^-1 A'), its second -tr(A^-1 A' A^-1 A')."""
 
     def record(self, tape: Recorder, op: Operation) -> Any:
         """Evaluate it."""
@@ -120,7 +121,7 @@ class Determinant(Rule):
             return -(turned * turned.mT).sum(dim=0, keepdim=True).sum(dim=(-2, -1))
 
         *sign, logarithm = tensors_in(result)
-        for value in sign:  # constant, but of a graph
+        for value in sign:  # it does not change with A, but torch gives it a graph
             tape.learn(value, Reduced(op, dims, matrix.shape, 0.0), [matrix])
         tape.learn(logarithm, Reduced(op, dims, matrix.shape, inverse.mT, quadratic), [matrix])
         return result
@@ -149,14 +150,14 @@ def average(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
 
 
 def _less(call: _Call) -> float | None:
-    """What the number of entries is lessened by in a variance; None where it is told in another way."""
+    """The c of a variance's divisor n - c, from `unbiased` or `correction`; None for options that are not covered."""
     options = dict(call.options)
     unbiased, correction = options.pop("unbiased", True), options.pop("correction", None)
     return None if options or not isinstance(unbiased, bool) else int(unbiased) if correction is None else correction
 
 
 def _spread(call: _Call, rows: Tensor) -> Tensor:
-    """The sum of squares of rows less their mean, over the rows."""
+    """sum_i (u'_i - mean u')^2, added up over the rows u'."""
     return call.over(rows * rows) - (call.sum(rows) ** 2).sum(dim=0, keepdim=True) / call.entries
 
 
@@ -171,7 +172,7 @@ def variance(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
 
 
 def deviation(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
-    """A standard deviation, whose derivatives at zero are zero by autograd's convention."""
+    """A standard deviation. Where it is zero its derivatives are zero, as autograd has them."""
     less = _less(call)
     if less is None or call.entries - less <= 0:
         return None
@@ -188,7 +189,7 @@ def deviation(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
 
 
 def norm(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
-    """The Euclidean norm and the sum of absolute values, whose derivatives at zero are zero by autograd's convention."""
+    """The Euclidean norm, and the sum of absolute values. At zero their derivatives are zero, as autograd has them."""
     order = next((call.options.get(name) for name in ("p", "ord") if name in call.options), None)
     others = any(value is not None for name, value in call.options.items() if name not in ("p", "ord"))
     if others or order not in (1, 2, None, "fro"):
@@ -207,13 +208,13 @@ def norm(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
 
 
 def matrix_norm(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
-    """The Euclidean norm of `torch.linalg.norm`, which takes other norms of matrices."""
+    """`torch.linalg.norm` of vectors, and of matrices if it is the Euclidean (Frobenius) norm."""
     order = call.options.get("ord")
     return None if order is not None and len(call.dims) > 1 and call.x.ndim > 1 and order != "fro" else norm(call, y)
 
 
 def log_sum_exp(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
-    """Log sum exp, by its softmax."""
+    """The log sum exp, whose slope is the softmax."""
     if call.options:
         return None
     weights = (call.x - torch.where(call.whole(y).isfinite(), call.whole(y), 0.0)).exp()
@@ -226,7 +227,7 @@ def log_sum_exp(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | Non
 
 
 def product(call: _Call, y: Tensor) -> tuple[Factor, Quadratic | None] | None:
-    """A product along one dimension: its second derivative factor by factor, so that zeros are no matter."""
+    """A product along one dimension. Its derivatives are built factor by factor, without division, so that zeros are allowed."""
     if call.options or len(call.dims) != 1:
         return None
     (dim,) = call.dims

@@ -1,7 +1,7 @@
-"""What a tape holds: values made from its roots, each with the values that it is made from, and how.
+"""The kinds of steps on a tape. Each step makes one value from earlier ones, its sources.
 
-A reader carries something through these steps from the roots to the output: the Jacobian as a sum of products
-(`divflow.divergence.exact.layered`), or derivatives along directions to second order (`divflow.operators.forward_laplacian`).
+A reader carries something through the steps, from the roots to the output. `divflow.divergence.exact.layered` carries the
+Jacobian as a sum of terms, `divflow.operators.forward_laplacian` derivatives along directions to second order.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 Factor = Tensor | float | None
-"""A derivative at every entry of a value: None stands for one."""
+"""A derivative at each entry of a value; None stands for the number 1."""
 
 
 class Root(NamedTuple):
-    """What a tape starts from."""
+    """An input of the recorded function, which has no sources."""
 
 
 class Copied(NamedTuple):
@@ -43,12 +43,12 @@ class Copied(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """Entries of the sources, and constants; the sources are at some places among the operation's tensors.
+    """Entries of the sources, in other places, beside constants: views, indexing, concatenation.
 
     Attributes:
-        operation: that moves them.
-        places: of the sources.
-        number: which of its results the value is.
+        operation: the operation that moves them.
+        places: positions of the sources among the operation's tensors.
+        number: which of the operation's results the value is.
     """
 
     operation: Operation
@@ -60,10 +60,10 @@ class Scaled(NamedTuple):
     """An elementwise function s(u_1, u_2, ...) of sources that are broadcast together.
 
     Attributes:
-        shapes: of the u_i.
-        slopes: s_i.
-        curvatures: s_ij for i <= j that do not vanish; empty where a tape is not curved.
-        shared: whether a slope is a constant, and may have fewer entries than the value.
+        shapes: shapes of the u_i.
+        slopes: ds/du_i for each i.
+        curvatures: d^2 s / du_i du_j for i <= j, those that are not zero; empty if the reader needs no second derivatives.
+        shared: whether the slope is a constant factor, which may have fewer entries than the value.
     """
 
     shapes: list[torch.Size]
@@ -76,9 +76,9 @@ class Mapped(NamedTuple):
     """A linear function of one source with constant coefficients.
 
     Attributes:
-        operation: without what is added.
-        place: of the source among the operation's tensors.
-        matrix: `(n, m)` where it maps the last dimension; None for any other.
+        operation: the linear part, without a bias.
+        place: position of the source among the operation's tensors.
+        matrix: `(n, m)` if it maps the last dimension; None for other maps, such as convolutions.
     """
 
     operation: Operation
@@ -87,22 +87,22 @@ class Mapped(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A function that is linear in each of its sources, at their places among the operation's tensors."""
+    """A function that is linear in each of its sources. `places` are their positions among the operation's tensors."""
 
     operation: Operation
     places: tuple[int, ...]
 
 
 class Reduced(NamedTuple):
-    """A function y of the entries along some dimensions, each of which one entry of the value sees.
+    """A function y(u_1, u_2, ...) of the entries along some dimensions, such as a sum or a norm.
 
     Attributes:
-        operation: whose name and source's shape a message may give.
-        dims: counted from the front; all of them, if it is of all.
-        shape: of the source.
-        slope: dy/du at every entry of the source.
-        curvature: of first derivatives `(m, *source)` along m directions the sum over these of sum_ij y_ij u'_i u'_j,
-            `(1, *value)`; None where it vanishes.
+        operation: the operation, for messages.
+        dims: the reduced dimensions, counted from the front.
+        shape: shape of the source.
+        slope: dy/du_i at each entry of the source.
+        curvature: takes first derivatives u' of the source along m directions, `(m, *source)`, and returns
+            sum_ij y_ij u'_i u'_j, added up over the directions, `(1, *value)`. None if it is zero.
     """
 
     operation: Operation
@@ -116,8 +116,8 @@ class Standardized(NamedTuple):
     """z = (u - mean u) / sigma, with sigma^2 = mean (u - mean u)^2 + eps along some dimensions; or without the mean.
 
     Attributes:
-        dims: counted from the front.
-        shape: of the source.
+        dims: the dimensions of the mean, counted from the front.
+        shape: shape of the source.
         value: z.
         scale: 1 / sigma, with the dimensions kept.
         centred: whether the mean is subtracted.
@@ -131,14 +131,14 @@ class Standardized(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """A function that is known by its graph alone.
+    """A function without a rule, of which only the graph is known.
 
     Attributes:
-        name: of the function.
-        why: that is all that is known, such as "sort has no rule".
-        value: with its graph.
-        points: that the graph starts from, in the order of the sources.
-        price: multiplications of one product with its Jacobian, for one sample; or what takes as long.
+        name: name of the function.
+        why: reason, such as "sort has no rule".
+        value: its value, with the graph.
+        points: where the graph starts, in the order of the sources.
+        price: cost of one product with its Jacobian for one sample, in multiplications.
     """
 
     name: str
@@ -152,7 +152,7 @@ Kind = Root | Copied | Moved | Scaled | Mapped | Product | Reduced | Standardize
 
 
 class Step(NamedTuple):
-    """A value: how it is made, the numbers of the steps of its sources, and its shape."""
+    """One value on a tape: how it is made, the numbers of the steps that made its sources, and its shape."""
 
     kind: Kind
     sources: tuple[int, ...]

@@ -187,6 +187,7 @@ def test_the_options_are_those_of_hydra():
     parser = get_args_parser()
     assert set(OPTIONS) == {it for action in parser._actions for it in action.option_strings}
     check_options([*OPTIONS, "--multi", "-cjob", "--config-dir=a", "seed=-1", "10"], "train")
+    check_options([], "train")
 
 
 def test_help_and_mistakes_come_before_what_is_slow_to_import(tmp_path):
@@ -197,7 +198,7 @@ def test_help_and_mistakes_come_before_what_is_slow_to_import(tmp_path):
             ([name, "--help"], ["torch", "lightning", "matplotlib"])
             for name in ("train", "evaluate", "sample", "compare")
         ),
-        (["train", "solver.method=dopri9"], ["lightning"]),
+        *((["train", it], ["lightning"]) for it in ("solver.method=dopri9", "+network.depth=3", "seed=-1")),
         (["evaluate", "ckpt_path=none.ckpt"], ["lightning", "matplotlib"]),
         (["sample", "ckpt_path=none.ckpt"], ["lightning"]),
     ]

@@ -255,6 +255,22 @@ def test_an_output_that_can_not_be_written_is_reported_before_the_work(runs, tmp
             main(["evaluate", f"ckpt_path={runs}/exact/checkpoints/best.ckpt", f"out={out}", "overwrite=true"])
 
 
+def test_a_solver_that_is_none_is_reported_before_the_checkpoint_is_read(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("divflow.cli.trained.read_checkpoint", None)  # is not come to
+    for command in ("evaluate", "sample"):
+        with pytest.raises(SystemExit, match="rtol must be a positive, finite number, but is -1"):
+            main(
+                [
+                    command,
+                    f"ckpt_path={runs}/exact/checkpoints/best.ckpt",
+                    "solver=dopri5",
+                    "solver.rtol=-1",
+                    "out=x.csv",
+                ]
+            )
+
+
 def test_what_can_not_be_written_at_the_end_is_kept_elsewhere(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()

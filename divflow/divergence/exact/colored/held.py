@@ -1,12 +1,15 @@
-"""Local fields with normalizations between, such as convolutions with GroupNorm: a local part, and a part of low rank.
+"""Local fields with normalizations, such as convolutions with GroupNorm: a local Jacobian plus one of low rank.
 
-A normalization lets every entry see every other, but through a few numbers a sample alone: the statistics s, means and
-reciprocal deviations of its groups. With these held, g(x, s) is local. Let A = dg/ds, and B = ds/dx, S = ds/ds with the
-earlier statistics held, so that S is strictly lower triangular in the order of the layers. Then
+Through a normalization every entry of x reaches every other, but only by a few numbers per sample: its statistics s, which
+are the means and reciprocal deviations of its groups. With s held fixed, g(x, s) is local. Let
+
+    A = dg/ds,    B = ds/dx,    S = ds/ds
+
+where each statistic depends on x and on those of earlier layers, so that S is strictly lower triangular. Then
 
     J = dg/dx + A C,    C = (I - S)^-1 B,    tr J = tr dg/dx + sum_m c_m^T A e_m
 
-for the rows c_m of C: beside the colours of the local part, two products for each statistic.
+with the rows c_m of C. The local part takes one product for each colour, the other part two for each statistic.
 """
 
 import contextlib
@@ -31,15 +34,15 @@ __all__ = ["Held", "check", "hold", "trace"]
 
 
 class Held(NamedTuple):
-    """A field evaluated as a function of x and of the statistics of its normalizations, which are held.
+    """The field at x as a function g(x, s) of x and of the statistics s of its normalizations.
 
     Attributes:
-        field: with the statistics at every point held at those of x.
-        local: the value, and products with dg/dx.
+        field: g with s held at the statistics of x, wherever it is evaluated.
+        local: its value, and products with dg/dx.
         outer: products with A = dg/ds.
-        inner: products with [B S], for tensors `(k, n)` of statistics in turn.
-        total: of the statistics of a sample.
-        normalizations: that they belong to.
+        inner: products with the rows of [B S], one item for each tensor of statistics.
+        total: number of statistics per sample.
+        normalizations: number of normalizations that they belong to.
     """
 
     field: Field
@@ -57,11 +60,11 @@ def hold(g: Field, t: Tensor, x: Tensor, states: list[Tensor], verify: bool) -> 
         g: the field.
         t: time, `()` or `(k,)`.
         x: states `(k, *event)`.
-        states: of the random generators, before the field was evaluated.
-        verify: whether normalizations by parts are compared with torch's own, and the field is kept from writing.
+        states: states of the random generators before the field was first evaluated, so that it draws the same numbers.
+        verify: compare normalizations that are computed by parts with torch's own, and refuse a field that changes its state.
 
     Raises:
-        NotLocal: it has no statistics that depend on x, or too many, or can't be evaluated by parts.
+        NotLocal: no statistics depend on x, or too many, or the field can't be evaluated by parts.
     """
     after = rng_states(x)
     try:
@@ -73,7 +76,7 @@ def hold(g: Field, t: Tensor, x: Tensor, states: list[Tensor], verify: bool) -> 
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Whatever a field does not bear, such as other parts in a checkpoint when it is computed again, is no error of it."""
+    """Turn any error of an evaluation by parts into NotLocal: the field itself may be fine, and other methods take it."""
     try:
         yield
     except (torch.OutOfMemoryError, NotLocal):
@@ -102,7 +105,7 @@ def _held(g: Field, t: Tensor, x: Tensor, statistics: Tensor, take: Take) -> Hel
     size, found = event_size(x), list[Any]()
 
     def extended(t: Tensor, z: Tensor) -> Tensor:
-        """(x, s) to (g, s): one point for [B S], and parts of it for dg/dx and A."""
+        """(x, s) -> (g, s): the statistics are replaced by those in z, and computed anew from x and the replaced earlier ones."""
         state, held = z[:, :size].reshape(x.shape), z[:, size:].clone()
         put = Put(held, take)
         with put.listening:
@@ -124,7 +127,7 @@ def _held(g: Field, t: Tensor, x: Tensor, statistics: Tensor, take: Take) -> Hel
 
 
 def trace(held: Held, x: Tensor, colors: Tensor, chunk_size: int, recompute: bool) -> Tensor:
-    """The divergence `(k,)`: from one product a colour, and two a statistic."""
+    """The divergence `(k,)`, by one product for each colour and two for each statistic."""
     rows = _rows(held, x, chunk_size, recompute)
 
     def vectors(start: int, stop: int) -> Tensor:
@@ -150,11 +153,11 @@ def _rows(held: Held, x: Tensor, chunk_size: int, recompute: bool) -> Tensor:
 
 
 def check(held: Held, field: Linearization, x: Tensor) -> None:
-    """Compare with the field as it is: its value, and a product with its Jacobian.
+    """Compare the value and one product u^T J with those of the field itself.
 
     Args:
         held: the field with its statistics held.
-        field: as it is.
+        field: the field itself, by autograd.
         x: states `(k, *event)`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Statistics of normalizations, while a field is evaluated: which depend on x, and others put in their place."""
+"""Finds the statistics of normalizations in a field (`Take`), and evaluates the field with others in their place (`Put`)."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -18,18 +18,18 @@ from divflow.verification.agreement import require_equal
 
 __all__ = ["Put", "Take", "require_value"]
 
-# Statistics of one normalization, for each dimension, with which it can't pay to hold them.
+# A normalization with more statistics than this share of the dimensions is not held: two products each would not pay.
 _TOO_MANY = 0.4
 
 
 class _ByParts(ABC):
-    """While it is listening, normalizations are computed by parts, and each statistic is what a method makes of it.
+    """A listener that computes normalizations from their parts, and passes each statistic through `statistic`.
 
     Args:
-        verify: whether their values are compared with torch's own.
+        verify: whether the values of normalizations are compared with torch's own.
 
     Attributes:
-        number: of the normalization that is computed.
+        number: counts the normalizations.
     """
 
     def __init__(self, verify: bool = False) -> None:
@@ -37,15 +37,15 @@ class _ByParts(ABC):
 
     @property
     def listening(self) -> Listening:
-        """Entered while a field is evaluated."""
+        """A context within which a field is evaluated."""
         return Listening(self)
 
     @abstractmethod
     def statistic(self, value: Tensor) -> Tensor:
-        """What to take for a statistic."""
+        """The value to use for a statistic."""
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a normalization by parts, and anything else as ever."""
+        """Compute a normalization by parts; call any other function unchanged."""
         name = name_of(func)
         if name not in NORMALIZATIONS:
             return func(*args, **kwargs)
@@ -54,7 +54,7 @@ class _ByParts(ABC):
             result = NORMALIZATIONS[name](*args, statistic=self.statistic, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except (NoRule, RuntimeError, ValueError, TypeError, IndexError):  # one that the parts are not those of
+        except (NoRule, RuntimeError, ValueError, TypeError, IndexError):  # called in a way that the parts do not cover
             return func(*args, **kwargs)
         if self._verify:
             require_value(result, func(*args, **kwargs), f"{name} has another value")
@@ -62,17 +62,17 @@ class _ByParts(ABC):
 
 
 class Take(_ByParts):
-    """Notes the statistics that depend on x, and leaves them as they are.
+    """Records the statistics that depend on x, and leaves them as they are.
 
     Args:
         x: states `(k, *event)`.
         verify: whether normalizations by parts are compared with torch's own.
 
     Attributes:
-        statistics: `(k, ...)` each, in the order in which they are computed.
-        chosen: of all statistics, whether they are among these.
-        owners: the numbers of the normalizations that have one.
-        refused: how many of a sample depend on x, and are too many of one normalization to pay.
+        statistics: the recorded ones, `(k, ...)` each, in the order of their computation.
+        chosen: for each statistic of the field, whether it was recorded.
+        owners: numbers of the normalizations with recorded statistics.
+        refused: number of statistics per sample that depend on x but are too many to hold.
     """
 
     def __init__(self, x: Tensor, verify: bool) -> None:
@@ -85,13 +85,13 @@ class Take(_ByParts):
         self.refused = 0
 
     def value(self, g: Field, t: Tensor, z: Tensor) -> Tensor:
-        """The field's value at z, whose node in the graph tells what depends on it."""
+        """The field's value at z; a statistic depends on x if its graph leads to the node of z."""
         self._start = z.grad_fn
         with self.listening:
             return g(t, z)
 
     def statistic(self, value: Tensor) -> Tensor:
-        """The statistic itself."""
+        """Record the statistic if it depends on x, and return it."""
         of_samples = value.shape[:1] == self._x.shape[:1] and value.dtype == self._x.dtype
         varies = of_samples and any(node is self._start for node in graph_of(value))
         count = value.shape[1:].numel()
@@ -105,14 +105,14 @@ class Take(_ByParts):
 
 
 class Put(_ByParts):
-    """Puts others in the place of the statistics that were chosen.
+    """Replaces the recorded statistics by given ones.
 
     Args:
-        held: `(k, n)`, what to put there.
-        take: which were chosen.
+        held: the given ones, `(k, n)`.
+        take: the record of an earlier evaluation.
 
     Attributes:
-        statistics: what they would have been.
+        statistics: those that were replaced, as computed from the state and the given earlier ones.
     """
 
     def __init__(self, held: Tensor, take: Take) -> None:
@@ -122,7 +122,7 @@ class Put(_ByParts):
         self.statistics: list[Tensor] = []
 
     def statistic(self, value: Tensor) -> Tensor:
-        """The statistic that is held in its place, if one is."""
+        """The given value of a recorded statistic; any other as it is."""
         if not next(self._chosen, False):
             return value
         if value.shape != self._shapes[len(self.statistics)]:
@@ -131,17 +131,17 @@ class Put(_ByParts):
         return next(self._held).reshape(value.shape)
 
     def require_all(self) -> None:
-        """That all were used.
+        """Check that every given statistic was used.
 
         Raises:
-            NotLocal: they were not.
+            NotLocal: some were not, because the field computes other statistics this time.
         """
         if len(self.statistics) < len(self._shapes):
             raise NotLocal("it has other statistics at every evaluation")
 
 
 def require_value(known: Tensor, true: Tensor, reason: str) -> None:
-    """That two values are one; weighted, since the sum of what is normalized is zero."""
+    """Check that two values agree, with random weights, because the plain sum of normalized values is zero."""
     with torch.no_grad():
         weights = torch.randn(
             true.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"

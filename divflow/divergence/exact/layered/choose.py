@@ -1,8 +1,9 @@
-"""Where to cut a layered network: the places at which the trace takes the fewest multiplications.
+"""Where to cut a layered network, so that its trace takes the fewest multiplications.
 
-Without cuts a path is multiplied out in closed form, which there is for at most two diagonals of one a sample. Through a
-narrow place, such as the mean and the variance of a layer normalization, vectors are cheaper, and a network of any
-depth has all its paths through its input: D rows, the first matrix known, which is what dense products cost at most.
+- A path that is not cut has a closed form if at most two of its diagonals differ between samples (`contract`).
+- All paths through a cut are computed together, by one row for each entry of that base (`cuts`). This is cheap where
+  the base is narrow, such as the mean and the variance of a layer normalization.
+- All paths go through the input, so a cut there serves a network of any depth. It takes D rows, as the dense method.
 """
 
 import math
@@ -17,19 +18,19 @@ from divflow.tape.cache import Cache
 __all__ = ["choose", "cost"]
 
 _MOST_PATHS = 512
-# Terms that are looked at in the search, so that planning a deep network takes a second at most.
+# Limit of the search, in terms that are visited: planning a deep network takes a second at most.
 _MOST_WORK = 2**20
-# What takes as long as so many multiplications of a matrix product: to set up a path in closed form, or the rows through
-# a place, and to multiply an entry of rows with one of a diagonal, or add it to another.
+# Costs beside matrix products, in multiplications of these: to start a path in closed form, to start the rows of a cut,
+# and an elementwise operation on one entry.
 _PATH, _PLACE, _ELEMENT = 2**18, 2**20, 16
 
 
-# Where networks are cut, by what they are made of: shapes, and which are diagonals.
+# Cuts of earlier networks, by `_shape`.
 _CUTS: Cache[tuple[int, ...]] = Cache(256)
 
 
 def choose(terms: list[Term], batch: int) -> Network:
-    """The Jacobian that some terms stand for, cut where it is cheapest."""
+    """Cut a Jacobian where that is cheapest."""
     bases = bases_of(terms)
     key = batch, _shape(terms, bases)
     cut = _CUTS.get(key)
@@ -40,7 +41,7 @@ def choose(terms: list[Term], batch: int) -> Network:
 
 
 def _shape(terms: list[Term], bases: list[Base]) -> Hashable:
-    """All that `cost` depends on."""
+    """A key of everything that `cost` depends on."""
     numbers = {id(base): number for number, base in enumerate(bases)}
 
     def of(terms: list[Term]) -> Hashable:
@@ -59,7 +60,7 @@ def _shape(terms: list[Term], bases: list[Base]) -> Hashable:
 
 
 def _best(terms: list[Term], bases: list[Base], batch: int) -> tuple[int, ...]:
-    """Numbers of the bases to cut at."""
+    """The numbers of the bases to cut at: the cheapest of the candidates, and then without each base that does not pay."""
     costs: dict[tuple[int, ...], float] = {}
     size = len(terms) + sum(len(base.source) for base in bases if isinstance(base, Made))
     left = _MOST_WORK
@@ -81,7 +82,7 @@ def _best(terms: list[Term], bases: list[Base], batch: int) -> tuple[int, ...]:
 
 
 def _candidates(bases: list[Base]) -> Iterator[tuple[int, ...]]:
-    """All bases up to some size, and one more."""
+    """Cuts to try: none, the input, and for each size all bases up to it, with and without one more."""
     yield ()
     if bases:
         yield (len(bases) - 1,)
@@ -92,15 +93,15 @@ def _candidates(bases: list[Base]) -> Iterator[tuple[int, ...]]:
 
 
 def cost(network: Network, batch: int, path: int = 0, place: int = 0) -> float:
-    """Multiplications of the trace, for the whole batch, those of rows with diagonals counted as what they take.
+    """Estimate the cost of the trace for the whole batch, in multiplications of matrix products.
 
-    It is infinite where a path has no closed form, or too many are left.
+    It is infinite if a path that is not cut has no closed form, or if there are too many of them.
 
     Args:
-        network: with its cut.
-        batch: k.
-        path: what each path in closed form costs beside them.
-        place: what each place of the cut does.
+        network: the Jacobian and its cut.
+        batch: number of samples k.
+        path: fixed cost of each path in closed form.
+        place: fixed cost of each base of the cut.
     """
     paths = number_of_paths(network)
     if sum(paths[id(term.base)] for term in network.terms) > _MOST_PATHS:
@@ -115,7 +116,7 @@ def cost(network: Network, batch: int, path: int = 0, place: int = 0) -> float:
 
 
 def _of_chain(chain: list[Term], batch: int) -> float:
-    """Of one path in closed form: its matrices between diagonals, multiplied once, and two diagonals on both sides."""
+    """The cost of one path in closed form: its matrices are multiplied once, then with the diagonals of each sample."""
     if len(chain) == 1:
         return 0
     if not all(isinstance(term.base, Linear) for term in chain[:-1]):
@@ -131,7 +132,7 @@ def _of_chain(chain: list[Term], batch: int) -> float:
 
 
 def _merging(shapes: list[tuple[int, int]], diagonal: list[bool]) -> int:
-    """Of multiplying together the matrices between diagonals, in order; closing the cycle is elementwise."""
+    """The cost of multiplying the matrices between diagonals, in order. The last product is a diagonal only, thus elementwise."""
     start = diagonal.index(True) if any(diagonal) else 0
     shapes, diagonal = shapes[start:] + shapes[:start], diagonal[start:] + diagonal[:start]
     total, rows = 0, shapes[0][0]

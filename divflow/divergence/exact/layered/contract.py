@@ -1,11 +1,12 @@
-"""The trace of a Jacobian that is a sum of terms: that of each of its paths, in closed form where there is one.
+"""The trace of a layered Jacobian: the sum of the traces of its paths.
 
-With diagonals D in at most two places of the cycle D_1 M_1 ... D_p M_p (the other matrices multiplied together, once
-for the whole batch) the trace is
+A path is a cycle D_1 M_1 ... D_p M_p of diagonals D and matrices M. Matrices without a diagonal between them are
+multiplied once for the whole batch. With at most two diagonals left the trace is
 
     none:  tr(M)        one:  d . diag(M)        two:  d_1^T (M_1 * M_2^T) d_2        (* elementwise)
 
-times what of the diagonals is one number a sample, which commutes with all of them, such as a noise level; and what goes through the places where a network is cut, which all longer paths do, is carried around as rows (`cuts`).
+A diagonal that is one number per sample, such as a noise level, commutes with all others and multiplies the result. Paths
+with more diagonals go through a cut of the network, where rows are carried around the cycle (`cuts`).
 """
 
 import contextlib
@@ -58,28 +59,28 @@ def shared_products() -> Iterator[None]:
 
 
 class Contraction(NamedTuple):
-    """How the trace of a Jacobian is taken: the paths in closed form, and those through the places of a cut."""
+    """How a trace is computed: a network with its cut, and the cycles of the paths in closed form."""
 
     network: Network
     cycles: list[Cycle]
 
     @property
     def cut(self) -> list[Base]:
-        """The bases that paths are cut at."""
+        """The bases where paths are cut."""
         return [base for base in self.network.bases if id(base) in self.network.cut]
 
     def cost_of_opaque(self, batch: int) -> float:
-        """Multiplications of the products through functions that are known by their graph alone."""
+        """The part of the cost that is spent in opaque functions, in multiplications."""
         return sum(cuts.cost_of_opaque(self.network, base, batch) for base in self.cut)
 
     def memory(self, batch: int, like: Tensor) -> int:
-        """Elements that `trace` makes, without a graph."""
+        """Elements that `trace` allocates, without a graph."""
         closed = sum(map(_memory, self.cycles))
         return closed + sum(cuts.memory(self.network, base, batch, like) for base in self.cut)
 
 
 def contraction(network: Network, size: int) -> Contraction:
-    """That of a network of D = `size` entries."""
+    """Find the cycles of a network with D = `size` entries."""
     return Contraction(network, cycles(network, size))
 
 
@@ -95,10 +96,10 @@ def trace(contraction: Contraction, batch: int, like: Tensor, chunk_size: int | 
     """The sum of the traces of all paths, `(k,)`.
 
     Args:
-        contraction: of one Jacobian.
-        batch: k.
+        contraction: the paths of a Jacobian.
+        batch: number of samples k.
         like: a tensor of the device and dtype to sum in.
-        chunk_size: rows at a time where paths are cut, with their graph dropped and rebuilt; None takes what suits.
+        chunk_size: rows of a cut at a time; the backward pass then computes each chunk again. None takes what fits the memory.
     """
     total, device = like.new_zeros(batch), like.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
@@ -127,7 +128,7 @@ def trace(contraction: Contraction, batch: int, like: Tensor, chunk_size: int | 
 
 
 def _times(trace: Tensor, numbers: list[Tensor]) -> Tensor:
-    """A trace times numbers of each sample."""
+    """Multiply a trace with numbers per sample, each `(k, 1)`."""
     for number in numbers:
         trace = trace * number[:, 0]
     return trace
@@ -140,7 +141,7 @@ def _converted(cycle: Cycle, like: Tensor) -> Cycle:
 
 
 def _kept(cycle: Cycle, places: list[int], compute: Callable[[], Tensor]) -> Tensor:
-    """What is computed from a cycle's matrices, or was before, within `shared_products`."""
+    """Compute something from a cycle's matrices; within `shared_products` the result is kept for the next call."""
     kept = _KEPT.get()
     origins = [origin for origin in cycle.origins if origin and isinstance(origin.tensor, nn.Parameter)]
     if kept is None or len(origins) < len(cycle.origins):
@@ -152,14 +153,14 @@ def _kept(cycle: Cycle, places: list[int], compute: Callable[[], Tensor]) -> Ten
         torch.is_grad_enabled(),
     )
     if key not in kept:
-        kept[key] = cycle.origins, compute()  # with the tensors, so that their identities stay theirs
+        kept[key] = cycle.origins, compute()  # the tensors are kept, too, so that no other gets their `id`
     return kept[key][1]
 
 
 def _bilinear_form(cycle: Cycle, start: int, stop: int) -> Tensor:
-    """M_1 * M_2^T."""
+    """M_1 * M_2^T (elementwise), where M_1 leads from the first diagonal to the second and M_2 back."""
     back = [matrix.mT for matrix in reversed(_between(cycle, stop, start))]
-    # The transposed product, not a product's transpose: its rows lie in memory as those of the other.
+    # M_2^T is computed as a product of transposes, so that its memory layout is that of M_1.
     return _product(_between(cycle, start, stop)) * _product(back)
 
 
@@ -168,7 +169,7 @@ def _rotated(items: list[Item], start: int) -> list[Item]:
 
 
 def _between(cycle: Cycle, start: int, stop: int) -> list[Tensor]:
-    """The matrices from one diagonal to the next."""
+    """The matrices from one diagonal to the other, in order around the cycle."""
     count = (stop - start) % len(cycle.matrices) or len(cycle.matrices)
     return _rotated(cycle.matrices, start)[:count]
 
@@ -180,7 +181,7 @@ def _product(matrices: list[Tensor]) -> Tensor:
 
 
 def _diagonal_of(matrices: list[Tensor]) -> Tensor:
-    """diag(M_1 ... M_p), without the last product."""
+    """diag(M_1 ... M_p); of the last product only the diagonal is computed."""
     if len(matrices) == 1:
         return matrices[0].diagonal()
     return (_product(matrices[:-1]) * matrices[-1].mT).sum(dim=1)

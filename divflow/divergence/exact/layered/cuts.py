@@ -1,10 +1,16 @@
-"""The trace of all paths through one place of a network: rows carried once around the cycle.
+"""The trace of all paths through one base of a network, the cut, by carrying rows once around the cycle.
 
-With J = A B for the part of the Jacobian whose paths go through a base of m entries (B is the base's derivative in x,
-A the output's in the base), tr(A B) = tr(B A): the m rows of B are pulled back from the base to the input, and from
-there, as rows at the output, back down to the base, where row j meets entry j. It costs m products with the matrices
-on the way, for the whole batch until a diagonal of one a sample comes in: those of vectors where the base is narrow,
-such as a mean of one entry a sample, and no more than D where the base is the input.
+Let A B be the part of the Jacobian whose paths go through a base with m entries: B is the derivative of the base in x,
+A that of the output in the base. Then
+
+    tr(A B) = tr(B A) = sum_j (B A)_jj
+
+1. The m rows of B are computed by going from the base to the input.
+2. They are taken as rows at the output, since input and output have the same entries, and carried down to the base: B A.
+3. Entry j of row j is added up.
+
+This takes m vector-Jacobian products. They are shared by the whole batch until a diagonal differs between samples. A narrow
+base, such as a mean, makes m small; at the input m is D, and these are the products of the dense method.
 """
 
 from collections.abc import Iterator
@@ -18,7 +24,7 @@ from divflow.divergence.exact.layered.jacobian import Base, Linear, Made, Opaque
 
 __all__ = ["Network", "cost", "cost_of_opaque", "length", "memory", "pulled", "through"]
 
-# Elements of one bundle of rows, as for dense products.
+# Elements of the rows that are carried at once, as for dense products.
 _CPU_ELEMENTS, _ACCELERATOR_ELEMENTS = 2**20, 2**26
 
 
@@ -26,9 +32,9 @@ class Network(NamedTuple):
     """A layered Jacobian with the places where its paths are cut.
 
     Attributes:
-        terms: of the output.
-        bases: that its paths go through, each before those that it is made from; the input is the last.
-        cut: identities of bases; a path belongs to the first of them that it meets on its way from the output.
+        terms: the terms of the output.
+        bases: all bases on its paths, from the output to the input, which is the last.
+        cut: `id`s of the bases where paths are cut. A path belongs to the first of them on its way from the output.
     """
 
     terms: list[Term]
@@ -36,7 +42,7 @@ class Network(NamedTuple):
     cut: frozenset[int]
 
     def leading_to(self, base: Base) -> set[int]:
-        """Identities of the base and of those from which a path leads to it that meets none of the cut before."""
+        """The `id`s of the base, and of the bases from which an uncut path leads to it."""
         leading = {id(base)}
         for above in reversed(self.bases):
             if above is base or id(above) in self.cut or not isinstance(above, Made):
@@ -46,20 +52,20 @@ class Network(NamedTuple):
         return leading
 
     def below(self, base: Base) -> Iterator[Made]:
-        """What may lie between a base and the input, in its order."""
+        """The bases after this one, on the way to the input, without the input."""
         start = next(i for i, other in enumerate(self.bases) if other is base)
         return (other for other in self.bases[start + 1 :] if isinstance(other, Made))
 
 
 def through(network: Network, base: Base, batch: int, like: Tensor, chunk_size: int | None) -> Tensor:
-    """The trace of the paths that belong to a base of the cut, `(k,)`, or `(1,)` if it is the batch's.
+    """The trace of the paths that belong to a base of the cut: `(k,)`, or `(1,)` if it is the same for all samples.
 
     Args:
-        network: its terms and its cut.
+        network: the Jacobian and its cut.
         base: one of the cut.
-        batch: k.
+        batch: number of samples k.
         like: a tensor of the device and dtype to compute in.
-        chunk_size: rows at a time, with their graph dropped and rebuilt; None takes what suits.
+        chunk_size: rows at a time; the backward pass then computes each chunk again. None takes what fits the memory.
     """
     leading = network.leading_to(base)
     chunk = min(base.size, chunk_size or max(1, _limit(like) // max(1, batch * _width(network))))
@@ -105,16 +111,16 @@ def _unit(size: int, like: Tensor, start: int, stop: int) -> Tensor:
 def pulled(
     terms: list[Term], bases: list[Base], rows: Tensor, magnitudes: bool = False, sample: int | None = None
 ) -> dict[int, Tensor]:
-    """Rows `(k or 1, r, n)` at a value, times its Jacobian: by identity of the bases that are not made from others.
+    """Multiply rows `(k or 1, r, n)` at a value with its Jacobian; returns the product at each root by the root's `id`.
 
-    The plain reading of the definition, which the contraction is checked by; a row costs one product.
+    It follows the definition term by term, at one product a row, and serves to check the faster ways.
 
     Args:
-        terms: of the value.
-        bases: that they are made from, each before those that it is made from itself.
-        rows: of one for all samples, or one a sample.
-        magnitudes: of all factors, which bound what is left of their roundoff where they cancel.
-        sample: the one whose Jacobian is taken, where it is not all samples'.
+        terms: the terms of the value.
+        bases: all bases below it, in order from output to input.
+        rows: for each sample, or one for all.
+        magnitudes: take absolute values of all factors, which bounds the rounding of what cancels.
+        sample: number of the one sample whose Jacobian is taken; None for all.
     """
     at: dict[int, Tensor] = {}
     spread(at, terms, rows, magnitudes, sample)
@@ -127,7 +133,7 @@ def pulled(
 
 
 def _around(network: Network, base: Base, leading: set[int], rows: Tensor, start: int, stop: int) -> Tensor:
-    """From the output down to a base, where rows `start` to `stop` meet their entries."""
+    """Carry rows from the output down to a base, and add up entry j of row j for the rows from `start` to `stop`."""
     at: dict[int, Tensor] = {}
     total = _spread_and_close(at, network.terms, base, leading, rows, None, start, stop)
     for above in network.bases:
@@ -146,12 +152,15 @@ def _spread_and_close(
     start: int,
     stop: int,
 ) -> Tensor:
-    """Carry the rows, at what is made from some terms if it is given, through these; the trace of what arrives at the base, `(k or 1,)`."""
+    """Carry rows through `above`, if there is one, and then through some terms.
+
+    Rows for other bases are added to `at`. Of what arrives at `base` the trace is returned, `(k or 1,)`.
+    """
     total = rows.new_zeros(1)
     closing = [term for term in terms if term.base is base]
     passing = [term for term in terms if term.base is not base and id(term.base) in leading]
     if isinstance(above, Linear) and not passing and all(term.columns is None for term in closing):
-        # Of the last product only the entries that meet.
+        # Only the diagonal of the last product is computed.
         matrix = above.matrix.to(rows)
         for term in closing:
             entries = (rows * take(matrix, term.rows, 1)[:, start:stop].mT).sum(dim=-1)
@@ -170,7 +179,7 @@ def _spread_and_close(
 def spread(
     at: dict[int, Tensor], terms: list[Term], rows: Tensor, magnitudes: bool = False, sample: int | None = None
 ) -> None:
-    """Add the rows at a value, `(k or 1, rows, n)`, times its derivative in each of its terms' bases, to those there."""
+    """For each term, add rows `(k or 1, r, n)` times the term's selections and diagonal to the rows at the term's base."""
     for term in terms:
         diagonal, base, columns = term.magnitude if magnitudes else term.diagonal, term.base, term.columns
         part = take(rows, term.rows, -1)
@@ -195,19 +204,19 @@ def _width(network: Network) -> int:
 
 
 def memory(network: Network, base: Base, batch: int, like: Tensor) -> int:
-    """Count the elements that `through` makes, one bundle of rows at a time, without a graph."""
+    """Count the elements that `through` allocates for one chunk of rows, without a graph."""
     width = batch * _width(network)
     return 3 * min(base.size * width, max(_limit(like), width))
 
 
 def cost(network: Network, base: Base, batch: int, element: int) -> float:
-    """Multiplications of `through`: those of its matrix products, and what else takes as long as them.
+    """Estimate the cost of `through` in multiplications.
 
     Args:
-        network: its terms and its cut.
+        network: the Jacobian and its cut.
         base: one of the cut.
-        batch: k.
-        element: what an elementwise operation takes for each entry.
+        batch: number of samples k.
+        element: cost of an elementwise operation per entry, in multiplications of a matrix product.
     """
     leading = network.leading_to(base)
     total: float = 0
@@ -235,17 +244,17 @@ def cost(network: Network, base: Base, batch: int, element: int) -> float:
 
 
 def cost_of_opaque(network: Network, base: Base, batch: int) -> float:
-    """Multiplications of `through` that are those of products through functions known by their graph alone."""
+    """The part of the cost of `through` that is spent in opaque functions."""
     passed = {id(below) for below in network.below(base)} | network.leading_to(base)
     prices = (other.price for other in network.bases if isinstance(other, Opaque) and id(other) in passed)
     return base.size * batch * sum(prices)
 
 
 def _mark(at: dict[int, int], terms: list[Term], samples: int, batch: int) -> int:
-    """Note at bases how many samples' rows come there through some terms: one, or the batch.
+    """Note for each base of some terms how many samples have rows of their own there: 1 or the batch.
 
     Returns:
-        The entries that are computed on the way: products with diagonals, sums, and moved ones.
+        The number of entries that these terms compute, for the products with diagonals, the selections and the sums.
     """
     entries = 0
     for term in terms:

@@ -1,11 +1,16 @@
-"""The Jacobian of a layered value, as a sum of terms `diagonal * base`, without any of its entries.
+"""The Jacobian of a value as a sum of terms, which are diagonals times bases; its entries are never formed.
 
-A value v of n entries a sample has the Jacobian
+A value v with n entries per sample has the Jacobian
 
     dv/dx = sum over terms of  P_rows diag(diagonal) P_columns^T (d base / dx)
 
-where a base is the input itself, a shared matrix applied to another such sum, or a function of one that is known by its
-products alone, and the selections P say which entries of v a term reaches, and from which of the base.
+A base is one of three:
+
+- the input x, whose derivative is the identity;
+- a matrix that the batch shares, applied to another value (`Linear`);
+- a function of another value of which only products with the Jacobian are known (`Opaque`).
+
+The selections P say which entries of v a term reaches, and which entries of the base it takes.
 """
 
 import functools
@@ -38,26 +43,25 @@ __all__ = [
     "take",
 ]
 
-# A diagonal is None (ones), shared by the batch and of shape () or (r,), or one a sample, (k, r), or (k, 1) where it is
-# one number for all entries, which commutes with every matrix.
+# None for ones; () or (r,) for the whole batch; (k, r) per sample; (k, 1) one number per sample, which commutes with matrices.
 Diagonal = Tensor | None
-# How many times narrower a layer's output must be to be multiplied with the layer below.
+# A matrix is multiplied with the layer below it if it has so many times fewer rows than columns.
 _NARROW = 8
 
 
 class Entries:
-    """A choice of a vector's entries, in order; made by `entries`, so that equal ones are one object."""
+    """A list of indices into a vector. Those from `_entries` are interned: equal lists are one object, compared by `id`."""
 
     def __init__(self, index: np.ndarray) -> None:
         self.index = index
         contiguous = len(index) > 0 and bool((np.diff(index) == 1).all())
         self._start = int(index[0]) if contiguous else None
-        # One entry over and over, as a mean that is subtracted: views, again.
+        # One entry, repeated, such as a mean that is subtracted from all entries: a view serves here, too.
         self._only = int(index[0]) if len(index) > 1 and bool((index == index[0]).all()) else None
         self._on_device: dict[torch.device, Tensor] = {}
 
     def take(self, tensor: Tensor, dim: int) -> Tensor:
-        """These entries of a tensor's dimension: a view where they are contiguous."""
+        """Select these entries along a dimension of a tensor: a view if they are contiguous or one entry repeated."""
         if self._start is not None:
             return tensor.narrow(dim, self._start, len(self.index))
         if self._only is not None:
@@ -67,7 +71,7 @@ class Entries:
         return tensor.index_select(dim, self._at(tensor.device))
 
     def put(self, tensor: Tensor, size: int) -> Tensor:
-        """A vector of `size` entries, the last dimension, to which a tensor's are added at these."""
+        """The transpose of `take`: zeros of `size` entries in the last dimension, with the tensor added at these indices."""
         if self._only is not None and size == 1:
             return tensor.sum(dim=-1, keepdim=True)
         return tensor.new_zeros(*tensor.shape[:-1], size).index_add(-1, self._at(tensor.device), tensor)
@@ -85,26 +89,26 @@ def _interned(index: bytes) -> Entries:
 
 
 def _entries(index: np.ndarray, size: int) -> Entries | None:
-    """The entries `index` of `size`; None for all of them in order."""
+    """Intern a list of indices into `size` entries; None if it is all of them in order."""
     if len(index) == size and (index == np.arange(size)).all():
         return None
     return _interned(index.astype(np.int64).tobytes())
 
 
 class Base:
-    """The input x of D entries: its derivative in x is the identity."""
+    """What the terms of a Jacobian refer to. This class itself is the input x, whose derivative is the identity."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
 
 class Made(Base):
-    """What is made from a value, whose terms are `source`.
+    """A base that is a function of another value.
 
     Attributes:
         source: the terms of that value.
-        sampled: whether its derivative is another for each sample.
-        price: multiplications of a row with the derivative, for a sample.
+        sampled: whether its derivative differs from sample to sample.
+        price: multiplications of one vector-Jacobian product for one sample.
     """
 
     source: "list[Term]"
@@ -112,11 +116,11 @@ class Made(Base):
     price: float
 
     def pull(self, rows: Tensor, magnitudes: bool = False) -> Tensor:
-        """Rows `(k or 1, r, n)` at its entries, times its derivative in the value, `(k or 1, r, m)`.
+        """Multiply rows with this base's derivative in the value: `(k or 1, r, n)` to `(k or 1, r, m)`.
 
         Args:
-            rows: whose first dimension is the samples, or one for all.
-            magnitudes: whether of the factors' magnitudes, which bound the rounding.
+            rows: for each sample, or one for all samples.
+            magnitudes: take absolute values of the derivative, for a bound on the rounding.
         """
         raise NotImplementedError
 
@@ -126,7 +130,7 @@ class Linear(Made):
 
     Args:
         matrix: `(n, m)`.
-        source: the terms of that value, of m entries.
+        source: the terms of the value, which has m entries.
     """
 
     sampled = False
@@ -141,13 +145,13 @@ class Linear(Made):
 
 
 class Opaque(Made):
-    """A function that is known by its graph alone, of a value of m entries.
+    """A function without a rule: products with its Jacobian are taken by autograd, through its graph.
 
     Args:
-        name: of the function.
-        at: products with its Jacobian.
-        like: the value that it is a function of.
-        price: multiplications of one product, for a sample.
+        name: name of the function.
+        at: takes the products.
+        like: the value that the function is evaluated at, with m entries per sample.
+        price: multiplications of one product for one sample.
         source: the terms of the value.
     """
 
@@ -159,7 +163,7 @@ class Opaque(Made):
         self._at, self._batch, self._shape = at, len(like), at.value.shape
 
     def settle(self, count: int) -> None:
-        """Decide how so many products are taken, before a first computation that a second one is to repeat."""
+        """Decide now how `count` products are batched, so that a checkpoint's second computation does as its first."""
         self._at.batches(count)
 
     def pull(self, rows: Tensor, magnitudes: bool = False) -> Tensor:
@@ -173,10 +177,15 @@ class Opaque(Made):
 
 
 class Term(NamedTuple):
-    """Entries `columns` of a base, times `diagonal`, at the entries `rows` of a value; None takes all in order.
+    """One term of a Jacobian: P_rows diag(diagonal) P_columns^T (d base / dx).
 
-    `summed` is what a diagonal that is a sum would be if nothing in it cancelled, which bounds its rounding; None where it
-    is no sum, or nobody asks.
+    Attributes:
+        base: what it refers to.
+        diagonal: factors of the selected entries.
+        rows: entries of the value; None for all in order.
+        columns: entries of the base; None for all in order.
+        summed: if the diagonal is a sum, the sum of the absolute values of its parts, which bounds its rounding. None
+            otherwise, and where no bound is needed.
     """
 
     base: Base
@@ -187,27 +196,27 @@ class Term(NamedTuple):
 
     @property
     def magnitude(self) -> Diagonal:
-        """What bounds the rounding of the diagonal."""
+        """A bound for the diagonal's entries before anything cancelled: `summed`, or their absolute values."""
         return self.diagonal.abs() if self.summed is None and self.diagonal is not None else self.summed
 
 
 def take(matrix: Tensor, entries: Entries | None, dim: int) -> Tensor:
-    """`entries` of a matrix's dimension."""
+    """Select entries along a dimension of a matrix; None selects all."""
     return matrix if entries is None else entries.take(matrix, dim)
 
 
 def is_number(diagonal: Diagonal) -> bool:
-    """Whether a diagonal is one number for all entries, the batch's or each sample's."""
+    """Whether a diagonal is one number for all entries, for the batch or per sample."""
     return diagonal is not None and (diagonal.ndim == 0 or (diagonal.ndim == 2 and diagonal.shape[1] == 1))
 
 
 def entries_of(diagonal: Tensor, entries: Entries | None) -> Tensor:
-    """A diagonal's entries, of whatever kind it is."""
+    """Select entries of a diagonal; one that is a number for all entries stays as it is."""
     return diagonal if is_number(diagonal) else take(diagonal, entries, -1)
 
 
 def put(tensor: Tensor, entries: Entries | None, size: int) -> Tensor:
-    """The transpose of `take` for the last dimension: what is at the same entry is added up."""
+    """The transpose of `take` for the last dimension: rows that go to the same entry are added up."""
     return tensor if entries is None else entries.put(tensor, size)
 
 
@@ -219,11 +228,11 @@ def product(a: Diagonal, b: Diagonal) -> Diagonal:
 
 
 def scale(terms: list[Term], factor: Tensor) -> list[Term]:
-    """The terms of `factor * v`, a diagonal's."""
+    """The terms of `factor * v` for a diagonal factor."""
     scaled, products = [], {}
     for base, diagonal, rows, columns, summed in terms:
         key = id(diagonal), id(rows)
-        if key not in products:  # equal diagonals stay one object, by which paths through them share a product
+        if key not in products:  # equal diagonals stay one object, so that paths through them share a product
             products[key] = product(diagonal, entries_of(factor, rows))
         bound = None if summed is None else product(summed, entries_of(factor.abs(), rows))
         scaled.append(Term(base, products[key], rows, columns, bound))
@@ -231,11 +240,11 @@ def scale(terms: list[Term], factor: Tensor) -> list[Term]:
 
 
 def add(*sums: list[Term], bounded: bool = False) -> list[Term]:
-    """The terms of a sum of values; those of one base and the same entries become one.
+    """The terms of a sum of values; terms with the same base, rows and columns are merged.
 
     Args:
         sums: the terms of each value.
-        bounded: whether what cancels is to be known (`Term.summed`).
+        bounded: whether to keep a bound on what cancels (`Term.summed`).
     """
     merged: dict[tuple[int, ...], Term] = {}
     for term in (term for terms in sums for term in terms):
@@ -250,7 +259,7 @@ def add(*sums: list[Term], bounded: bool = False) -> list[Term]:
 
 
 def _joined(terms: list[Term]) -> list[Term]:
-    """Of a matrix and a narrow one, expanded, on the same value make one matrix: I - 11^T / n goes into the layer."""
+    """Merge two matrices on the same value, M + P N with fewer rows in N, into one: subtracting a mean becomes part of the layer."""
     for wide in terms:
         if isinstance(wide.base, Linear) and wide.rows is None and wide.columns is None and _is_shared(wide.diagonal):
             for narrow in terms:
@@ -278,9 +287,9 @@ def _rows_scaled(matrix: Tensor, diagonal: Diagonal) -> Tensor:
 
 
 def linear(matrix: Tensor, terms: list[Term]) -> list[Term]:
-    """The terms of a matrix `(n, m)`, the same for the whole batch, applied to a value.
+    """The terms of M v for a matrix M `(n, m)` that the batch shares.
 
-    A narrow matrix on one layer is multiplied with it: the mean of a layer's entries is a row on the layer's input.
+    If M has few rows and v is W u, they become one matrix: the mean of a layer's outputs is the row (1^T W) / m on its input.
     """
     if len(terms) == 1 and _NARROW * matrix.shape[0] <= matrix.shape[1]:
         base, diagonal, rows, columns, _ = terms[0]
@@ -298,7 +307,7 @@ def _sum(a: Diagonal, b: Diagonal) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Movement:
-    """The value whose entry j is v[index[j]], or a constant where index[j] < 0, of a value v of `size` entries."""
+    """How entries move: entry j of the result is v[index[j]], or a constant where index[j] < 0; v has `size` entries."""
 
     size: int
     index: np.ndarray
@@ -323,7 +332,7 @@ def move(terms: list[Term], movement: Movement) -> list[Term]:
 def _moved(
     movement: Movement, rows: Entries | None, columns: Entries | None, base_size: int
 ) -> tuple[Entries | None, Entries | None, Entries | None] | None:
-    """Which entries of a term are left after a movement, its new rows and its new columns; None if it has none left."""
+    """A term after a movement: which of its entries remain, its new rows and its new columns. None if no entry remains."""
     size, index = movement.size, movement.index
     position = np.arange(size)
     if rows is not None:

@@ -1,4 +1,4 @@
-"""The layered method: its plan, what is verified of it, and the divergence."""
+"""The layered method of `Exact`: its plan, its verification, and its divergence."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ from divflow.verification.agreement import require_equal
 
 __all__ = ["Layered", "contraction_of", "divergence_of"]
 
-# Bytes that it may take beside the value.
+# Most memory, in bytes, that the method takes by itself.
 _LARGEST_MEMORY = 2**31
-# The dimensions up to which a sample's whole Jacobian is formed, once, to check the trace; and rows of all samples where
-# products go through a function's graph, which is the batch's.
+# The trace is checked by the whole Jacobian of one sample up to so many dimensions; with opaque functions, whose products
+# are for all samples, up to so many rows of the batch.
 _LARGEST_JACOBIAN, _MOST_ROWS = 2**12, 2**14
 
 
@@ -33,7 +33,7 @@ class Layered(Method):
     name = "layered"
 
     def prepare(self, evaluation: Evaluation, kept: Any = None, verify: bool = True) -> Prepared | Refusal:
-        """Find how the trace is taken; the plan is what is kept."""
+        """Find how the trace is computed; what is kept for later calls is the plan."""
         followed = evaluation.followed
         assert followed is not None
         try:
@@ -52,7 +52,7 @@ class Layered(Method):
 
 
 def contraction_of(followed: Followed) -> Contraction:
-    """How the trace of the Jacobian is taken.
+    """Find how the trace of the Jacobian is computed.
 
     Raises:
         NoRule: the Jacobian is not known.
@@ -84,7 +84,7 @@ def _plan(evaluation: Evaluation, followed: Followed, contraction: Contraction) 
 
 
 def _why(contraction: Contraction, reader: JacobianReader, value: float) -> str:
-    """What is done, in numbers."""
+    """The reason in the plan: how many paths and rows there are, and what opaque functions cost."""
     count, cut = len(contraction.cycles), contraction.cut
     parts = []
     if count or not cut:
@@ -104,7 +104,7 @@ def _reasons(reader: JacobianReader) -> str:
 
 
 def _verify(followed: Followed, contraction: Contraction) -> None:
-    """Compare the rows u^T J with autograd's, and the trace with that of one sample's Jacobian.
+    """Compare u^T J for a random u with autograd's, and the trace of the first sample with the sum of its diagonal entries.
 
     Raises:
         NoRule: they disagree.

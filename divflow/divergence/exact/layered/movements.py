@@ -1,4 +1,4 @@
-"""Where the entries of a moved value come from."""
+"""Where each entry of a moved value, such as a reshaped or indexed one, comes from."""
 
 import functools
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _KEPT: Cache[list[list[Movement]]] = Cache(1024)
 
 
 def movements_of(op: Operation, places: Sequence[int], batch: int) -> list[list[Movement]]:
-    """Of each of an operation's results, where its entries come from in the operands at some places.
+    """Find the movements of an operation: for each result, one movement from each operand at `places`.
 
     Raises:
-        NoRule: it moves between samples, or is no movement.
+        NoRule: entries move between samples, or the operation does more than move them.
     """
     found = _KEPT.get(op.summary)
     if found is None:
@@ -31,9 +31,9 @@ def movements_of(op: Operation, places: Sequence[int], batch: int) -> list[list[
 
 
 def _found(op: Operation, places: Sequence[int], batch: int) -> list[list[Movement]]:
-    """Where each entry of an operation's results comes from, in each operand: torch itself moves numbered entries.
+    """Call the operation on operands whose entries are their own numbers, and read the numbers in the results.
 
-    They are moved twice, under other numbers, so that a result which is none of them is known for a constant.
+    It is called twice, with numbers that differ by `shift`. Entries that do not shift are constants.
     """
     sizes = [op.tensors[i].shape[1:].numel() for i in places]
     total = max(1, sum(sizes))
@@ -74,7 +74,7 @@ def _found(op: Operation, places: Sequence[int], batch: int) -> list[list[Moveme
 
 
 def broadcast(terms: list[Term], shape: torch.Size, value: torch.Size) -> list[Term]:
-    """The terms of a value of some shape as they are in one of another."""
+    """The terms of a value of one shape that is broadcast to another."""
     if shape == value:
         return terms
     if len(shape) != len(value):
@@ -84,6 +84,6 @@ def broadcast(terms: list[Term], shape: torch.Size, value: torch.Size) -> list[T
 
 @functools.lru_cache(maxsize=1024)
 def expansion(event: torch.Size, expanded: torch.Size) -> Movement:
-    """The movement of an event that is expanded."""
+    """The movement of `tensor.expand` for one event."""
     index = torch.arange(event.numel(), device="cpu").view(event).expand(expanded).reshape(-1)
     return Movement(event.numel(), index.numpy())

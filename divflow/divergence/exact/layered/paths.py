@@ -1,7 +1,7 @@
 """The paths of a layered network from output to input, each a product around a cycle.
 
-A path is a product D_1 M_1 D_2 M_2 ... D_p M_p of shared matrices M and diagonals D, whose trace is cyclic. Those that
-go through a place where the network is cut (`cuts`) are left out.
+A path is a product D_1 M_1 D_2 M_2 ... D_p M_p of shared matrices M and diagonals D, whose trace is cyclic. Paths through a
+cut of the network are left out; `cuts` computes these.
 """
 
 import functools
@@ -32,15 +32,14 @@ __all__ = ["Cycle", "Origin", "bases_of", "chains", "cycles", "number_of_paths"]
 
 
 class Cycle(NamedTuple):
-    """A cyclic product D_1 M_1 ... D_p M_p; a diagonal is None for ones, else one per sample, `(k, n)`.
-
-    If there are no matrices, the only diagonal is a whole vector of diagonal entries, of any kind.
+    """A cyclic product D_1 M_1 ... D_p M_p.
 
     Attributes:
-        diagonals: D_1, ..., D_p.
+        diagonals: D_1, ..., D_p: one per sample, `(k, n)`, or None for ones. Without matrices there is one diagonal, of any
+            form, whose sum is the trace.
         matrices: M_1, ..., M_p.
-        numbers: factors of the whole, one number per sample, `(k, 1)`.
-        origins: of the matrices.
+        numbers: further factors of the trace, one number per sample, `(k, 1)`.
+        origins: where each matrix comes from; None if it was computed.
     """
 
     diagonals: list[Diagonal]
@@ -50,7 +49,7 @@ class Cycle(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What a matrix of a cycle is: entries of a tensor; of which version, if it is changed in place."""
+    """Where a matrix of a cycle comes from: rows and columns of a tensor, and the tensor's version against changes in place."""
 
     tensor: Tensor
     version: int
@@ -59,7 +58,7 @@ class Origin(NamedTuple):
 
 
 def bases_of(terms: list[Term]) -> list[Base]:
-    """The bases that some terms are made from, each before those that it is made from itself; the input is the last."""
+    """All bases that some terms depend on, ordered from output to input: each stands before those that it depends on."""
     found: list[Base] = []
     seen: set[int] = set()
     stack: list[tuple[Base, bool]] = [(term.base, False) for term in terms]
@@ -76,13 +75,13 @@ def bases_of(terms: list[Term]) -> list[Base]:
 
 
 def cycles(network: Network, size: int) -> list[Cycle]:
-    """The paths from the output's D = `size` entries to the input's that are not cut."""
+    """The uncut paths from output to input as cycles; both have D = `size` entries."""
     closed = (_closed(chain, size) for chain in chains(network))
     return [cycle for cycle in closed if cycle is not None]
 
 
 def number_of_paths(network: Network) -> dict[int, int]:
-    """How many paths lead from each base to the input that are not cut."""
+    """The number of uncut paths from each base to the input, by the base's `id`."""
     found: dict[int, int] = {}
     for base in reversed(network.bases):
         below = sum(found[id(term.base)] for term in base.source) if isinstance(base, Made) else 1
@@ -91,7 +90,7 @@ def number_of_paths(network: Network) -> dict[int, int]:
 
 
 def chains(network: Network) -> Iterator[list[Term]]:
-    """The terms of each path that is not cut, depth first, from the output's down to the input's."""
+    """The terms of each uncut path, from output to input; paths come depth first."""
     paths = number_of_paths(network) if network.cut else None
     chains = [[term] for term in reversed(network.terms) if paths is None or paths[id(term.base)]]
     while chains:
@@ -104,7 +103,7 @@ def chains(network: Network) -> Iterator[list[Term]]:
 
 
 def _closed(chain: list[Term], size: int) -> Cycle | None:
-    """Join the input's end to the output's: entry i of the output meets entry i of the input."""
+    """Close a path to a cycle: entry i of the input is joined with entry i of the output. None if no entries meet."""
     outer, inner = chain[0], chain[-1]
     if len(chain) == 1:
         fixed = _fixed(outer.rows, outer.columns, size)
@@ -114,7 +113,7 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
     at_output, at_input = _meeting(outer.rows, inner.columns, size)
     if at_output is not None and not len(at_output.index):
         return None
-    # The first diagonal is the outer one at the meeting entries, times the inner one: they commute around the cycle.
+    # Around the cycle the outermost and the innermost diagonal stand beside each other, so their product is the first.
     diagonals = [product(_take_diagonal(outer.diagonal, at_output), _take_diagonal(inner.diagonal, at_input))]
     diagonals += [term.diagonal for term in chain[1:-1]]
     matrices: list[Tensor] = []
@@ -139,7 +138,7 @@ def _closed(chain: list[Term], size: int) -> Cycle | None:
 
 @functools.lru_cache(maxsize=1024)
 def _fixed(rows: Entries | None, columns: Entries | None, size: int) -> Entries | None:
-    """Positions of the entries that stay where they are."""
+    """Positions where `rows` and `columns` hold the same entry; None if both are all entries in order."""
     if rows is None and columns is None:
         return None
     at = [np.arange(size) if entries is None else entries.index for entries in (rows, columns)]
@@ -147,7 +146,7 @@ def _fixed(rows: Entries | None, columns: Entries | None, size: int) -> Entries 
 
 
 def _take_diagonal(diagonal: Diagonal, entries: Entries | None) -> Diagonal:
-    """Entries of a diagonal, of whatever kind."""
+    """Select entries of a diagonal; None stands for ones."""
     return None if diagonal is None else entries_of(diagonal, entries)
 
 

@@ -1,4 +1,7 @@
-"""Reading a tape: the Jacobian of every value that it holds, as a sum of terms, from those of the values that it is made from."""
+"""Reads a tape from input to output, and writes the Jacobian of each value as a sum of terms.
+
+The terms of a value follow from those of its sources by the chain rule; each kind of step has a method for it.
+"""
 
 import functools
 import math
@@ -31,7 +34,7 @@ from divflow.verification.products import reentrant_refused
 
 __all__ = ["JacobianReader"]
 
-# Elements of the matrix of a linear map that has to be found by applying it to a basis, or of a sum.
+# Largest matrix, in elements, that is formed for a sum, or for a linear map by applying the map to a basis.
 _LARGEST_MATRIX = 2**22
 
 
@@ -39,17 +42,17 @@ class JacobianReader:
     """The terms of every value on a tape.
 
     Args:
-        batch: k.
+        batch: number of samples k.
         differentiable: whether products through opaque functions keep their graph.
-        verify: whether it is read to be compared: an opaque function is looked at for samples that it mixes, and what
-            cancels is known.
-        read: whether there are to be any; without, what was done is noted alone.
+        verify: whether the result is to be compared with autograd. Opaque functions are then checked for mixing samples, and
+            sums keep a bound on their rounding (`Term.summed`).
+        read: whether terms are made at all; False records only the operations.
 
     Attributes:
-        multiplications: of the linear maps and opaque functions, for the whole batch.
-        applied: multiplications of the maps that were applied to a basis, to find their matrices.
-        local: whether one of these is a convolution, which may have cheaper colours.
-        opaque: why some functions are known by their products alone.
+        multiplications: in linear maps and opaque functions, for the whole batch.
+        applied: multiplications spent on applying maps to a basis, to find their matrices.
+        local: whether one of these maps is a convolution, for which the coloured method may be cheaper.
+        opaque: for each function without a rule, the reason why only products with its Jacobian are known.
     """
 
     curved = False
@@ -64,10 +67,10 @@ class JacobianReader:
         self._graphs: list[tuple[Tensor, int]] = []
 
     def terms(self, tape: Tape, output: Tensor) -> list[Term]:
-        """The Jacobian of what a function returned: no terms for a constant.
+        """The Jacobian of the function's output; a constant has no terms.
 
         Raises:
-            NoRule: it is not known.
+            NoRule: the Jacobian is not known.
         """
         number = tape.output(output)
         if any(version(value) != number for value, number in self._graphs):
@@ -77,7 +80,10 @@ class JacobianReader:
     def carry(
         self, tape: Tape, output: Tensor, weights: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
     ) -> Carried | None:
-        """The product of weights with derivatives of an output along directions of the roots: a row times its Jacobian."""
+        """w^T J v for weights w at the output and directions v at the roots, with a bound on the rounding of the sum.
+
+        None for a constant output.
+        """
         number = tape.output(output)
         if number is None:
             return None
@@ -94,10 +100,10 @@ class JacobianReader:
         return Carried(torch.cat(found, dim=1), None, torch.stack(sizes).sum())
 
     def learn(self, number: int, step: Step, value: Tensor) -> None:
-        """Note the terms of a step's value.
+        """Add the terms of a step's value.
 
         Raises:
-            NoRule: they are no such sum, or it is not one value a sample.
+            NoRule: its Jacobian is no such sum, or the value has no batch dimension.
         """
         if not self._read and step.sources:
             raise NoRule("it is not asked for")
@@ -167,7 +173,7 @@ class JacobianReader:
         return linear(weights, scale(terms, slope.reshape(self.batch, -1)) if isinstance(slope, Tensor) else terms)
 
     def _standardized(self, kind: steps.Standardized, sources: list[list[Term]], value: Tensor) -> list[Term]:
-        """(I - 11^T / n - z z^T / n) / sigma: two rows a group beside a diagonal."""
+        """dz/du = (I - 1 1^T / n - z z^T / n) / sigma: a diagonal, and a matrix of rank two for each group of n entries."""
         (terms,) = sources
         if 0 in kind.dims:
             raise NoRule("a standardization over the batch")
@@ -188,7 +194,7 @@ class JacobianReader:
         return self._by_products(kind.operation, kind.places, sources, f"{kind.operation.name} of several values of x")
 
     def _by_products(self, op: Operation, places: Sequence[int], sources: list[list[Term]], why: str) -> list[Term]:
-        """What its algebra has no matrix for, by the operation's own products."""
+        """The terms of an operation whose matrix is not formed: products with its Jacobian are taken by autograd."""
         operands = [*{id(op.tensors[i]): op.tensors[i] for i in places}.values()]
         value, points = evaluated(op, operands, self.differentiable)
         unique = {id(op.tensors[i]): terms for i, terms in zip(places, sources, strict=True)}
@@ -235,7 +241,7 @@ def _minus(dtype: torch.dtype) -> Tensor:
 
 
 def _diagonal(slope: Tensor | float, value: Tensor, may_share: bool) -> Tensor:
-    """A slope as a factor of the value's flattened events, see `Diagonal`; what the batch may share it does."""
+    """Reshape a slope to a `Diagonal` of the flattened event; one for the whole batch where `may_share` allows it."""
     if not isinstance(slope, Tensor):
         return torch.as_tensor(slope, dtype=value.dtype, device="cpu")
     if not slope.is_floating_point():
@@ -245,7 +251,7 @@ def _diagonal(slope: Tensor | float, value: Tensor, may_share: bool) -> Tensor:
     event = value.shape[1:]
     if may_share and slope.numel() == 1:
         return slope.reshape(())
-    # An expanded tensor has equal rows, but a gradient for each of them.
+    # The rows of an expanded tensor are equal, but with a gradient each of them has its own.
     expanded = not slope.requires_grad and slope.ndim > 0 and slope.stride(0) == 0
     if may_share and (slope.ndim < value.ndim or slope.shape[0] == 1 or expanded):
         row = slope[0] if slope.ndim == value.ndim else slope
@@ -256,15 +262,15 @@ def _diagonal(slope: Tensor | float, value: Tensor, may_share: bool) -> Tensor:
 
 
 def _matrix_of(kind: steps.Mapped, batch: int, value: Tensor) -> tuple[Tensor, float] | None:
-    """The matrix of any linear map, its values at a basis, taken as a batch, and what the map takes for a sample.
+    """The matrix of a linear map, and the multiplications that the map takes for one sample.
 
-    None if it does not take a basis.
+    Column j is f(e_j) - f(0), for all j in one call whose batch is the basis. None if the map can't be called so.
     """
     op, x = kind.operation, kind.operation.tensors[kind.place]
     _refuse_batch(op, x)
     event = x.shape[1:]
     size = event.numel()
-    # The last points are zero; and there are never as many as samples, so that what is one a sample does not fit.
+    # The last points are zero. The number of points differs from the batch, so that a constant with a row per sample does not fit.
     count = size + 1 if size + 1 != batch else size + 2
     with torch.autocast(x.device.type, enabled=False):
         points = torch.eye(count, size, dtype=x.dtype, device=x.device).view(count, *event)
@@ -280,7 +286,7 @@ def _matrix_of(kind: steps.Mapped, batch: int, value: Tensor) -> tuple[Tensor, f
 
 
 def _refuse_batch(op: Operation, x: Tensor) -> None:
-    """Refuse maps along dimensions of which one is the batch."""
+    """Refuse `cumsum` and `diff` along the batch dimension."""
     if op.name in ("cumsum", "diff"):
         position = 2 if op.name == "diff" else 1
         dim = op.kwargs.get("dim", op.args[position] if len(op.args) > position else -1)
@@ -290,7 +296,7 @@ def _refuse_batch(op: Operation, x: Tensor) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _sums(event: torch.Size, dims: tuple[int, ...], weight: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix `(m, n)` of a weighted sum of an event's n entries along dimensions."""
+    """The matrix `(m, n)` that sums an event's n entries along `dims`, each times `weight`."""
     kept = [1 if dim in dims else size for dim, size in enumerate(event)]
     m, n = math.prod(kept), event.numel()
     with torch.inference_mode(False), torch.no_grad():
