@@ -27,8 +27,8 @@ _SAME_DATA = [
     *(f"data.num_{name}" for name in ("train", "val", "test", "draws", "weighted")),
     *(f"data.{name}_fraction" for name in ("val", "test")),
 ]
-# Widest column of a run, beyond which its cells are folded.
-_WIDEST = 30
+# Width up to which cells are shown in one line where there is room for fewer columns.
+_WIDEST = 20
 # Runs are sorted by the first of these that all of them have, the smallest first.
 _BEST = ("test/nll", "test/loss")
 _EXAMPLES = """\
@@ -257,7 +257,7 @@ def _title(runs: Mapping[str, _Run], count: int) -> str:
     counted = f"{count} run{'s' if count > 1 else ''}"
     if data == 1:
         return f"{counted}, the best first"
-    return f"{counted} on {data} different data, whose values can't be compared; the best on each first"
+    return f"{counted} on {data} data sets, whose values can't be compared; the best on each first"
 
 
 def _lines(runs: Mapping[str, _Run]) -> list[list[str]]:

@@ -159,9 +159,7 @@ def test_runs_on_other_data_are_not_ranked_together(tmp_path, monkeypatch, capsy
     lines, printed = compared(capsys, "a", "b", "c", "d")
     head = next(cells for cells in lines if "c" in cells)
     assert head == ["", "c", "a", "b", "d"]
-    assert printed.out.startswith(
-        "4 runs on 3 different data, whose values can't be compared; the best on each first\n"
-    )
+    assert printed.out.startswith("4 runs on 3 data sets, whose values can't be compared; the best on each first\n")
     assert ["data.context", "['age']", "['age']", "['age']", "['size']"] in lines
 
 
