@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import divflow
-from divflow.saved.checkpoint import CheckpointError, check_targets
+from divflow.runs.settings import check_paths
+from divflow.saved.build import ConfigError
+from divflow.saved.checkpoint import CheckpointError, check_targets, named_classes
 
 
 class Attack:
@@ -34,6 +36,55 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
         divflow.load(tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         divflow.load(tmp_path / "missing.ckpt")
+
+
+def test_a_folder_in_place_of_a_checkpoint(tmp_path):
+    """By either door its checkpoints are named, those of several runs shortly."""
+    with pytest.raises(CheckpointError, match=f"^{tmp_path} is a folder, without any checkpoint"):
+        divflow.load(tmp_path)
+    for number in range(3):
+        folder = tmp_path / str(number) / "checkpoints"
+        folder.mkdir(parents=True)
+        for name in ("best", "last"):
+            (folder / f"{name}.ckpt").touch()
+    with pytest.raises(
+        CheckpointError, match=r"is a folder; its checkpoints are checkpoints/best\.ckpt, checkpoints/last\.ckpt\. N"
+    ):
+        divflow.load(tmp_path / "0")
+    said = r"1/checkpoints/best\.ckpt, .* and 1 more\. Name one of them, such as " + f"{tmp_path}/0/checkpoints/best"
+    with pytest.raises(CheckpointError, match=said):
+        divflow.load(tmp_path)
+    for name in ("ckpt_path", "init_from"):
+        with pytest.raises(
+            ConfigError, match=f"^{name}={tmp_path}/0 is a folder; its checkpoints are checkpoints/best"
+        ):
+            check_paths({name: f"{tmp_path}/0"})
+
+
+def test_why_a_file_is_no_checkpoint_is_said_without_advice_to_run_it(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    torch.save({"divflow": Attack()}, tmp_path / "evil.ckpt")
+    for name, why in (("rows.csv", "torch.save did not write it"), ("evil.ckpt", "it holds objects of other classes")):
+        with pytest.raises(CheckpointError, match=f"plain tensors and values: {why}") as refused:
+            divflow.load(tmp_path / name)
+        assert "weights_only" not in str(refused.value)
+        assert "trust" not in str(refused.value)
+
+
+def test_classes_that_are_allowed_may_be_named(tmp_path, monkeypatch):
+    (tmp_path / "mine_allowed.py").write_text("class Net: ...\n\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for given in (["mine_allowed.Net"], "mine_allowed.Net"):
+        (cls,) = named_classes(given).values()
+        assert (cls.__module__, cls.__name__) == ("mine_allowed", "Net")
+    assert named_classes([cls]) == named_classes(cls) == {"mine_allowed.Net": cls}
+    for given, message in (
+        (sys.modules["mine_allowed"], "allow takes classes, such as .*given the module mine_allowed"),
+        (["mine_allowed.number"], "is given 3. Give the class itself"),
+        (["mine_allowed.Nett"], r"allow=mine_allowed.Nett can't be found: .*did you mean Net\?"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            named_classes(given)
 
 
 def test_checkpoints_of_others(tmp_path):

@@ -155,6 +155,54 @@ def test_a_context_may_be_given_by_the_names_of_its_columns():
     assert torch.equal(weights[0].log_weights, weights[1].log_weights)
 
 
+def test_one_row_of_a_context_is_that_of_all_samples():
+    flow = ContinuousFlow(lambda t, x, c: c[:, :1] - x * c[:, 1:], 2)
+    density = FlowDensity(flow, Affine(), Affine([40.0, 170.0], [10.0, 5.0]))
+    draw, row = (lambda: torch.Generator().manual_seed(0)), torch.tensor([[41.0, 170.0]])
+    assert torch.equal(density.sample(3, row, draw()), density.sample(3, row.expand(3, 2), draw()))
+    target = lambda x: -x.square().sum(dim=1)  # noqa: E731
+    weights = [density.importance_weights(target, 3, draw(), context=it) for it in (row, row.expand(3, 2))]
+    assert torch.equal(weights[0].log_weights, weights[1].log_weights)
+    assert torch.equal(density.sample(2, row[0].unsqueeze(0), draw()), density.sample(2, row.expand(2, 2), draw()))
+    with pytest.raises(FieldError, match=r"but is of shape \(2,\)\. For one row, use context.unsqueeze\(0\)\.$"):
+        density.sample(2, row[0])
+    of_one = FlowDensity(ContinuousFlow(lambda t, x, c: c - x, 1), Affine(), Affine([40.0], [10.0]))
+    with pytest.raises(FieldError, match=r"is of shape \(3,\)\. For one number per sample, use context.unsqueeze\(1\)"):
+        of_one.log_prob(torch.zeros(3, 1), torch.ones(3))
+
+
+def test_a_missing_context_is_named():
+    density = FlowDensity(ContinuousFlow(lambda t, x, c: c - x, 2), Affine(), Affine([40.0, 170.0], [10.0, 5.0]))
+    with pytest.raises(FieldError, match=r"no context was given. Give a tensor \(3, 2\)\.$"):
+        density.log_prob(torch.zeros(3, 2))
+    density.context_columns = ["age", "height"]
+    for call in (lambda: density.log_prob(torch.zeros(3, 2)), lambda: density.sample(3)):
+        with pytest.raises(
+            FieldError, match=r"Give a tensor \(3, 2\) of age, height, or a dict of numbers by these names"
+        ):
+            call()
+
+
+def test_a_context_far_outside_of_the_training_is_warned_of():
+    """Half of its range beyond it or more; without a known range, as in older checkpoints, nothing is."""
+    density = FlowDensity(
+        ContinuousFlow(lambda t, x, c: -x, 2), Affine(), Affine(torch.tensor([50.0, 170.0]), torch.tensor([9.0, 5.0]))
+    )
+    density.context_columns = ["age", "height"]
+    x, far = torch.zeros(3, 2), torch.tensor([[30.0, 160.0], [410.0, 160.0], [120.0, 160.0]])
+    density.log_prob(x, far)
+    density.context_range = [[20.0, 150.0], [80.0, 190.0]]
+    said = r"^age=410 lies outside the training data's 20 to 80\. The density there is extrapolated\.$"
+    for call in (lambda: density.log_prob(x, far), lambda: density.sample(3, {"age": 410, "height": 160})):
+        with pytest.warns(UnitsWarning, match=said):
+            call()
+    with pytest.warns(
+        UnitsWarning, match="age=-11 lies .* 20 to 80; height=211 lies outside the training data's 150 to"
+    ):
+        density.with_flow(density.flow).log_prob(x[:1], {"age": -11, "height": 211})
+    density.log_prob(x, {"age": [-9, 109, 50], "height": 200})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

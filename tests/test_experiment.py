@@ -326,3 +326,11 @@ def test_a_velocity_of_ones_own(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"my_velocity\.Velocity.*allow"):
         divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt")
     assert divflow.load(tmp_path / "run" / "checkpoints" / "best.ckpt", allow=[Velocity]).sample(3).shape == (3, 2)
+
+
+def test_a_run_of_no_step_says_that_it_leaves_no_checkpoint(tmp_path, capsys):
+    run(tmp_path, "trainer.max_steps=0", "task.scheduler.T_max=4", "callbacks.average=null")
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert "No step was trained, so there is no checkpoint. Set trainer.max_steps" in capsys.readouterr().out
+    run(tmp_path / "some", "trainer.max_steps=1", "trainer.val_check_interval=1", "callbacks.average=null")
+    assert "No step was trained" not in capsys.readouterr().out

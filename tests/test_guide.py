@@ -81,6 +81,9 @@ class Page:
             self.divflow([*words, "--cfg=job"])
             return
         supply(self.folder, words, self.earlier)
+        if outcome(words) is None:
+            self.divflow(short(words, drawn=self.typed))
+            return
         left = self.folder / outcome(words)
         before = left.resolve() if left.exists() else None
         if words[0] != "train":
@@ -111,11 +114,11 @@ class Page:
 
 
 def outcome(words):
-    """The file that a command leaves."""
+    """The file that a command leaves; None if it prints a table alone."""
     given = dict(re.findall(r"(?:^|(?<= ))-{0,2}(out|output_dir)=(\S+)", " ".join(words)))
     if words[0] == "train":
         return f"{given.get('output_dir', 'outputs/latest')}/results.json"
-    return given.get("out", {"evaluate": "log_prob.csv", "sample": "samples.csv", "compare": "compare.png"}[words[0]])
+    return given.get("out", {"evaluate": "log_prob.csv", "sample": "samples.csv"}.get(words[0]))
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -62,8 +62,24 @@ def test_settings_that_the_checkpoint_overrules_are_reported(stopped, tmp_path, 
         run(tmp_path / "rate", last, "task=flow_matching", "task.scheduler=null", "task.optimizer.lr=0.5")
     run(tmp_path / "annealed", "task=flow_matching")
     annealed = f"ckpt_path={tmp_path}/annealed/checkpoints/last.ckpt"
-    with pytest.warns(UserWarning, match=r"schedule goes on with T_max=4 of the checkpoint, not with T_max=6\."):
+    with pytest.warns(
+        UserWarning,
+        match=r"schedule goes on with T_max=4 of the checkpoint, not with T_max=6\. Beyond T_max=4 the rate rises again to 0\.02\.",
+    ):
         run(tmp_path / "longer", annealed, "task=flow_matching", "trainer.max_steps=6")
+    with pytest.warns(UserWarning, match=r"not with T_max=3\. Start another run"):
+        run(tmp_path / "same_steps", annealed, "task=flow_matching", "trainer.max_steps=6", "task.scheduler.T_max=3")
+
+
+def test_results_have_the_seed_of_the_training_and_whose_steps_the_seconds_are(stopped, tmp_path, capsys):
+    last, folder, _ = stopped
+    first = json.loads((folder / "results.json").read_text())
+    assert (first["seed"], first["steps"], first["resumed_at_step"]) == (0, 2, 0)
+    with pytest.warns(UserWarning, match="not with seed=1"):
+        run(tmp_path, last, "task=flow_matching", "task.scheduler=null", "trainer.max_steps=5", "seed=1")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["seed"], found["steps"], found["resumed_at_step"]) == (0, 5, 2)
+    assert re.search(r"training *│ *\d+ │ seconds, 3 of 5 steps", capsys.readouterr().out)
 
 
 def test_another_seed_is_reported_and_changes_nothing(stopped, tmp_path, recwarn):

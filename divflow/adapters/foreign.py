@@ -13,16 +13,18 @@ from divflow.flow import ContinuousFlow, FlowEvaluation
 from divflow.flow.settings import tensor_settings
 from divflow.flow.units import warn_of_far_data, warn_of_range
 from divflow.likelihood import Likelihood, Quadrature
+from divflow.operators.calling import TIMES
 from divflow.operators.context import Context, mapped, named_tensors
 from divflow.operators.field import checked_value
 from divflow.score.field import parameters_of
 from divflow.solver import Solver
+from divflow.verification.noise import draws
 from divflow.verification.seeded import seeded
 
 __all__ = ["AdaptedFlow", "AdapterError", "Foreign", "adapted_flow"]
 
 # Names of a time among a model's arguments.
-_TIMES = {"t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"}
+_TIMES = TIMES | {"sigma", "sigmas"}
 # Errors of a model that does not take its arguments.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
@@ -279,9 +281,8 @@ def adapted_flow(
 
 def _refuse_training(model: object) -> None:
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if module.training and (dropout or normalizes):
+        if draws(module) or (module.training and normalizes):
             raise AdapterError(
                 f"{name or 'the model'} is a {type(module).__name__} in training mode, so the model has no unique value at "
                 "a point. Call its .eval() first, since adapters evaluate the model as it is"

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 import divflow.cli.help  # registers how choices are listed
 import divflow.runs.sweeps  # registers how the folders of a sweep are named
 from divflow.cli.command_line import for_hydra
-from divflow.cli.mistakes import check_no_choice_is_hidden, check_options, in_a_line
+from divflow.cli.mistakes import check_no_choice_is_hidden, check_options, in_a_line, last_own_line
 from divflow.errors import DivflowError
 from divflow.runs.signals import alone
 
@@ -92,8 +92,12 @@ def _ending_with_messages(name: str, config: DictConfig) -> float | None:
         if error.__cause__ is None or isinstance(error.__cause__, ImportError):  # its own message names the class
             _end(str(error).partition(", set env var")[0], error)
         if not isinstance(error.__cause__, (DivflowError, ValueError, TypeError, ArithmeticError)):
+            _end_in_own_code(error.__cause__)
             raise
         _end(str(error.__cause__), error)
+    except Exception as error:
+        _end_in_own_code(error)
+        raise
 
 
 def _end(message: str, error: Exception) -> NoReturn:
@@ -104,6 +108,14 @@ def _end(message: str, error: Exception) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         raise CompactHydraException(f"error: {message}") from error
     sys.exit(f"error: {message}")
+
+
+def _end_in_own_code(error: BaseException) -> None:
+    """End with a message if the error passed through a file of the user's, with the last line there; divflow's own errors go on."""
+    place = last_own_line(error)
+    if place is not None and isinstance(error, Exception):
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        _end(f"{kind}: {text} ({place}). For the whole traceback, set HYDRA_FULL_ERROR=1", error)
 
 
 def _with_whole_paths(config: DictConfig, folder: Path) -> DictConfig:

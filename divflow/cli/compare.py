@@ -19,13 +19,23 @@ __all__ = ["run"]
 # Settings of the folder, not of the training.
 _IGNORED = ("hydra", "defaults", "output_dir", "ckpt_path", "overwrite")
 _ERROR = "_standard_error"
+# Settings that are names of columns, one or a list.
+_NAMES = ("data.columns", "data.context", "data.discrete")
+# Settings of the data that leave the density of the test rows as it is; other ones may make other data.
+_SAME_DATA = [
+    *(f"data.{name}" for name in ("batch_size", "eval_batch_size", "seed", "cache")),
+    *(f"data.num_{name}" for name in ("train", "val", "test", "draws", "weighted")),
+    *(f"data.{name}_fraction" for name in ("val", "test")),
+]
+# Width up to which cells are shown in one line where there is room for fewer columns.
+_WIDEST = 20
 # Runs are sorted by the first of these that all of them have, the smallest first.
 _BEST = ("test/nll", "test/loss")
 _EXAMPLES = """\
 examples:
   divflow compare outputs/
   divflow compare outputs/sweeps --out sweeps.png
-  divflow compare outputs/flow_two_moons outputs/flow_matching_two_moons --overwrite"""
+  divflow compare outputs/flow_two_moons outputs/flow_matching_two_moons --out both.csv --overwrite"""
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,20 @@ class _Run:
     settings: dict[str, Any]
     metrics: list[dict[str, float]]
 
+    @property
+    def data(self) -> str:
+        """The data, by their settings."""
+        of_data = {key: it for key, it in self.settings.items() if key.partition(".")[0] == "data"}
+        return json.dumps(
+            {key: it for key, it in of_data.items() if key not in _SAME_DATA}, sort_keys=True, default=str
+        )
+
 
 def run(arguments: Sequence[str]) -> None:
-    """Compare the finished runs of some folders; a line reports each run that can't be read, which is left out.
+    """Compare the finished runs of some folders; a line reports each run that is left out, unreadable or repeated.
 
     Raises:
-        SystemExit: with 1 and a message if there is no run, or the figure exists.
+        SystemExit: with 1 and a message if there is no run, or the file of the figure or the table exists.
     """
     parser = argparse.ArgumentParser(
         prog="divflow compare",
@@ -58,7 +76,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="the folder of a run, or one with runs anywhere below"
     )
-    parser.add_argument("--out", default="compare.png", help="figure of the learning curves (default: compare.png)")
+    parser.add_argument("--out", help="write the learning curves to this .png, or the table to this .csv")
     parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     given = parser.parse_args(list(arguments))
     try:
@@ -67,13 +85,23 @@ def run(arguments: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
 
 
-def _compare(folders: Sequence[Path], out: str, overwrite: bool) -> None:
+def _compare(folders: Sequence[Path], out: str | None, overwrite: bool) -> None:
     from rich.console import Console
 
     from divflow.callbacks.plots import plot_curves
-    from divflow.cli.output import check_output, write_figure
+    from divflow.cli.output import check_output, write_figure, write_lines
     from divflow.saved.build import ConfigError
 
+    try:
+        path = None if out is None else check_output(out, (".png", ".csv"), overwrite)
+    except ConfigError as error:
+        message = (
+            str(error)
+            .replace("out=...", "--out FILE")
+            .replace("out=", "--out ")
+            .replace("overwrite=true", "--overwrite")
+        )
+        raise ConfigError(message) from None
     files = sorted({file.resolve() for folder in folders for file in folder.rglob("results.json")})
     if not files:
         raise ConfigError(
@@ -88,15 +116,20 @@ def _compare(folders: Sequence[Path], out: str, overwrite: bool) -> None:
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise ConfigError(str(broken[0]))
-    console = Console()
-    console.print(_table(_named(_sorted(_grouped(runs))), len(runs)))
-    try:
-        path = check_output(out, (".png",), overwrite)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("out=...", "--out").replace("overwrite=true", "--overwrite")) from None
-    tables = {name: it.folder / "metrics.csv" for name, it in _named(runs).items()}
-    tables = {name: path for name, path in tables.items() if path.is_file()}
-    figure = plot_curves(tables)
+    runs = _without_repeats(runs)
+    named = _named(_sorted(_grouped(runs)))
+    lines, console = _lines(named), Console()
+    console.print(_title(named, len(runs)), soft_wrap=True, highlight=False)
+    for table in _tables(lines, console.width):
+        console.print(table)
+    if path is None:
+        return
+    if path.suffix == ".csv":
+        write_lines(path, lines)
+        console.print(f"Table: {path}", soft_wrap=True, highlight=False)
+        return
+    curves = {name: it.folder / "metrics.csv" for name, it in named.items()}
+    figure = plot_curves({name: table for name, table in curves.items() if table.is_file()})
     if figure is None:
         console.print("No learning curves: nothing was logged in a metrics.csv", highlight=False)
         return
@@ -113,6 +146,7 @@ def _read(folder: Path) -> _Run:
     try:
         content = json.loads((folder / "results.json").read_text())
         metrics, seconds, steps = content["metrics"], content["seconds"], content["steps"]
+        before = content.get("resumed_at_step", 0)  # which earlier versions did not write
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder / 'results.json'} was not written by a run: {error!r}. Remove it, or name other folders"
@@ -125,14 +159,34 @@ def _read(folder: Path) -> _Run:
             raise ConfigError(f"{folder / 'config.yaml'} can't be read: {error}") from error
         flat = _flat({key: value for key, value in loaded.items() if key not in _IGNORED})
         settings = dict(_named_class(key, value) for key, value in flat.items())
-    return _Run(folder, settings, [metrics | {"seconds": seconds, "steps": steps}])
+    if "seed" in content:  # that of the training, also where a run with another one went on with it
+        settings["seed"] = content["seed"]
+    return _Run(folder, settings, [metrics | {"seconds": seconds, "steps": steps, "resumed_at_step": before}])
+
+
+def _without_repeats(runs: Sequence[_Run]) -> list[_Run]:
+    """Leave out runs of the same settings and seed as another, which are no other sample of the training; report each."""
+    first: dict[str, _Run] = {}
+    for it in runs:
+        key = str(it.folder) if it.settings.get("seed") is None else f"{_but_for_seed(it)}{it.settings['seed']}"
+        if key in first:
+            print(
+                f"left out: {it.folder} repeats the settings and seed={it.settings['seed']} of {first[key].folder}",
+                file=sys.stderr,
+            )
+        first.setdefault(key, it)
+    return list(first.values())
+
+
+def _but_for_seed(it: _Run) -> str:
+    return json.dumps(it.settings | {"seed": None}, sort_keys=True, default=str)
 
 
 def _grouped(runs: Sequence[_Run]) -> list[_Run]:
     """Group the runs that differ only by their seeds."""
     groups: dict[str, list[_Run]] = {}
     for it in runs:
-        groups.setdefault(json.dumps(it.settings | {"seed": None}, sort_keys=True, default=str), []).append(it)
+        groups.setdefault(_but_for_seed(it), []).append(it)
     return [
         group[0]
         if len(group) == 1
@@ -159,12 +213,16 @@ def _starred(parts: Sequence[str]) -> str:
 
 
 def _sorted(runs: Sequence[_Run]) -> list[_Run]:
-    by = next((name for name in _BEST if all(name in it.metrics[0] for it in runs)), None)
-    if by is None:
-        return list(runs)
-    means = [statistics.fmean(metrics[by] for metrics in it.metrics) for it in runs]
-    order = sorted(range(len(runs)), key=lambda i: (math.isnan(means[i]), means[i]))
-    return [runs[i] for i in order]
+    """Sort the runs of each data set by their results, the best first."""
+    order = list(dict.fromkeys(it.data for it in runs))
+    by = {data: [it for it in runs if it.data == data] for data in order}
+    return [it for data in order for it in sorted(by[data], key=lambda it: _rank(it, by[data]))]
+
+
+def _rank(run: _Run, others: Sequence[_Run]) -> tuple[bool, float]:
+    by = next((name for name in _BEST if all(name in it.metrics[0] for it in others)), None)
+    mean = 0.0 if by is None else statistics.fmean(metrics[by] for metrics in run.metrics)
+    return math.isnan(mean), mean
 
 
 def _shown(metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
@@ -182,6 +240,8 @@ def _shown(metrics: Sequence[Mapping[str, float]]) -> dict[str, str]:
         shown[name] = f"{statistics.fmean(it[name] for it in metrics if name in it):.1e}"
     for name in ("seconds", "steps"):
         shown[name] = f"{statistics.fmean(it[name] for it in metrics):.0f}"
+    if before := max(it["resumed_at_step"] for it in metrics):
+        shown["seconds"] += f" since step {before}" if count == 1 else " since some were resumed"
     over = f"{count} seeds" if count > 1 else "test rows" if any(name.endswith(_ERROR) for name in first) else None
     return shown if over is None else shown | {"± over": over}
 
@@ -192,10 +252,16 @@ def _named(runs: Sequence[_Run]) -> dict[str, _Run]:
     return {os.path.relpath(it.folder, root): it for it in runs}
 
 
-def _table(runs: Mapping[str, _Run], count: int) -> Any:
-    """Table of the settings that differ, then of the results; runs are columns if there are more rows than runs."""
-    from rich.table import Table
+def _title(runs: Mapping[str, _Run], count: int) -> str:
+    data = len({it.data for it in runs.values()})
+    counted = f"{count} run{'s' if count > 1 else ''}"
+    if data == 1:
+        return f"{counted}, the best first"
+    return f"{counted} on {data} data sets, whose values can't be compared; the best on each first"
 
+
+def _lines(runs: Mapping[str, _Run]) -> list[list[str]]:
+    """Cells of the settings that differ, then of the results; runs are columns if there are more rows than runs."""
     keys = dict.fromkeys(key for it in runs.values() for key in it.settings)
     values = {key: [str(it.settings.get(key)) for it in runs.values()] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1 and not _is_of_group(key, values)]
@@ -205,14 +271,28 @@ def _table(runs: Mapping[str, _Run], count: int) -> Any:
     for name, it in runs.items():
         settings = [str(it.settings.get(key, "–")) for key in differing]
         lines.append([name, *settings, *(shown[name].get(key, "–") for key in results)])
-    if len(lines[0]) > len(lines):
-        lines = [list(line) for line in zip(*lines, strict=True)]
-    table = Table(title=f"{count} runs, the best first", title_justify="left")
-    for number, name in enumerate(lines[0]):
-        table.add_column(name, overflow="fold", no_wrap=number == 0)
-    for line in lines[1:]:
-        table.add_row(*line)
-    return table
+    return [list(line) for line in zip(*lines, strict=True)] if len(lines[0]) > len(lines) else lines
+
+
+def _tables(lines: Sequence[Sequence[str]], width: int) -> list[Any]:
+    """As many tables, one below the other, as leave the columns wide enough to be read."""
+    from rich.table import Table
+
+    widths = [min(_WIDEST, max(map(len, column))) + 3 for column in zip(*lines, strict=True)]
+    parts: list[list[int]] = [[]]
+    for number in range(1, len(widths)):
+        if parts[-1] and widths[0] + sum(widths[i] for i in (*parts[-1], number)) + 1 > width:
+            parts.append([])
+        parts[-1].append(number)
+    tables = []
+    for part in parts:
+        table = Table()
+        for number in (0, *part):
+            table.add_column(lines[0][number], overflow="fold", no_wrap=number == 0)
+        for line in lines[1:]:
+            table.add_row(*(line[number] for number in (0, *part)))
+        tables.append(table)
+    return tables
 
 
 def _is_of_group(key: str, values: Mapping[str, Sequence[str]]) -> bool:
@@ -223,7 +303,9 @@ def _is_of_group(key: str, values: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _named_class(key: str, value: Any) -> tuple[str, Any]:
-    """`estimator._target_: divflow.divergence.Exact` is estimator: Exact to the reader."""
+    """`estimator._target_: divflow.divergence.Exact` is estimator: Exact to the reader, and a name of a column a list of one."""
+    if key in _NAMES and isinstance(value, str | int):
+        return key, [str(value)]
     return (key.removesuffix("._target_"), value.rpartition(".")[2]) if key.endswith("._target_") else (key, value)
 
 

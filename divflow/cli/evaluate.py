@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -23,6 +23,7 @@ from divflow.cli.trained import (
 )
 from divflow.flow import FlowDensity
 from divflow.flow.evaluation_time import expect, limited
+from divflow.flow.units import warn_of_far_context
 from divflow.operators.context import context_rows, joined_contexts, mapped
 from divflow.runs.report import metrics_table
 from divflow.saved.build import ConfigError
@@ -61,14 +62,16 @@ def run(config: DictConfig) -> float:
     minutes = config.max_minutes
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise ConfigError(f"max_minutes must be a positive number, or null for no limit, but is {minutes!r}")
-    if config.split not in _SPLITS:
-        raise ConfigError(f"split must be one of {', '.join(_SPLITS)}, but is {config.split!r}")
+    if config.split not in (None, *_SPLITS):
+        raise ConfigError(f"split must be null or one of {', '.join(_SPLITS)}, but is {config.split!r}")
     named_device(config.device, several=True)
     trained = load_trained(config)
     if isinstance(trained.density, UnnormalizedDensity):
         raise ConfigError(f"{trained.name} is a score without SDE, which has no log-density. Sample from it instead")
     settings = data_config(config, trained)
-    parts, numbers, data = _rows(settings, config.split, trained, names_other_data(config))
+    other = names_other_data(config)
+    split = config.split or _default_split(settings, trained, other)
+    parts, numbers, data = _rows(settings, split, trained, other)
     rows = parts.x
     density = scaled_to_model(trained.density, config.data_range, None if data is None else data.levels, trained.name)
     shape = tuple(trained.density.flow.event_shape)
@@ -78,6 +81,9 @@ def run(config: DictConfig) -> float:
             "Give the columns, or the data.event_shape, of the training"
         )
     _check_within(density, rows, numbers)
+    if density.context_range is not None:  # once, not in each batch
+        warn_of_far_context(cast(Tensor, parts.context), density.context_range, density.context_columns)
+        density.context_range = None
     size = config.batch_size or settings.get("eval_batch_size") or settings.get("batch_size", 1000)
     fabric = launched(config.device)
     _expect(fabric, density, parts, size, config.max_minutes)
@@ -88,9 +94,28 @@ def run(config: DictConfig) -> float:
         names = [name for name in (*_COLUMNS, *_DISCRETE) if name in _COLUMNS or not values[name].isnan().all()]
         columns = [*(values[name] for name in names), numbers.double()]
         write_table(out, [*names, _ROW], torch.stack(columns, dim=1).numpy(), [_ROW])
-        _print(metrics, f"{trained.name}: {len(rows)} rows, split {config.split}", out)
+        there = getattr(data, "num_rows", len(rows)) if other else len(rows)
+        counted = f"{len(rows)} rows" if there == len(rows) else f"{len(rows)} of {there} rows"
+        _print(metrics, f"{trained.name}: {counted}, split {split}", out)
+        if there > len(rows) and split != "all":
+            print(f"To evaluate all {there} rows, add split=all")
     fabric.barrier()
     return metrics["nll"]
+
+
+def _default_split(settings: dict[str, Any], trained: Trained, other: bool) -> str:
+    """Split to evaluate if none is given: the test, or all rows of another file of which none was trained on."""
+    from divflow.data.split import has_none_of
+    from divflow.data.undivided import undivided  # here, since it imports Lightning
+
+    if not other or (whole := undivided(settings)) is None:
+        return "test"
+    _, digests, name = whole
+    state = trained.data_states.get(name, {})
+    if "digests" not in state or not has_none_of(state, digests):
+        return "test"
+    print(f"no row of {settings['path']} was trained on, so all of them are evaluated")
+    return "all"
 
 
 def _rows(settings: dict[str, Any], split: str, trained: Trained, other: bool) -> tuple["Parts", Tensor, Any]:

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from divflow.cli.command_line import OPTIONS
 from divflow.saved.named import ConfigError, meant
 
-__all__ = ["check_no_choice_is_hidden", "check_options", "in_a_line"]
+__all__ = ["check_no_choice_is_hidden", "check_options", "in_a_line", "last_own_line"]
 
 _LONG = [it for it in OPTIONS if it.startswith("--")]
 _SHORT = tuple(it for it in OPTIONS if not it.startswith("--"))
@@ -71,7 +73,7 @@ def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
         where = f"; it is a group of task={task}" if command == "train" and task else ""
         return f"divflow {command} has no group {found[1]!r} here{where}"
     if isinstance(error, OverrideParseException):
-        return _unreadable(error)
+        return _unreadable(error, groups)
     if found := re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", str(error)):
         return _several_values(found[1], found[2], groups)
     if isinstance(error, OSError) and not str(error.filename).endswith(
@@ -80,6 +82,9 @@ def in_a_line(error: Exception, command: str, groups: Iterable[str]) -> str:
         return f"{error.filename} can't be made ({error.strerror}). Choose another folder by output_dir=..."
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and str(error).startswith("Could not override"):
+        if (name := str(cause.full_key)).startswith("context."):
+            value = re.search(rf"\+{re.escape(name)}=(.*)", str(error))
+            return f'{name} is no setting; write "context={{{name[8:]}: {value[1] if value else "VALUE"}}}"'
         return _no_such_setting(cause, groups)
     return " ".join(f"{error} {cause if isinstance(cause, OmegaConfBaseException) else ''}".split())
 
@@ -105,8 +110,28 @@ def check_no_choice_is_hidden(sources: Iterable[Any], folder: Path) -> None:
                 )
 
 
-def _unreadable(error: OverrideParseException) -> str:
+def last_own_line(error: BaseException) -> str | None:
+    """The last line of a user's own file that an error passed through; None if there is none.
+
+    Args:
+        error: as it was caught.
+
+    Returns:
+        Such as `my_module.py, line 12: return self.net(x)`.
+    """
+    others = [Path(sysconfig.get_path("stdlib")).resolve(), Path(__file__).resolve().parents[1]]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).resolve()
+        installed = {"site-packages", "dist-packages"} & set(file.parts) or any(map(file.is_relative_to, others))
+        if file.is_file() and not installed:
+            return f"{file.name}, line {frame.lineno}: {frame.line}"
+    return None
+
+
+def _unreadable(error: OverrideParseException, groups: Iterable[str]) -> str:
     given = error.override
+    if given in groups:
+        return f"{given!r} is no setting; write {given}=VALUE, without a space"
     if "=" not in given:
         setting = "ckpt_path" if given.endswith(".ckpt") else "data.path" if "." in given else "SETTING"
         return f"{given!r} is no setting; write {setting}={given if setting != 'SETTING' else 'VALUE'}"

@@ -19,7 +19,7 @@ from divflow.saved.build import ConfigError
 if TYPE_CHECKING:  # takes a while to import, and mistakes are reported first
     from matplotlib.figure import Figure
 
-__all__ = ["OutputError", "batches", "check_output", "write_figure", "write_table"]
+__all__ = ["OutputError", "batches", "check_output", "write_figure", "write_lines", "write_table"]
 
 
 class OutputError(DivflowError, OSError):
@@ -60,20 +60,26 @@ def write_table(path: Path, names: Sequence[str], rows: np.ndarray, whole: Seque
         whole: names of the columns of whole numbers, which a `.csv` shows without a fraction.
     """
 
+    def save(part: Path) -> None:
+        with open(part, "wb") as file:
+            np.save(file, rows)
+
+    if path.suffix == ".npy":
+        _write_whole(path, save)
+        return
+    columns = rows.reshape(len(rows), len(names)).T
+    written = [
+        (it.astype(np.int64) if name in whole else it).astype(str) for name, it in zip(names, columns, strict=True)
+    ]
+    write_lines(path, [list(names), *np.stack(written, axis=1).tolist()])
+
+
+def write_lines(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    """Write cells of text as a `.csv`."""
+
     def write(part: Path) -> None:
-        if path.suffix == ".npy":
-            with open(part, "wb") as file:
-                np.save(file, rows)
-            return
         with open(part, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            columns = rows.reshape(len(rows), len(names)).T
-            written = [
-                (it.astype(np.int64) if name in whole else it).astype(str)
-                for name, it in zip(names, columns, strict=True)
-            ]
-            writer.writerows(np.stack(written, axis=1).tolist())
+            csv.writer(file).writerows(lines)
 
     _write_whole(path, write)
 

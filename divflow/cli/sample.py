@@ -96,6 +96,10 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
             raise ConfigError(
                 f"context={numbers} gives names, but the columns of the context are unnamed. Give a list, as context=[0.1,...]"
             )
+        odd = {str(name): it for name, it in numbers.items() if isinstance(it, bool) or not isinstance(it, int | float)}
+        if odd and odd.keys() <= set(columns):
+            name, value = next(iter(odd.items()))
+            raise ConfigError(f'{name} of the context must be a number, as "context={{{name}: 0.1}}", but is {value!r}')
         numbers = in_order(numbers, columns)
     if isinstance(numbers, int | float) and standardized is not None and standardized.shift.numel() == 1:
         numbers = [numbers]
@@ -117,9 +121,11 @@ def _context(numbers: Any, density: FlowDensity | UnnormalizedDensity) -> Contex
 
 def _asked(count: int, columns: Sequence[str] | None) -> str:
     named = f" ({', '.join(columns)})" if columns else ""
-    return (
+    by_name = f' or "context={{{", ".join(f"{name}: 0.1" for name in columns)}}}"' if columns else ""
+    many = (
         f"1 number{named}, as context=0.1" if count == 1 else f"a list of {count} numbers{named}, as context=[0.1,...]"
     )
+    return many + by_name
 
 
 def _tensor(name: Any, value: Any, density: FlowDensity) -> Tensor:

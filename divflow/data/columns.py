@@ -113,6 +113,7 @@ class Columns(SplitData):
         if self._all.context is not None:
             seen = self._all.context[self.train.numbers]
             self.context_transform = standardization(seen, self.context_columns)
+            self.context_range = [end.tolist() for end in seen.aminmax(dim=0)]
 
     def _divide(self, train: Tensor, val: Tensor, test: Tensor) -> None:
         self.val, self.test = self._all.taken(val), self._all.taken(test)
@@ -255,7 +256,7 @@ def standardization(rows: Tensor, names: Sequence[str]) -> Affine:
         why = f" Float64 holds 15 digits, and {', '.join(digits)} has more: is it an id?" if digits else ""
         raise DataError(
             f"column {', '.join(names[i] for i in constant)} is constant over the training rows, so it has no density. Leave it out, "
-            f"by columns=[...].{why}"
+            f"by data.columns=[...].{why}"
         )
     if beyond := [name for name, it in zip(names, std, strict=True) if not it < math.inf]:
         raise DataError(
@@ -327,6 +328,6 @@ def _warn_of_dependence(rows: Tensor, names: Sequence[str]) -> None:
         warnings.warn(
             f"over the {len(rows)} training rows these columns are linear functions of others, to {TOLERANCE:g} of their "
             f"standard deviation: {listed(functions)}. The density is degenerate and its likelihood unbounded. Leave them "
-            f"out, by columns=[{rest}]",
+            f"out, by data.columns=[{rest}]",
             stacklevel=4,
         )

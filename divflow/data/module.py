@@ -89,6 +89,8 @@ class TensorDataModule(L.LightningDataModule):
         images: whether samples are drawn as a grid of images.
         context_features: number of features of the context; 0 for unconditional data.
         context_transform: standardization of contexts, fitted on the training split; None for none.
+        context_range: the least and the largest training value of each feature of the context, of which a loaded density warns of
+            others; None if they are not known.
         energy: energy of particles, towards whose Boltzmann density samples can be weighted; None for other data.
         num_weighted: samples of the model that the test weights.
         manifold: of which the data are points, in its ambient coordinates; their log-density is with respect to its volume. None for
@@ -109,6 +111,7 @@ class TensorDataModule(L.LightningDataModule):
     images: bool = False
     context_features: int = 0
     context_transform: Affine | None = None
+    context_range: list[list[float]] | None = None
     energy: PairEnergy | None = None
     num_weighted: int = 10_000
     manifold: Manifold | None = None

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from divflow.data.module import DataError, TensorDataModule
 
-__all__ = ["SplitData", "describe_changes", "row_digests", "split_numbers"]
+__all__ = ["SplitData", "describe_changes", "has_none_of", "row_digests", "split_numbers"]
 
 _SPLIT = ("val_fraction", "test_fraction", "seed")
 
@@ -34,6 +34,11 @@ class SplitData(TensorDataModule):
         how = zip(_SPLIT, (val_fraction, test_fraction, seed), strict=True)
         self._divided: dict[str, Any] = {"digests": self._digests, **dict(how)}
         self._divide(*split_numbers(len(rows), val_fraction, test_fraction, seed))
+
+    @property
+    def num_rows(self) -> int:
+        """All rows, those in no split included."""
+        return len(self._digests)
 
     @abstractmethod
     def _divide(self, train: Tensor, val: Tensor, test: Tensor) -> None:
@@ -127,6 +132,11 @@ def describe_changes(state: Mapping[str, Any], digests: Tensor) -> str:
         f"{counts}{kept} of those are still here{order}, {then - kept} are gone or changed, and {now - kept} are new. The split stays that of the "
         "training; new rows are in none of its parts, but in split=all."
     )
+
+
+def has_none_of(state: Mapping[str, Any], digests: Tensor) -> bool:
+    """Whether none of these rows is among those of a training; False if those are not known."""
+    return "digests" in state and bool((_found(state["digests"], digests) < 0).all())
 
 
 def row_digests(rows: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ __all__ = ["warn_of_repeated", "warn_of_suspicious"]
 
 # float64 does not hold all whole numbers from the first on; beyond the second they are no ids.
 _DIGITS = 2.0**53, 1e30
+# Names of the index that pandas writes by `to_csv`, as it is in the file and as it is read again.
+_UNNAMED = ("", "Unnamed: 0")
 # Share of the rows that may repeat others by chance, for example after rounding.
 _FEW = 0.01
 
@@ -30,7 +32,7 @@ def warn_of_suspicious(
     """
     continuous = [(name, rows[:, names.index(name)]) for name in modelled if name not in discrete]
     whole = {name: column for name, column in continuous if bool((column == column.round()).all())}
-    index = [name for name, column in whole.items() if _counts(column)]
+    index = [name for name, column in whole.items() if _counts(column, named=name not in _UNNAMED)]
     ids = [name for name, column in whole.items() if _DIGITS[0] <= column.abs().max() < _DIGITS[1]]
     tied = [
         name for name, column in whole.items() if name not in (*index, *ids) and len(column.unique()) <= len(column) / 2
@@ -39,7 +41,7 @@ def warn_of_suspicious(
     leave = f"Leave it out, by data.columns=[{others}]"
     if index:
         _warn(
-            f"column {_shown(index)} of {file} counts its rows, as an index does, but is modelled like the others. {leave}"
+            f"column {_shown(index)} of {file} counts its rows, as the index that pandas writes does, but is modelled like the others. {leave}"
         )
     if ids:
         column = whole[ids[0]]
@@ -74,8 +76,10 @@ def warn_of_repeated(digests: Tensor, file: str, stacklevel: int = 3) -> None:
         )
 
 
-def _counts(column: Tensor) -> bool:
-    return len(column) > 2 and bool((column.diff() == 1).all())
+def _counts(column: Tensor, named: bool) -> bool:
+    """Whether it numbers the rows, in any order; one without a name also if rows are left out."""
+    steps = column.sort().values.diff()
+    return len(column) > 2 and bool((steps == 1).all() if named else (steps > 0).all())
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -90,7 +90,7 @@ def check_numbers(table: pa.Table, file: str, written: TextFormat) -> None:
     rest = ",".join(name for name in table.column_names if name not in others) or "..."
     described = [f"{name} ({column.type}, such as {column[0].as_py()!r})" for name, column in others.items()]
     raise DataError(
-        f"{file} has columns that are not numbers: {listed(described)}. Leave them out, by columns=[{rest}], or encode them"
+        f"{file} has columns that are not numbers: {listed(described)}. Leave them out, by data.columns=[{rest}], or encode them"
         f"{_remedy(texts, written)}"
     )
 

@@ -15,7 +15,7 @@ from divflow.errors import FieldError, FieldWarning
 from divflow.operators.compiled import eagerly
 from divflow.operators.context import Context
 from divflow.operators.differentiating import differentiates, evaluated, note_differentiates
-from divflow.operators.field import AtTime, Field, as_time, checked_state, checked_value
+from divflow.operators.field import AtTime, Field, as_time, checked_field, checked_state, checked_value
 from divflow.operators.linearization import linearize_field
 from divflow.operators.transformed import refuse_transforms
 from divflow.verification.copies import CopyError, copied
@@ -77,7 +77,7 @@ def check_field(
     """
     refuse_transforms("check_field", "call it once beforehand")
     x = checked_state(x)
-    t, g = as_time(t, x), given(g, context, x)
+    t, g = as_time(t, x), given(checked_field(g), context, x)
     if around(g, x, estimated=False) is not None:  # it refuses points off a manifold; what follows changes them
         g = g.divflow_nearby  # type: ignore[attr-defined]
     if x.numel() == 0:

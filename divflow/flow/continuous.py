@@ -23,7 +23,7 @@ from divflow.likelihood import PENALTIES, ConditionedField, Likelihood, Quadratu
 from divflow.manifolds import Manifold
 from divflow.operators.compiled import eagerly
 from divflow.operators.context import Context, check_context, mapped
-from divflow.operators.field import checked_state
+from divflow.operators.field import checked_field, checked_state
 from divflow.operators.transformed import refuse_transforms
 from divflow.solver import Evaluations, Solver
 from divflow.verification import severed_fields
@@ -63,7 +63,7 @@ class ContinuousFlow(nn.Module):
             are an error, because the divergence would leave them out.
 
     Raises:
-        ValueError: a base of another event shape, or t_base equal to t_data.
+        ValueError: a base of another event shape, t_base equal to t_data, or a velocity that is a class, or takes (x, t).
         ManifoldError: a manifold of another shape, or a velocity or base of another manifold; in calls, points off the manifold, or a
             velocity without the period of a torus.
 
@@ -89,7 +89,7 @@ class ContinuousFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.event_shape = torch.Size(checked_event_shape(event_shape))
-        self.velocity, self.manifold = on_manifold(velocity, manifold, self.event_shape)
+        self.velocity, self.manifold = on_manifold(checked_field(velocity), manifold, self.event_shape)
         self.estimator = Exact() if estimator is None else estimator
         self.likelihood = Quadrature() if likelihood is None else likelihood
         self.solver = Solver() if solver is None else solver
@@ -240,7 +240,7 @@ class ContinuousFlow(nn.Module):
         """Compute the states at `times`, the first of which is x's own: `(len(times), k, *event)`."""
         if not isinstance(times, Sequence | Tensor) or len(times) == 0:
             raise ValueError(f"times must contain at least the time of x, but is {times!r}")
-        with outside_inference_mode(), explained(x, context, self.times):
+        with outside_inference_mode(), explained(x, context, self):
             x, field = self._prepare(x, context)
             (states,) = self.solver.solve(
                 lambda t, state: (field(t, state[0]),),
@@ -304,7 +304,7 @@ class ContinuousFlow(nn.Module):
         evaluations: Evaluations | None = None,
         penalties: Collection[str] = (),
     ) -> Transport:
-        with outside_inference_mode(), explained(x, context, self.times):
+        with outside_inference_mode(), explained(x, context, self):
             x, field = self._prepare(x, context)
             if self._sample_times is None and x.numel():
                 alone = self.field(mapped(Tensor.detach, context))

@@ -14,7 +14,7 @@ from divflow.flow.named_context import from_columns
 from divflow.flow.rows import check_finite_rows, checked_rows
 from divflow.flow.settings import solved_settings
 from divflow.flow.transforms import Affine, Transform
-from divflow.flow.units import warn_of_far_data
+from divflow.flow.units import warn_of_far_context, warn_of_far_data
 from divflow.manifolds import Coordinates
 from divflow.operators.context import Context, cast_context, named_tensors
 
@@ -37,6 +37,8 @@ class FlowDensity(nn.Module):
     Attributes:
         columns: the names of the data's columns, if the density was loaded and they have names; else None.
         context_columns: those of the context's columns. A context may then be a dict of numbers by these names.
+        context_range: the least and the largest of each of them in training, if the density was loaded and they are known; else None.
+            A context far outside raises a warning.
         coordinates: in which the data's file has the points of a manifold, if the density was loaded and they are of such a file. Then
             `coordinates.rows(samples)` are in the file's terms.
         watch_units: whether `evaluate` with diagnostics warns about data that are farther from the base than the model's
@@ -52,6 +54,7 @@ class FlowDensity(nn.Module):
 
     columns: list[str] | None = None
     context_columns: list[str] | None = None
+    context_range: list[list[float]] | None = None
     coordinates: Coordinates | None = None
     watch_units: bool = False
 
@@ -135,13 +138,13 @@ class FlowDensity(nn.Module):
 
         Args:
             num_samples: how many.
-            context: as of `evaluate`.
+            context: as of `evaluate`; one row `(1, ...)` of a context that is standardized is that of all samples.
             generator: draws the base samples.
 
         Raises:
             FieldError: samples that are not finite in the units of the data.
         """
-        given = self.flow_context(self._context(context, num_samples))
+        given = self.flow_context(self._context(context, num_samples, spread=True))
         return self.in_units(self.flow.sample(num_samples, given, generator))
 
     def in_units(self, y: Tensor) -> Tensor:
@@ -149,12 +152,28 @@ class FlowDensity(nn.Module):
         x = in_units(self.transform, y)
         return x if self.flow.manifold is None else self.flow.manifold.project(x)
 
-    def _context(self, context: Context | None, count: int) -> Context | None:
-        """A context of `count` samples that is given by the names of its columns as a tensor; any other as it is."""
+    def _context(self, context: Context | None, count: int, *, spread: bool = False) -> Context | None:
+        """A context of `count` samples that is given by the names of its columns as a tensor; any other as it is.
+
+        With `spread` one row is that of all samples.
+
+        Raises:
+            FieldError: the density standardizes contexts, and none is given.
+        """
         columns, standardized = self.context_columns, self.context_transform
-        if not isinstance(context, Mapping) or columns is None or standardized is None:
+        if standardized is None:
             return context
-        return from_columns(context, columns, count, standardized.shift)
+        if context is None:
+            features = standardized.shift.numel()
+            named = f" of {', '.join(columns)}, or a dict of numbers by these names" if columns else ""
+            raise FieldError(
+                f"the density is conditional, but no context was given. Give a tensor ({count}, {features}){named}."
+            )
+        if isinstance(context, Mapping) and columns is not None:
+            return from_columns(context, columns, count, standardized.shift)
+        if spread and isinstance(context, Tensor) and context.shape == (1, *standardized.shift.shape):
+            return context.expand(count, *context.shape[1:])
+        return context
 
     def flow_context(self, context: Context | None) -> Context | None:
         """Convert a context to what the flow takes: S(c), or c itself, floating-point tensors in the flow's dtype.
@@ -168,14 +187,14 @@ class FlowDensity(nn.Module):
         features, found = tuple(self.context_transform.shift.shape), getattr(context, "shape", None)
         if found is None or tuple(found[1:]) != features:
             what = f"a {type(context).__name__}" if found is None else f"of shape {tuple(found)}"
-            by_name = (
-                " To give numbers by name, set context_columns to the names." if isinstance(context, Mapping) else ""
-            )
             raise FieldError(
                 f"the context must be a tensor (k, {', '.join(map(str, features))}), one row per sample, which this density standardizes, "
-                f"but is {what}. For trees of tensors, leave context_transform out and let the velocity standardize them.{by_name}"
+                f"but is {what}.{_remedy(context, features)}"
             )
-        return self.context_transform(checked_rows(context, name="the context"), values=False)[0].to(self.dtype)
+        given = checked_rows(context, name="the context")
+        if self.context_range is not None:
+            warn_of_far_context(given, self.context_range, self.context_columns)
+        return self.context_transform(given, values=False)[0].to(self.dtype)
 
     def importance_weights(
         self,
@@ -193,7 +212,7 @@ class FlowDensity(nn.Module):
             log_target: of data `(n, *event)` in float64, `(n,)`, in nats; log Z is in its units.
             num_samples: n, at least 2.
             generator: of the samples.
-            context: as of `evaluate`.
+            context: as of `sample`.
             correct: subtracts half the variance of an estimated log p.
             batch_size: samples per solve, which bounds the memory.
         """
@@ -209,7 +228,7 @@ class FlowDensity(nn.Module):
             of_transformed,
             num_samples,
             generator,
-            context=self.flow_context(self._context(context, num_samples)),
+            context=self.flow_context(self._context(context, num_samples, spread=True)),
             correct=correct,
             batch_size=batch_size,
         )
@@ -221,9 +240,22 @@ class FlowDensity(nn.Module):
 
     def like_this(self, other: _Density) -> _Density:
         """Give another density of the same data the attributes of this one."""
-        other.columns, other.context_columns, other.watch_units = self.columns, self.context_columns, self.watch_units
-        other.coordinates = self.coordinates
+        for name in ("columns", "context_columns", "context_range", "coordinates", "watch_units"):
+            setattr(other, name, getattr(self, name))
         return other
+
+
+def _remedy(context: object, features: tuple[int, ...]) -> str:
+    """What to do with a context that is no tensor of these features."""
+    shape = tuple(context.shape) if isinstance(context, Tensor) else None
+    if shape == features:
+        return " For one row, use context.unsqueeze(0)."
+    if shape is not None and len(shape) == 1 and features == (1,):
+        return " For one number per sample, use context.unsqueeze(1)."
+    trees = " For trees of tensors, leave context_transform out and let the velocity standardize them."
+    return trees + (
+        " To give numbers by name, set context_columns to the names." if isinstance(context, Mapping) else ""
+    )
 
 
 def computed_dtype(module: nn.Module) -> torch.dtype:

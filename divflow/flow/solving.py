@@ -4,20 +4,38 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from numbers import Real
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from divflow.errors import listed_rows
+from divflow.errors import FieldError, listed_rows
 from divflow.flow.rows import check_finite_rows
 from divflow.operators.context import Context, named_tensors
-from divflow.operators.field import flatten_event
+from divflow.operators.differentiating import evaluated
+from divflow.operators.field import Field, flatten_event
 from divflow.solver import Solver, SolverError
+from divflow.verification.noise import noisy_modules
+from divflow.verification.seeded import seeded
 
-__all__ = ["as_number", "as_scalar", "check_reached", "check_times", "explained", "outside_inference_mode"]
+__all__ = [
+    "as_number",
+    "as_scalar",
+    "check_noise",
+    "check_reached",
+    "check_times",
+    "explained",
+    "outside_inference_mode",
+]
 
 # The fraction of the way by which a singular end is moved, and the growth at which a state counts as lost.
 _INWARDS, _LOST = 1e-3, 1e6
+
+
+class _Flow(Protocol):
+    velocity: Callable[..., Tensor]
+
+    def times(self) -> tuple[float, float]: ...
 
 
 @contextlib.contextmanager
@@ -31,15 +49,15 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(x: Tensor, context: Context | None, times: Callable[[], tuple[float, float]]) -> Iterator[None]:
-    """Explain a failed solve: which rows are not finite, or at which of the flow's times the velocity is singular.
+def explained(x: Tensor, context: Context | None, flow: _Flow) -> Iterator[None]:
+    """Explain a failed solve: which rows are not finite, where the velocity is singular, or which modules make it noisy.
 
     Values are not read before a failure, because the host would wait for them.
 
     Args:
         x: rows.
         context: theirs.
-        times: returns t_base and t_data.
+        flow: the flow.
     """
     try:
         yield
@@ -48,8 +66,10 @@ def explained(x: Tensor, context: Context | None, times: Callable[[], tuple[floa
         for place, leaf in named_tensors(context):
             check_finite_rows(leaf, place)
         if (singular := error.singular) is None:
+            if noisy := noisy_modules(flow.velocity):
+                raise SolverError(f"{error} {_noise(noisy)}") from error
             raise
-        base, data = times()
+        base, data = flow.times()
         name, end, other = (
             ("t_base", base, data) if abs(base - singular) < abs(data - singular) else ("t_data", data, base)
         )
@@ -57,6 +77,41 @@ def explained(x: Tensor, context: Context | None, times: Callable[[], tuple[floa
             f"the velocity is not finite at t = {end:g}, the flow's {name}, where it may divide by zero as in 1 / (1 - t). End the flow "
             f"a little before, by {name}={end + _INWARDS * (other - end):g}."
         ) from error
+
+
+@torch.no_grad()
+def check_noise(field: Field, t: float, x: Tensor, solver: Solver, velocity: Callable[..., Tensor]) -> None:
+    """Refuse a velocity whose values are random, which an adaptive solver would follow in ever smaller steps.
+
+    Args:
+        field: the velocity with its context bound.
+        t: a time.
+        x: states `(k, *event)`.
+        solver: that will integrate it.
+        velocity: the function or module, for the message.
+
+    Raises:
+        FieldError: with the modules that draw random numbers, and the remedy.
+    """
+    if not solver.adaptive or x.numel() == 0:
+        return
+    values = []
+    for seed in (0, 1):
+        with seeded(seed, [x.device] if x.is_cuda else []):
+            values.append(evaluated(field, x.new_full((), t), x.clone()))
+    difference = (values[0] - values[1]).abs().max()
+    if difference > values[0].abs().max() * torch.finfo(x.dtype).eps ** 0.5:
+        raise FieldError(
+            f"the velocity is random: at one time and state its values differ by {float(difference):.2g}. "
+            f"{_noise(noisy_modules(velocity) or 'a function within it')}"
+        )
+
+
+def _noise(noisy: str) -> str:
+    return (
+        f"An adaptive solver follows the random numbers of {noisy} in ever smaller steps. Use p=0 or eval mode there, or train by flow "
+        "matching (task=flow_matching), which solves nothing in training."
+    )
 
 
 def check_reached(solver: Solver, x: Tensor, state: Tensor, log_base: Tensor) -> None:

@@ -1,13 +1,14 @@
 """Data that are probably in other units than a density's: a warning, because no mathematics forbids them."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
 from divflow.distributions.base_density import BaseDensity
 
-__all__ = ["UnitsWarning", "warn_of_far_data", "warn_of_range"]
+__all__ = ["UnitsWarning", "warn_of_far_context", "warn_of_far_data", "warn_of_range"]
 
 # The model's own samples, with which data are compared.
 _OWN = 1_000
@@ -44,6 +45,31 @@ def warn_of_range(x: Tensor, data_range: tuple[float, float]) -> None:
         UnitsWarning,
         stacklevel=4,
     )
+
+
+@torch.no_grad()
+def warn_of_far_context(context: Tensor, context_range: Sequence[Sequence[float]], names: Sequence[str] | None) -> None:
+    """Warn of contexts that are farther outside of those of the training than half of their range.
+
+    Args:
+        context: contexts `(k, features)`.
+        context_range: the least and the largest of each feature in training.
+        names: names of the features, if they are known.
+    """
+    if torch.compiler.is_compiling() or not len(context):
+        return
+    low, high = (context.new_tensor(end) for end in context_range)
+    away = torch.maximum(low - context, context - high) - (high - low) / 2
+    try:
+        rows, features = away.argmax(dim=0).tolist(), (away > 0).any(dim=0).nonzero().flatten().tolist()
+    except RuntimeError:  # nothing can be read, as inside `torch.vmap`
+        return
+    if features:
+        shown = [
+            f"{names[i] if names else f'entry {i} of the context'}={context[rows[i], i]:g} lies outside the training data's {low[i]:g} to {high[i]:g}"
+            for i in features
+        ]
+        warnings.warn(f"{'; '.join(shown)}. The density there is extrapolated.", UnitsWarning, stacklevel=5)
 
 
 @torch.no_grad()

@@ -1,15 +1,15 @@
 """What a field g(t, x) receives and returns: checked, with the shapes that all else relies on."""
 
-import inspect
 import math
 import numbers
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from divflow.errors import FieldError
+from divflow.errors import DivflowError, FieldError
+from divflow.operators.calling import misuse, wrong_field
 
 __all__ = [
     "AtTime",
@@ -17,6 +17,7 @@ __all__ = [
     "accumulation_dtype",
     "as_time",
     "called",
+    "checked_field",
     "checked_state",
     "checked_value",
     "event_size",
@@ -44,6 +45,17 @@ def flatten_event(x: Tensor, batch_dims: int = 1) -> Tensor:
         batch_dims: how many dimensions stay.
     """
     return x.reshape(*x.shape[:batch_dims], math.prod(x.shape[batch_dims:]))
+
+
+def checked_field(g: Any) -> Any:
+    """Return g, or refuse what can be no field: a class, something that is not callable, or arguments in the other order.
+
+    Args:
+        g: what was received.
+    """
+    if why := wrong_field(g):
+        raise FieldError(why)
+    return g
 
 
 def checked_state(x: Tensor) -> Tensor:
@@ -79,7 +91,13 @@ def as_time(t: Tensor | float, x: Tensor) -> Tensor:
     if t.shape not in ((), x.shape[:1]):
         raise FieldError(
             f"t must be a scalar () or one time per sample ({x.shape[0]},), but has shape {tuple(t.shape)}. "
-            "Use t.reshape(()) or t.expand(len(x))."
+            + (
+                "Use t.reshape(())."
+                if t.numel() == 1
+                else "Use t.reshape(-1)."
+                if t.numel() == len(x)
+                else "Give as many times as samples."
+            )
         )
     if t.ndim and t.device != x.device:
         raise FieldError(f"t is on {t.device} and x on {x.device}. Move one of them, for instance by t.to(x.device).")
@@ -118,7 +136,7 @@ def checked_value(value: Tensor, x: Tensor) -> Tensor:
 
 
 def called(g: Callable[..., Any], t: Tensor, x: Tensor, *context: Any) -> Any:
-    """Evaluate g(t, x), or g(t, x, context), and say what to do where g takes no time.
+    """Evaluate g(t, x), or g(t, x, context), and say what to do where g can't be called like that.
 
     Args:
         g: the function or module.
@@ -127,44 +145,14 @@ def called(g: Callable[..., Any], t: Tensor, x: Tensor, *context: Any) -> Any:
         *context: the context, if there is one.
 
     Raises:
-        FieldError: the signature of g takes x without t. Errors of g itself are raised as they are.
+        FieldError: g takes other arguments, or another dtype. Errors of g itself are raised as they are.
     """
     try:
         return g(t, x, *context)
-    except TypeError as error:
-        if _takes_no_time(g, 1 + len(context)):
-            rest = ", context" if context else ""
-            raise FieldError(
-                f"the field is called as g(t, x{rest}), but {_name(g)} takes g(x{rest}), without a time. Use lambda t, x{rest}: g(x{rest})."
-            ) from error
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        if not isinstance(error, DivflowError) and (why := misuse(g, x, len(context), error)):
+            raise FieldError(why) from error
         raise
-
-
-def _takes_no_time(g: Callable[..., Any], others: int) -> bool:
-    """Whether a call without the time, with `others` arguments, fits the signature of g, and one with it does not."""
-    if isinstance(g, nn.Module):
-        if g._forward_pre_hooks or type(g).__call__ is not nn.Module.__call__:  # which may take the time away
-            return False
-        g = g.forward
-    try:
-        signature = inspect.signature(g, follow_wrapped=False)  # what it wraps may be called otherwise
-    except (TypeError, ValueError):  # a built-in function
-        return False
-    if next(iter(signature.parameters), None) in ("t", "time"):
-        return False
-    return _fits(signature, others) and not _fits(signature, others + 1)
-
-
-def _fits(signature: inspect.Signature, count: int) -> bool:
-    try:
-        signature.bind(*range(count))
-    except TypeError:
-        return False
-    return True
-
-
-def _name(g: Callable[..., Any]) -> str:
-    return getattr(g, "__name__", type(g).__name__)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -62,6 +62,8 @@ def data_description(data: L.LightningDataModule, keys: Keys | None, network: Ma
         found["context_transform"] = data.context_transform.config()
     if data.coordinates is not None:
         found["coordinates"] = data.coordinates.config()
+    if data.context_range is not None:
+        found["context_range"] = data.context_range
     return found | {name: list(getattr(data, name)) for name in ("columns", "context_columns") if hasattr(data, name)}
 
 

@@ -32,6 +32,7 @@ from divflow.runs.loggers import build_loggers, log_settings, own_wandb_run
 from divflow.runs.report import print_results
 from divflow.runs.settings import check_gpus, check_seed
 from divflow.runs.signals import exit_code
+from divflow.runs.sweeps import going_on
 from divflow.runs.types import check_arguments, check_targets_arguments
 from divflow.saved.build import ConfigError
 from divflow.saved.checkpoint import check_state, init_weights, load_state, read_checkpoint, which_weights
@@ -123,8 +124,13 @@ def _train(config: DictConfig, held: contextlib.ExitStack) -> dict[str, float]:
         results, tested = _test(trainer, task, data, config)
     if trainer.is_global_zero:
         link_latest(output)  # a run that was resumed with no step left has not begun to train
-        save_results(results, seconds, trainer.global_step, config.seed, output)
-        print_results(results, seconds, trainer.global_step, output, tested)
+        seed, before = (
+            (config.seed, 0) if resumed is None else (resumed.get("noise_seed", config.seed), resumed["global_step"])
+        )
+        save_results(results, seconds, trainer.global_step, seed, output, before)
+        print_results(results, seconds, trainer.global_step, output, tested, before)
+        if trainer.global_step == 0:
+            print("No step was trained, so there is no checkpoint. Set trainer.max_steps to a positive number")
     return results
 
 
@@ -208,7 +214,7 @@ def _stoppable(output: Path, where: Callable[[], str]) -> Iterator[None]:
         yield
     except (SystemExit, EvaluationTimeError) as stop:  # Lightning's answer to signals, once its callbacks have saved
         last = output / "checkpoints" / "last.ckpt"
-        hint = f"; go on with ckpt_path={last}, added to the same command" if last.is_file() else ""
+        hint = f"; {going_on(str(last))}" if last.is_file() else ""
         print(f"\nstopped {where()}{hint}", file=sys.stderr)
         if isinstance(stop, EvaluationTimeError):
             raise

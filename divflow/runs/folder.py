@@ -176,15 +176,18 @@ def _replaced(value: Any, old: str, new: str) -> Any:
     return value.replace(old, new) if isinstance(value, str) else value
 
 
-def save_results(results: Mapping[str, float], seconds: float, steps: int, seed: int | None, output: Path) -> None:
+def save_results(
+    results: Mapping[str, float], seconds: float, steps: int, seed: int | None, output: Path, before: int = 0
+) -> None:
     """Write `results.json`: the test metrics, with seconds, steps and seed.
 
     Args:
         results: test metrics by name.
         seconds: duration of training.
         steps: steps of the optimizer.
-        seed: seed of the run.
+        seed: seed of the training; of a resumed run that of its checkpoint.
         output: the run's folder.
+        before: step that a resumed run went on from, before which nothing is in `seconds`.
     """
     versions = {"divflow": divflow.__version__, "torch": torch.__version__}
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None
@@ -192,6 +195,7 @@ def save_results(results: Mapping[str, float], seconds: float, steps: int, seed:
         "metrics": dict(results),
         "seconds": seconds,
         "steps": steps,
+        "resumed_at_step": before,
         "seed": seed,
         "overrides": overrides,
         "versions": versions,

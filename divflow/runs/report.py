@@ -82,7 +82,9 @@ def _add_both_weights(table: Table, results: Mapping[str, float]) -> None:
             table.add_row("validation, current weights", f"{current:.4f}", unit)
 
 
-def print_results(results: Mapping[str, float], seconds: float, steps: int, output: Path, tested: str) -> None:
+def print_results(
+    results: Mapping[str, float], seconds: float, steps: int, output: Path, tested: str, before: int = 0
+) -> None:
     """Print the test metrics, the time, and the files that the run left.
 
     Args:
@@ -91,11 +93,16 @@ def print_results(results: Mapping[str, float], seconds: float, steps: int, outp
         steps: steps of the optimizer.
         output: the run's folder.
         tested: description of the weights that were tested.
+        before: step that a resumed run went on from.
     """
     metrics = {name.removeprefix("test/"): value for name, value in results.items() if name.startswith("test/")}
     table = metrics_table(metrics, f"Test of {tested}")
     _add_both_weights(table, results)
-    table.add_row("training", f"{seconds:.0f}", f"seconds, {steps} steps")
+    table.add_row(
+        "training",
+        f"{seconds:.0f}",
+        f"seconds, {steps - before} of {steps} steps" if before else f"seconds, {steps} steps",
+    )
     console = Console()
     console.print(table)
     names = ("config.yaml", "metrics.csv", "results.json", "checkpoints", "figures", "samples.npy")

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from divflow.runs.sweeps import check_resumed_alone
 from divflow.runs.types import check_targets_arguments
 from divflow.saved.build import WAYS, ConfigError, build_ways
+from divflow.saved.checkpoint import folder_instead
 
 __all__ = ["check_gpus", "check_paths", "check_seed", "check_settings", "check_values"]
 
@@ -34,8 +36,8 @@ def check_settings(config: DictConfig) -> None:
         config: of a whole run.
 
     Raises:
-        ConfigError: a value is missing, a file or folder does not exist, `times` are those of another task, there are not the GPUs, or a
-            class does not take an argument.
+        ConfigError: a value is missing, a file or folder does not exist, `times` are those of another task, there are not the GPUs, a
+            class does not take an argument, or all runs of a sweep would go on from one checkpoint.
         DivflowError: an estimator, a likelihood or a solver does not take an option.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
@@ -50,6 +52,7 @@ def check_settings(config: DictConfig) -> None:
     if config.ckpt_path is None:
         paths["init_from"] = config.init_from
     check_paths(paths)
+    check_resumed_alone(config.ckpt_path)
     _check_lists(OmegaConf.to_container(config, resolve=True))
     _check_times(config)
     for ways in (config, config.evaluation):
@@ -189,6 +192,8 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
         if not isinstance(path, str) or not path:
             raise ConfigError(f"{name} must be a path, but is {path!r}")
         found = Path(path).expanduser()
+        if name != "data.path" and (message := folder_instead(path)):
+            raise ConfigError(f"{name}={message}")
         what, there = ("file or folder", found.exists()) if name == "data.path" else ("file", found.is_file())
         if not there:
             raise ConfigError(f"there is no {what} {path} (looked in {Path.cwd()}). Set {name} to an existing {what}")

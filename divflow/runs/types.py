@@ -55,7 +55,8 @@ def check_arguments(called: Any, settings: Mapping[str, Any], name: str) -> None
             continue
         if not _fits(value, hints[key]):
             shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}..."
-            raise ConfigError(f"{name}.{key} must be {_in_words(hints[key])}, but is {shown}")
+            listed = f". Write a list, {name}.{key}=[{value}]" if _fits([value], hints[key]) else ""
+            raise ConfigError(f"{name}.{key} must be {_in_words(hints[key])}, but is {shown}{listed}")
 
 
 def _check_taken(called: Any, settings: Mapping[str, Any], name: str) -> None:

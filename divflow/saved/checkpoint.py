@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from divflow.errors import DivflowError
 from divflow.flow import FlowDensity
 from divflow.manifolds import Coordinates
 from divflow.saved.build import ConfigError, build_density
-from divflow.saved.named import made
+from divflow.saved.named import made, named
 from divflow.score import UnnormalizedDensity
 
 __all__ = [
     "CheckpointError",
     "check_state",
     "check_targets",
+    "folder_instead",
     "init_weights",
     "lacking_targets",
     "load",
@@ -44,7 +46,7 @@ class CheckpointError(DivflowError, RuntimeError):
 def load(
     path: str | Path,
     *,
-    allow: Iterable[type] = (),
+    allow: Iterable[type | str] = (),
     map_location: str | torch.device = "cpu",
     weights: str = "averaged",
 ) -> FlowDensity | UnnormalizedDensity:
@@ -59,7 +61,7 @@ def load(
 
     Args:
         path: checkpoint that `divflow train` wrote, such as `checkpoints/best.ckpt`.
-        allow: further classes that may be built, such as your own network.
+        allow: further classes that may be built, such as your own network, or their names, `["my_module.Velocity"]`, which are imported.
         map_location: device of the density.
         weights: "averaged" takes the averaged weights, if training averaged them, by which validation and test evaluate a run.
             "current" takes those from which training resumes.
@@ -70,7 +72,7 @@ def load(
     Raises:
         CheckpointError: there is no such file, divflow did not write it, it names a class that is not allowed, or is of another
             architecture.
-        ConfigError: there are no such weights.
+        ConfigError: there are no such weights, or `allow` has something else than classes and names of classes.
 
     Example:
         density = divflow.load("outputs/latest/checkpoints/best.ckpt")
@@ -83,7 +85,7 @@ def load(
 
 
 def rebuild(
-    checkpoint: Mapping[str, Any], path: str | Path, allow: Iterable[type] = ()
+    checkpoint: Mapping[str, Any], path: str | Path, allow: Iterable[type | str] = ()
 ) -> FlowDensity | UnnormalizedDensity:
     """Build the density of a checkpoint that has been read, in evaluation mode; `path` is for messages.
 
@@ -111,12 +113,27 @@ def rebuild(
     density.coordinates = None if coordinates is None else made("coordinates", coordinates, Coordinates)
     if isinstance(density, FlowDensity):
         density.watch_units, density.context_columns = True, given
+        density.context_range = config.get("context_range")
     return density.eval()
 
 
-def named_classes(allow: Iterable[type]) -> dict[str, type]:
-    """Classes by the names under which checkpoints name them."""
-    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in allow}
+def named_classes(allow: Iterable[type | str]) -> dict[str, type]:
+    """Classes by the names under which checkpoints name them.
+
+    Args:
+        allow: classes, or names of classes, which are imported.
+
+    Raises:
+        ConfigError: something else is given, or a name can't be found.
+    """
+    listed: Any = [allow] if isinstance(allow, str) or not isinstance(allow, Iterable) else allow
+    found = [named(it, "allow") if isinstance(it, str) else it for it in listed]
+    if odd := [it for it in found if not isinstance(it, type)]:
+        what = f"the module {odd[0].__name__}" if isinstance(odd[0], ModuleType) else repr(odd[0])
+        raise ConfigError(
+            f"allow takes classes, such as [my_module.Velocity], but is given {what}. Give the class itself"
+        )
+    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in found}
 
 
 def which_weights(checkpoint: Mapping[str, Any], path: str | Path) -> str:
@@ -172,6 +189,8 @@ def read_checkpoint(
     """
     if weights not in ("averaged", "current"):
         raise ConfigError(f"weights must be averaged or current, but is {weights!r}")
+    if message := folder_instead(path):
+        raise CheckpointError(message)
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path} (looked in {Path.cwd()})")
     try:
@@ -179,14 +198,36 @@ def read_checkpoint(
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # unpickling other bytes raises errors of almost any type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         others = [other for name in ("last.ckpt", "best.ckpt") if (other := Path(path).with_name(name)) != Path(path)]
         hint = "".join(f"; beside it is {other}" for other in others if zipfile.is_zipfile(other))
-        raise CheckpointError(f"{path} is not a checkpoint of plain tensors and values: {reason}{hint}") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint of plain tensors and values: {_reason(error, path)}{hint}"
+        ) from error
     _check_parts(checkpoint, path)
     if weights == "current" and "current_model_state" in checkpoint:
         checkpoint |= {"state_dict": checkpoint["current_model_state"], "weights": weights}
     return checkpoint
+
+
+def folder_instead(path: str | Path) -> str:
+    """What is wrong with the path of a checkpoint that is a folder, with the checkpoints in it; empty if it is none."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return ""
+    found = [str(it.relative_to(folder)) for it in sorted(folder.rglob("*.ckpt"))]
+    if not found:
+        return f"{path} is a folder, without any checkpoint in it. Name a checkpoint, such as checkpoints/best.ckpt in the folder of a run"
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return f"{path} is a folder; its checkpoints are {', '.join(found[:5])}{more}. Name one of them, such as {folder / found[0]}"
+
+
+def _reason(error: Exception, path: str | Path) -> str:
+    """Why torch could not read a file, without its advice to run the code in it."""
+    if not zipfile.is_zipfile(path):
+        return "torch.save did not write it, or it is cut off"
+    if "Weights only load failed" in str(error):
+        return "it holds objects of other classes, whose code would run"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _check_parts(checkpoint: Any, path: str | Path) -> None:

@@ -81,7 +81,7 @@ def restore_task(
     cls: type[_Task],
     checkpoint: Mapping[str, Any],
     path: str | Path,
-    allow: Iterable[type],
+    allow: Iterable[type | str],
     strict: bool | None,
     arguments: dict[str, Any],
 ) -> _Task:
@@ -132,7 +132,7 @@ def restore_task(
 
 
 def _described(
-    cls: type[_Task], config: dict[str, Any], path: str | Path, allow: Iterable[type], arguments: dict[str, Any]
+    cls: type[_Task], config: dict[str, Any], path: str | Path, allow: Iterable[type | str], arguments: dict[str, Any]
 ) -> _Task:
     """The task that a checkpoint describes, if it is one of `cls` or `cls` one of it."""
     settings = {name: it for name, it in config["task"].items() if name not in arguments}

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from divflow.data.batch import Batch, Keys
 from divflow.divergence import check_field
 from divflow.flow import ContinuousFlow, FlowDensity
+from divflow.flow.solving import check_noise
 from divflow.likelihood import PENALTIES
 from divflow.solver import Evaluations
 from divflow.tasks.flow_density import FlowDensityTask
@@ -100,12 +101,15 @@ class FlowTask(FlowDensityTask):
     def check(self, batch: Batch) -> None:
         """Check the velocity before the first step: a field that treats samples independently, with correct derivatives.
 
+        In training mode it must not be random if the solver is adaptive.
+
         Raises:
             FieldError: it is not.
         """
         flow, (x, context) = self.density.flow, self.checked(batch)
         field, t = flow.field(context), flow.times()[0]
         check_field(field, t, x, detached=flow.detached, gradient=True, estimator=flow.estimator)
+        check_noise(field, t, x, flow.solver, flow.velocity)
         self.check_base(x, context)
 
     def loss(self, batch: Batch) -> Tensor:

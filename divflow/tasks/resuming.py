@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from divflow.errors import DivflowError
 
@@ -70,12 +71,12 @@ def check_resumed(task: L.LightningModule, callbacks: Iterable[L.Callback], chec
                 "weights, by init_from=..."
             )
         scheduled = bool(checkpoint["lr_schedulers"])
-        groups = (_settings(it, scheduled) for it in (state["param_groups"][0], optimizer.param_groups[0]))
-        _warn_of("optimizer", type(optimizer), *groups)
+        earlier, present = (_settings(it, scheduled) for it in (state["param_groups"][0], optimizer.param_groups[0]))
+        _warn_of("optimizer", type(optimizer), earlier, present)
     if "lr_scheduler" in new:
         schedule = new["lr_scheduler"]["scheduler"]
         for state in checkpoint["lr_schedulers"][:1]:
-            _warn_of("learning rate schedule", type(schedule), state, schedule.state_dict())
+            _warn_of("learning rate schedule", type(schedule), state, schedule.state_dict(), _rises(schedule, state))
 
 
 def warn_of_seed(seed: int | None, checkpoint: Mapping[str, Any]) -> None:
@@ -101,8 +102,15 @@ def _settings(group: dict[str, Any], scheduled: bool) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "lr" or not scheduled}
 
 
-def _warn_of(what: str, make: type, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warn of arguments of a class that two states of it differ in."""
+def _rises(schedule: Any, before: Mapping[str, Any]) -> str:
+    """What a cosine does beyond its end, if training is to go on there; empty for others."""
+    if not isinstance(schedule, CosineAnnealingLR) or before.get("T_max", schedule.T_max) >= schedule.T_max:
+        return ""
+    return f" Beyond T_max={before['T_max']} the rate rises again to {before['base_lrs'][0]:g}."
+
+
+def _warn_of(what: str, make: type, before: Mapping[str, Any], now: Mapping[str, Any], more: str = "") -> None:
+    """Warn of arguments of a class that two states of it differ in; `more` is what follows from it."""
     arguments = inspect.signature(make).parameters.keys() - {"params", "last_epoch"}
     if "max_momentum" in before:  # which a schedule changes
         arguments -= {"betas", "momentum"}
@@ -112,7 +120,7 @@ def _warn_of(what: str, make: type, before: Mapping[str, Any], now: Mapping[str,
     if other:
         warnings.warn(
             f"the {what} goes on with {', '.join(f'{name}={before[name]}' for name in other)} of the checkpoint, not with "
-            f"{', '.join(f'{name}={now[name]}' for name in other)}. Start another run from its weights, by init_from=..., to change that",
+            f"{', '.join(f'{name}={now[name]}' for name in other)}.{more} Start another run from its weights, by init_from=..., to change that",
             stacklevel=3,
         )
 

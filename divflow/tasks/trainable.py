@@ -62,7 +62,7 @@ class Trainable(L.LightningModule):
         strict: bool | None = None,
         weights_only: bool | None = None,
         *,
-        allow: Iterable[type] = (),
+        allow: Iterable[type | str] = (),
         weights: str = "averaged",
         **arguments: Any,
     ) -> "Trainable":

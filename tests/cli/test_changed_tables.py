@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from scipy.stats import norm
 import divflow
 from divflow.cli import main
 from divflow.data.split import split_numbers
+from divflow.flow.units import UnitsWarning
 from divflow.runs.experiment import train
 from divflow.runs.settings import check_settings
 from divflow.saved.build import ConfigError
@@ -78,6 +80,26 @@ def test_a_grown_table_is_tested_on_the_rows_that_training_held_out(here):
         assert float(every[int(row["row"])]["log_prob"]) == pytest.approx(float(row["log_prob"]), rel=1e-5)
     with pytest.warns(UserWarning, match=said):
         main(["sample", BEST, "num_samples=20"])
+
+
+def test_all_rows_of_a_new_file_are_evaluated(here, capsys):
+    """As few as they are; a split of it that is asked for is shown as a part of it."""
+    write(VALUES[:5] + 1, "new.csv")
+    new = [BEST, "data=table", "data.path=new.csv"]
+    main(["evaluate", *new, "out=five.csv"])
+    assert [row["row"] for row in read("five.csv")] == list("01234")
+    said = capsys.readouterr().out
+    assert re.search(r"no row of \S*new\.csv was trained on, so all of them are evaluated", said)
+    assert "5 rows, split all" in said
+    write(VALUES[:30] + 1, "new.csv")
+    main(["evaluate", *new, "split=test", "out=three.csv"])
+    said = capsys.readouterr().out
+    assert re.search(r"3 of 30 rows, split\s+test", said)
+    assert "To evaluate all 30 rows, add split=all" in said
+    write(np.concatenate([VALUES, VALUES[:30] + 1]), "new.csv")
+    with pytest.warns(UserWarning, match="30 are new"):
+        main(["evaluate", *new, "out=held.csv"])
+    assert len(read("held.csv")) == 10
 
 
 @pytest.mark.slow
@@ -158,6 +180,14 @@ def test_a_table_with_a_context_from_the_command(tmp_path, monkeypatch):
     main(["sample", BEST, "context=7", "num_samples=5", "out=u.npy"])
     assert (np.load("u.npy") == np.load("t.npy")).all()
     assert (density.sample(3, {"b": 7.0}).shape, density.sample(2, {"b": [7.0, 8.0]}).shape) == ((3, 1), (2, 1))
+    given = divflow.data.Table("t.csv", context="b")
+    assert density.context_range == [[end] for end in given._all.context[given.train.numbers].aminmax()]
+    with pytest.warns(UnitsWarning, match=r"^b=700 lies outside the training data's \d\S+ to 1\d\S+\. The density"):
+        main(["sample", BEST, "context=700", "num_samples=5", "out=far.npy"])
+    write([[21.0, 0.0, 10.0], [30.0, 0.0, -120.0]], "far.csv", "a,id,b")
+    with pytest.warns(UnitsWarning, match=r"^b=-120 lies outside") as said:
+        main(["evaluate", BEST, "data=table", "data.path=far.csv", "batch_size=1", "out=far.csv.npy"])
+    assert len([it for it in said if "lies outside" in str(it.message)]) == 1
     assert "Give 1 number (b), as context=0.1" in refused("sample", BEST, "out=none.npy")
     assert "names a, but the columns of the context are b" in refused("sample", BEST, "context={a: 1}", "out=none.npy")
     assert "context must be 1 number (b)" in refused("sample", BEST, "context='12'", "out=none.npy")

@@ -82,7 +82,11 @@ def test_any_value_of_any_setting(run, number, tmp_path, monkeypatch, capsys):
         (["callbacks=null"], "callbacks must be a mapping of settings, but is None"),
         (["callbacks.best.monitor=val/foo"], "could not find the monitored key .*val/nll"),
         (["callbacks.last.every_n_minutes=abc"], "every_n_minutes must be float | null, but is 'abc'"),
-        (["network.hidden=64"], r"network.hidden must be Sequence\[int\], but is 64"),
+        (
+            ["network.hidden=64"],
+            r"network.hidden must be Sequence\[int\], but is 64. Write a list, network.hidden=\[64\]",
+        ),
+        (["trainer.max_steps=abc"], "trainer.max_steps must be a whole number, or -1 for no limit, but is 'abc'"),
         (["network.hidden=[-3]"], "error: .*-3"),
         (["network._target_=3"], "network._target_ must name a class or function, .*but is 3"),
         (["network._target_=foo.Bar"], "network._target_=foo.Bar can't be found: there is no module 'foo'"),

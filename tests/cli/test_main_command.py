@@ -139,6 +139,7 @@ def test_a_signal_that_a_library_swallows_is_a_stop_all_the_same(number, stop):
         ("network.hidden=[64],[32]", r"network.hidden=\[64\],\[32\] has several values. Add -m for a run with each"),
         ("task=flow,score", "task=flow,score has several values. Add -m for a run with each of them, or give one$"),
         ("--seed=3", "divflow train has no option --seed. Settings are written without dashes: seed=3$"),
+        ("data", "'data' is no setting; write data=VALUE, without a space"),
         ("-n", "no option -n. Settings are written without dashes: n=VALUE"),
     ],
 )
@@ -162,6 +163,23 @@ def test_what_is_no_setting(setting, message, monkeypatch):
 def test_settings_are_no_options(given, message):
     with pytest.raises(SystemExit, match=message):
         main(["sample", *given])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample"])
+@pytest.mark.parametrize("form", [["--data", "two_moons"], ["--data=two_moons"], ["out=a.csv", "--data", "two_moons"]])
+def test_a_setting_as_an_option_is_answered_by_every_command(command, form):
+    with pytest.raises(SystemExit, match=f"divflow {command} has no option --data. .*dashes: data=two_moons$"):
+        main([command, *form])
+
+
+def test_a_command_alone_is_told_what_it_lacks():
+    with pytest.raises(SystemExit, match="Give either ckpt_path"):
+        main(["sample"])
+
+
+def test_a_context_as_a_setting_of_its_own_is_shown_as_it_is_written():
+    with pytest.raises(SystemExit, match=r'context.age is no setting; write "context=\{age: 41\}"$'):
+        main(["sample", "context.age=41"])
 
 
 def test_the_options_are_those_of_hydra():

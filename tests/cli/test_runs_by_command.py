@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,10 @@ def test_a_sweeper_is_given_the_best_value_of_what_is_monitored(tmp_path, monkey
 def test_runs_are_named_by_what_differs(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    main(["compare", str(runs)])
+    for _ in range(2):  # a second time it has nothing in its way
+        capsys.readouterr()
+        main(["compare", str(runs)])
+    assert os.listdir() == []
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     table = {cells[0]: cells[1:] for cells in lines if len(cells) == 3}
     assert table["seed"] == ["0", "1"]
@@ -63,14 +67,18 @@ def test_runs_are_named_by_what_differs(runs, tmp_path, monkeypatch, capsys):
         expected = f"{results['test/nll']:.4f} ± {results['test/nll_standard_error']:.4f}"
         assert table["test/nll"][column] == expected
         assert table["test/quadrature_error"][column] == f"{results['test/quadrature_error']:.1e}"
-    with open("compare.png", "rb") as file:
+    main(["compare", str(runs), "--out", "curves.png"])
+    with open("curves.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
+    main(["compare", str(runs), "--out", "table.csv"])
+    written = pd.read_csv("table.csv", index_col=0)
+    assert list(written.loc["test/nll"]) == table["test/nll"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{runs}"], "there.png exists.*--out.*--overwrite"),
+        (["{runs}"], "there.png exists. Choose another file by --out FILE, or let it be replaced by --overwrite$"),
         (["nowhere"], "there is no finished run"),
         (["broken"], "broken/results.json was not written by a run"),
     ],
@@ -84,14 +92,21 @@ def test_what_can_not_be_compared(runs, tmp_path, monkeypatch, capsys, arguments
     with pytest.raises(SystemExit, match=message):
         main(["compare", *(argument.format(runs=runs) for argument in arguments), "--out", out])
     assert (tmp_path / "there.png").read_text() == "precious"
-    assert ("test/nll" in capsys.readouterr().out) == ("runs" in arguments[0])  # the table is shown before its figure
+    assert "test/nll" not in capsys.readouterr().out  # the file is looked at first
 
 
-def finished(folder, nll, seed, lr):
+def finished(folder, nll, seed, lr, more="", results=None):
     folder.mkdir(parents=True)
     metrics = {"test/nll": nll, "test/nll_standard_error": 0.5}
-    (folder / "results.json").write_text(json.dumps({"metrics": metrics, "seconds": 1.0, "steps": 3}))
-    (folder / "config.yaml").write_text(f"seed: {seed}\ntask:\n  lr: {lr}\n")
+    (folder / "results.json").write_text(json.dumps({"metrics": metrics, "seconds": 1.0, "steps": 3} | (results or {})))
+    (folder / "config.yaml").write_text(f"seed: {seed}\ntask:\n  lr: {lr}\n{more}")
+
+
+def compared(capsys, *arguments):
+    """The lines of `divflow compare`, each as its cells, and what it reports beside them."""
+    main(["compare", *arguments])
+    printed = capsys.readouterr()
+    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in printed.out.splitlines()], printed
 
 
 def test_seeds_are_one_line_and_the_best_comes_first(tmp_path, monkeypatch, capsys):
@@ -114,6 +129,61 @@ def test_seeds_are_one_line_and_the_best_comes_first(tmp_path, monkeypatch, caps
     assert table["± over"] == ["3 seeds", "test rows", "3 seeds"]
 
 
+def test_a_seed_counts_once(tmp_path, monkeypatch, capsys):
+    """Repeats of the same run, and runs that went on from another seed's checkpoint, say nothing of other seeds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for number, (seed, trained, nll) in enumerate([(0, 0, 1.0), (0, 0, 1.0), (1, 1, 3.0), (2, 1, 3.0)]):
+        finished(tmp_path / "all" / f"run{number}", nll, seed, 0.1, results={"seed": trained})
+    finished(tmp_path / "all" / "none0", 2.0, "null", 0.1, results={"seed": None})
+    finished(tmp_path / "all" / "none1", 2.0, "null", 0.1, results={"seed": None})
+    lines, printed = compared(capsys, "all")
+    assert ["test/nll", "2.0000 ± 0.4082"] in lines
+    assert ["± over", "4 seeds"] in lines
+    assert re.search("left out: .*run1 repeats the settings and seed=0 of .*run0\n", printed.err)
+    assert re.search("left out: .*run3 repeats the settings and seed=1 of .*run2\n", printed.err)
+    assert printed.err.count("left out") == 2
+    assert printed.out.startswith("4 runs, the best first\n")
+
+
+def test_runs_on_other_data_are_not_ranked_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    for name, nll, seed, path, context in (
+        ("a", 3.0, 0, "one.csv", "age"),
+        ("b", 1.0, 0, "two.csv", "age"),
+        ("c", 2.0, 1, "one.csv", "[age]"),
+        ("d", 0.5, 0, "two.csv", "[size]"),
+    ):
+        finished(tmp_path / name, nll, seed, 0.1 * nll, f"data:\n  path: {path}\n  context: {context}\n")
+    lines, printed = compared(capsys, "a", "b", "c", "d")
+    head = next(cells for cells in lines if "c" in cells)
+    assert head == ["", "c", "a", "b", "d"]
+    assert printed.out.startswith("4 runs on 3 data sets, whose values can't be compared; the best on each first\n")
+    assert ["data.context", "['age']", "['age']", "['age']", "['size']"] in lines
+
+
+def test_columns_are_wide_enough_to_be_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    settings = [f"{name}: {name}{{}}\n" for name in "pqrs"]
+    for number in range(5):
+        finished(tmp_path / f"a_long_name_{number}", number, 0, number, "".join(settings).replace("{}", str(number)))
+    lines, printed = compared(capsys, ".")
+    names = [cell for cells in lines if cells[:1] == [""] for cell in cells[1:]]
+    assert names == [f"a_long_name_{number}" for number in range(5)]
+    assert max(map(len, printed.out.splitlines())) <= 60
+    assert printed.out.count("the best first") == 1
+
+
+def test_what_a_resumed_run_took_is_not_shown_as_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path / "a", 1.0, 0, 0.1, results={"resumed_at_step": 2})
+    finished(tmp_path / "b", 1.0, 0, 0.2)
+    lines, _ = compared(capsys, "a", "b")
+    assert ["seconds", "1 since step 2", "1"] in lines
+
+
 def test_a_group_is_shown_once_although_the_task_takes_it_too(tmp_path, monkeypatch, capsys):
     """And an argument of the task that differs from the group's is shown beside it."""
     monkeypatch.chdir(tmp_path)
@@ -129,6 +199,38 @@ def test_a_group_is_shown_once_although_the_task_takes_it_too(tmp_path, monkeypa
     assert table["coupling.max_rows"] == ["8", "64"]
     assert table["task.objective.path.sigma"] == ["9", "65"]
     assert "task.objective.coupling.max_rows" not in table
+
+
+def test_a_stopped_run_of_a_sweep_says_how_it_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """And one checkpoint for all of them, which would make copies of one run, is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stopping.py").write_text(
+        "import lightning as L\n"
+        "class Stop(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 3:\n"
+        "            raise KeyboardInterrupt\n"
+    )
+
+    def swept(*settings):
+        monkeypatch.setattr(sys, "argv", ["divflow", "train", "-m", *SMALL, "task=flow_matching", *settings])
+        main(sys.argv[1:])
+
+    with pytest.raises(SystemExit) as ended:
+        swept("seed=1,2", "+callbacks.stop._target_=stopping.Stop")
+    assert ended.value.code == 130
+    said = capsys.readouterr().err
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert "stopped after 3 steps; this was the run seed=1 of a sweep" in said
+    assert f"the same command without -m, with seed=1 ckpt_path={last}. Sweep the values that are left" in said
+    for choice in ("seed=1,2", "network.hidden=[16],[8]"):
+        with pytest.raises(SystemExit):
+            swept(choice, f"ckpt_path={last}")
+        name = choice.partition("=")[0]
+        assert f"every run of a sweep over {name} go on from one run, as a copy" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("results.json"))
+    swept("seed=1", f"ckpt_path={last},{last}")
+    assert [json.loads(it.read_text())["resumed_at_step"] for it in tmp_path.rglob("results.json")] == [2, 2]
 
 
 def test_one_failing_run_of_a_sweep_leaves_the_others(tmp_path, monkeypatch, capsys):

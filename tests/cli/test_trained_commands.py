@@ -174,6 +174,73 @@ def test_a_function_of_ones_own_makes_the_density(best, tmp_path):
     assert "own_density" in refused("sample", "model._target_=own_density.nothing", "out=x.npy")
 
 
+_FAILING = """
+import torch
+from torch import nn
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, t, x):
+        return self.net(x)
+
+class Lacking(Wide):
+    def forward(self, t, x):
+        return self.nothing(x)
+
+class Unmade(Wide):
+    def __init__(self):
+        raise KeyError("width")
+
+class Swapped(Wide):
+    def forward(self, x, t):
+        return self.net(torch.cat([x, t.expand(len(x), 1)], dim=1))
+"""
+
+
+OWN = [it for it in FAST if not it.startswith("network")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "Wide",
+            r"^error: RuntimeError: mat1 and mat2 .* \(own_failing\.py, line 11: return self\.net\(x\)\)\. For the",
+        ),
+        ("Lacking", r"^error: AttributeError: .*'nothing' \(own_failing\.py, line 15: return self\.nothing\(x\)\)"),
+        ("Unmade", r"^error: KeyError: 'width' \(own_failing\.py, line 19: "),
+        ("Swapped", r"^error: the field is called as g\(t, x\), but Swapped takes \(x, t\)\. Swap them"),
+    ],
+)
+def test_an_error_of_an_own_network_is_a_line_with_its_place(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_failing.py").write_text(_FAILING)
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                "train",
+                *OWN,
+                "network=custom",
+                f"network._target_=own_failing.{name}",
+                *SMALL_TOY,
+                "output_dir=run",
+            ]
+        )
+    assert re.search(message, str(stopped.value.code)), stopped.value.code
+
+
+def test_an_error_of_divflow_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("divflow.runs.experiment.print_results", None)
+    with pytest.raises(SystemExit):
+        main(["train", *FAST, *SMALL_TOY, "output_dir=run"])
+    assert re.search(r'experiment\.py", line \d+, in _train\n.*\nTypeError: ', capsys.readouterr().err)
+
+
 _GIVEN = """
 import torch
 from divflow.flow import ContinuousFlow, FlowDensity
@@ -201,6 +268,14 @@ def test_a_context_is_a_number_where_the_density_is_given_one(best, tmp_path):
         (["+model.count=2", "+model.columns=[age,size]", "context=41"], "a list of 2 numbers (age, size), as"),
         (["+model.count=1", "context=old"], "1 number, as context=0.1, but is 'old'"),
         (["+model.count=1", "context={age: 41}"], "the columns of the context are unnamed. Give a list"),
+        (
+            ["+model.count=1", "+model.columns=[age]", "context={age: old}"],
+            "age of the context must be a number, as \"context={age: 0.1}\", but is 'old'",
+        ),
+        (
+            ["+model.count=1", "+model.columns=[age]", "context=old"],
+            "1 number (age), as context=0.1 or \"context={age: 0.1}\", but is 'old'",
+        ),
         (
             ["+model.count=1", "+model.columns=[age]", "context={old: 41}"],
             "names old, but the columns of the context are age",
@@ -332,7 +407,10 @@ MISTAKES = {
     "no checkpoint": (["evaluate", "ckpt_path=there.csv"], r"there\.csv is not a checkpoint of plain tensors"),
     "no data": (["evaluate", "{best}", "+data.path=none"], "there is no file or folder none"),
     "context": (["sample", "{best}", "context=[1,2]"], "0 context features, but got 2"),
-    "split": (["evaluate", "{best}", "split=tset"], "split must be one of train, val, test, all, but is 'tset'"),
+    "split": (
+        ["evaluate", "{best}", "split=tset"],
+        "split must be null or one of train, val, test, all, but is 'tset'",
+    ),
     "suffix": (["evaluate", "{best}", "out=a.txt"], r"must end in \.csv or \.npy, but .*'\.txt'"),
     "figure suffix": (["sample", "{best}", "out=a"], r"\.csv or \.npy or \.png, but .*\(none\)"),
     "there already": (["evaluate", "{best}", "out=there.csv"], "there.csv exists.*overwrite=true"),

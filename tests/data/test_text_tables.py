@@ -158,6 +158,14 @@ WARNED = {
         lambda n: {"": np.arange(n) + 7},
         r"column '' \(without a name\) of t\.csv counts its rows.*data\.columns=\[a,b\]",
     ),
+    "shuffled index": (
+        lambda n: {"": np.random.default_rng(0).permutation(3 * n)[:n]},
+        r"column '' \(without a name\) of t\.csv counts its rows, as the index that pandas writes.*data\.columns=\[a,b\]",
+    ),
+    "shuffled, with a name": (
+        lambda n: {"row": np.random.default_rng(0).permutation(n)},
+        r"column row of t\.csv counts its rows.*data\.columns=\[a,b\]",
+    ),
     "whole numbers": (lambda n: {"visits": np.arange(n) % 7}, r"column visits .*data\.discrete=\[visits\]"),
     "ids": (
         lambda n: {"id": [12345678901234567890 + 10_007 * i for i in range(n)]},
@@ -175,6 +183,12 @@ def test_what_is_probably_no_datum_is_warned_of(tmp_path, kind):
     with pytest.warns(UserWarning, match=message):
         Table(tmp_path / "t.csv")
     Table(tmp_path / "t.csv", columns=["a", "b"])  # without a word
+
+
+def test_text_is_left_out_by_the_setting_of_that_name(tmp_path):
+    (tmp_path / "t.csv").write_text("a,kind\n" + "".join(f"{i}.5,k{i}\n" for i in range(30)))
+    with pytest.raises(DataError, match=r"not numbers: kind .*by data\.columns=\[a\]"):
+        Table(tmp_path / "t.csv")
 
 
 def test_repeated_rows_are_warned_of(tmp_path):

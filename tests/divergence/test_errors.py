@@ -61,6 +61,69 @@ def test_wherever_a_field_is_called_its_time_is_asked_for():
             call()
 
 
+class Swapped(nn.Module):
+    """Which the order of names shows, also where broadcasting hides it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x, t):
+        return self.net(torch.cat([x, t.expand(len(x), 1)], dim=1))
+
+
+SWAPPED = r"called as g\(t, x\), but \S+ takes \(x, t\)\. Swap them.*lambda t, x: net\(x, t\)\.$"
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_arguments_in_the_other_order_are_named(name):
+    with pytest.raises(FieldError, match=SWAPPED):
+        ESTIMATORS[name](Swapped(), 0.0, X)
+
+
+@pytest.mark.parametrize("g", [Swapped(), lambda x, t: -x * t], ids=["module", "broadcast"])
+def test_a_flow_and_a_check_refuse_the_other_order_by_its_names(g):
+    for call in (lambda: ContinuousFlow(g, 3), lambda: check_field(g, 0.0, X)):
+        with pytest.raises(FieldError, match=SWAPPED):
+            call()
+    ContinuousFlow(lambda x, y: y, 3)
+    ContinuousFlow(lambda time, t: t, 3)
+
+
+def test_a_class_is_no_field():
+    for call in (
+        lambda: ContinuousFlow(Swapped, 3),
+        lambda: check_field(Swapped, 0.0, X),
+        lambda: Exact()(Swapped, 0.0, X),
+    ):
+        with pytest.raises(FieldError, match=r"is the class Swapped. Make one of it first, Swapped\(\.\.\.\)"):
+            call()
+    with pytest.raises(FieldError, match="must be a module or function .*, but is a str"):
+        ContinuousFlow("net", 3)
+
+
+def test_a_context_that_is_missing_or_is_not_taken_is_named():
+    given, plain = ContinuousFlow(lambda t, x, label: x * label, 3), ContinuousFlow(lambda t, x: x, 3)
+    for call in (lambda: given.log_prob(X), lambda: given.sample(2), lambda: Exact()(lambda t, x, label: x, 0.0, X)):
+        with pytest.raises(FieldError, match=r"takes \(t, x, label\), a context after t and x, but none was given"):
+            call()
+    with pytest.raises(FieldError, match=r"takes \(t, x\), no context, but one was given"):
+        plain.log_prob(X, X)
+
+
+def test_another_dtype_is_named_with_both():
+    g = nn.Linear(3, 3)
+    for field in (lambda t, x: g(x), TimeDropped(g)):
+        for call in (
+            lambda field=field: Exact()(field, 0.0, X.double()),
+            lambda field=field: ContinuousFlow(field, 3).log_prob(X.double()),
+        ):
+            with pytest.raises(
+                FieldError, match=r"x has torch.float64, but .* have torch.float32.*x.to\(torch.float32\) or"
+            ):
+                call()
+
+
 class TimeDropped(nn.Module):
     """Whose hook takes the time away, so that its forward takes x alone and is called with x alone."""
 
@@ -88,7 +151,6 @@ def wrapping(t, x):
         (within, "of_state.. takes 1 positional argument but 2 were given"),
         (wrapping, "my own"),
         (TimeDropped(lambda x: x + "a"), "unsupported operand|must be Tensor"),
-        (lambda t, x, c: x, "missing 1 required positional argument"),
         (lambda t: -t, "takes 1 positional argument but 2 were given"),
     ],
 )
@@ -107,8 +169,9 @@ BAD_ARGUMENTS = {
     "complex x": (0.0, torch.ones(4, 3, dtype=torch.complex64), "complex64"),
     "x without a batch": (0.0, torch.tensor(1.0), r"unsqueeze\(0\)"),
     "x no tensor": (0.0, [1.0, 2.0], "list.*as_tensor"),
-    "t of a wrong shape": (torch.zeros(3), X, r"\(3,\).*expand"),
-    "t as a column": (torch.zeros(4, 1), X, r"\(4, 1\)"),
+    "t of a wrong shape": (torch.zeros(3), X, r"\(3,\)\. Give as many times as samples\."),
+    "t as a column": (torch.zeros(4, 1), X, r"\(4, 1\)\. Use t\.reshape\(-1\)\."),
+    "one t in a list": (torch.zeros(1), X, r"\(1,\)\. Use t\.reshape\(\(\)\)\."),
     "t no number": ("now", X, "str"),
     "t elsewhere": (torch.zeros(4, device="meta"), X, "meta.*cpu"),
 }

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from divflow.divergence import FieldError
 from divflow.flow import ContinuousFlow
 from divflow.score.objectives import ImplicitScoreMatching
+from divflow.solver import Solver, SolverError
 from divflow.tasks import FlowMatchingTask, FlowTask, ScoreTask, TaskError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -56,6 +57,43 @@ def test_what_evaluation_hides_is_refused_before_the_first_step(name):
         _fit(task)
     assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
     assert all(module.training for module in task.modules())
+
+
+class Noisy(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), layer, nn.Linear(8, 2))
+
+    def forward(self, t, x):
+        return self.net(x)
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.3, self.training)
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        (nn.Dropout(0.3), r"net\.2 \(Dropout\)"),
+        (nn.AlphaDropout(0.2), r"net\.2 \(AlphaDropout\)"),
+        (Functional(), "a function within it"),
+    ],
+)
+def test_a_random_velocity_is_no_ode_for_an_adaptive_solver(layer, named):
+    with pytest.raises(
+        FieldError, match=f"the velocity is random: .*follows the random numbers of {named}.*p=0 or eval"
+    ):
+        _fit(FlowTask(ContinuousFlow(Noisy(layer), 2)))
+    few = {"max_evaluations": 60}
+    if not isinstance(layer, Functional):
+        with pytest.raises(SolverError, match=f"max_evaluations.*random numbers of {named}.*task=flow_matching"):
+            ContinuousFlow(Noisy(layer), 2, solver=Solver(**few)).log_prob(torch.randn(8, 2))
+    assert _fit(FlowMatchingTask(ContinuousFlow(Noisy(layer), 2))).global_step == 1
+    fixed = Solver("rk4", options={"step_size": 0.5})
+    assert _fit(FlowTask(ContinuousFlow(Noisy(layer), 2, solver=fixed))).global_step == 1
+    assert _fit(FlowTask(ContinuousFlow(Noisy(nn.Dropout(0.0)), 2))).global_step == 1
 
 
 @pytest.mark.parametrize("name", ["likelihood", "flow matching"])
