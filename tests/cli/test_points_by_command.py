@@ -24,7 +24,7 @@ PERIODIC = f"{__name__}.Periodic"
 DATA = {
     "places": (["data=sphere", "data.context=[depth]"], "depth,lon,lat", np.c_[PLACES[:, 0], PLACES[:, ::-1]]),
     "angles": (
-        ["data=torus", "data.unit=radians", "network=custom", f"network._target_={PERIODIC}"],
+        ["data=torus", "data.unit=radians", "features=none", "network=custom", f"network._target_={PERIODIC}"],
         "phi,psi",
         np.deg2rad(PLACES - 180),
     ),

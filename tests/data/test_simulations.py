@@ -102,11 +102,11 @@ def test_conditional_flows_train_are_evaluated_and_come_back(tmp_path, monkeypat
     main(["evaluate", "ckpt_path=checkpoints/best.ckpt", "out=evaluated.npy", "batch_size=7"])
     np.testing.assert_allclose(np.load("evaluated.npy")[:, 0], density.log_prob(x, context).detach(), atol=1e-4)
     for given, message in {
-        "null": r"conditional, but no context was given\. Give 2 numbers",
+        "null": r"conditional, but no context was given\. Give a list of 2 numbers",
         "[0.1]": r"tensor \(k, 2\).*of shape \(1000, 1\)",
-        "[0.1,a]": r"list of numbers.*'a'",
-        "0.1": "list of numbers",
-        "[0.1,nan]": "list of numbers.*nan",
+        "[0.1,a]": r"list of 2 numbers.*'a'",
+        "0.1": "list of 2 numbers",
+        "[0.1,nan]": "list of 2 numbers.*nan",
     }.items():
         with pytest.raises(SystemExit, match=message):
             main(["sample", "ckpt_path=checkpoints/best.ckpt", f"context={given}"])
