@@ -20,7 +20,7 @@ from divflow.divergence.hutchinson import Hutchinson
 from divflow.divergence.sketched import HutchPlusPlus, XTrace
 from divflow.errors import FieldError, FieldWarning
 from divflow.operators.context import Context
-from divflow.operators.field import Field
+from divflow.operators.field import Field, checked_field
 from divflow.operators.plan import Plan
 from divflow.verification import severed_fields
 
@@ -101,7 +101,7 @@ def value_and_divergence(
         >>> value_and_divergence(lambda t, x: t * x**2, 0.5, x).divergence
         tensor([3., 7.])
     """
-    field = given(g, context, x)
+    field = given(checked_field(g), context, x)
     if not detached:
         return estimator(field, t, x)
     with severed_fields("allow"):

@@ -283,3 +283,9 @@ def test_check_field_accepts_fields(event, batch):
 def test_batch_norm_in_eval_mode_is_a_field():
     layer = nn.BatchNorm1d(3).eval()
     check_field(lambda t, x: layer(x), 0.0, X)
+
+
+def test_a_time_in_second_place_is_refused_though_the_call_would_work():
+    """With a scalar and numbers of one dtype the value would be that of swapped arguments."""
+    with pytest.raises(FieldError, match=r"takes \(x, t\). Swap them"):
+        divergence(lambda x, t: -x * t, 0.5, torch.ones(2, 3))
