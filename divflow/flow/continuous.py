@@ -276,9 +276,10 @@ class ContinuousFlow(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe everything but the submodules."""
+        on = "" if self.manifold is None else f", manifold={self.manifold}"
         return (
             f"event_shape={tuple(self.event_shape)}, estimator={self.estimator}, likelihood={self.likelihood}, "
-            f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}, manifold={self.manifold}"
+            f"solver={self.solver}, t_base={self.t_base}, t_data={self.t_data}{on}"
         )
 
     def _check(self) -> None:

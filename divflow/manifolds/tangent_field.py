@@ -11,6 +11,7 @@ from divflow.divergence.around import Coordinates
 from divflow.divergence.check import fresh_copy
 from divflow.divergence.exact.own import OwnDivergence, own_divergence
 from divflow.errors import listed_rows
+from divflow.manifolds.laws import check_laws
 from divflow.manifolds.manifold import Manifold, ManifoldError, check_manifold
 from divflow.operators.field import accumulation_dtype, checked_value, event_size, flatten_event
 from divflow.operators.linearization import linearize
@@ -124,6 +125,8 @@ class TangentField(nn.Module):
             )
         if self.checked and not transformed():
             self.manifold.check(x)
+        if not transformed():
+            check_laws(self.manifold, x)
         points = self.manifold.project(x)
         if self.manifold.flat:
             return Coordinates(points, self._flat, points, own=self._own(self._own_flat))
