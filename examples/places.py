@@ -48,7 +48,8 @@ def main(path: str = "places.csv", picture: str = "map.png", steps: int = 3_000)
     with torch.no_grad():
         log_prob = flow.log_prob(grid).view(90, 180)
     axes = (figure := Figure(figsize=(8, 4))).add_subplot(projection="mollweide")
-    image = axes.pcolormesh(longitude.deg2rad(), latitude.deg2rad(), log_prob, vmin=-8, rasterized=True)
+    corners = (torch.deg2rad(angles).numpy() for angles in (longitude, latitude))
+    image = axes.pcolormesh(*corners, log_prob.numpy(), vmin=-8, rasterized=True)
     figure.colorbar(image, label="log p (nats)", extend="min")
     figure.savefig(picture, dpi=150)
     return nll

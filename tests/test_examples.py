@@ -35,6 +35,15 @@ def test_from_csv_to_samples(example, tmp_path):
     assert 5 < means[0] < 7  # centimetres, as in the file
 
 
+@pytest.mark.parametrize("example", ["places"], indirect=True)
+def test_from_places_to_a_map(example, tmp_path):
+    torch.manual_seed(0)
+    example.write_places(tmp_path / "places.csv", 90)
+    nll = example.main(tmp_path / "places.csv", tmp_path / "map.png", 20)
+    assert nll < math.log(4 * math.pi) + 0.5  # that of the uniform density
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_diffusers_likelihood(monkeypatch, tmp_path):
     pytest.importorskip("diffusers")

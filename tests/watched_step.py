@@ -5,7 +5,7 @@ from hydra.utils import instantiate
 from run import SMALL_TOY, config
 from waits import Watch
 
-from divflow.runs.experiment import _build_task, _build_trainer
+from divflow.runs.experiment import _build_callbacks, _build_task, _build_trainer
 
 
 class _WatchStep(L.Callback):
@@ -35,7 +35,7 @@ def watched_step(device: str, step: int, *overrides: str) -> Watch:
         *overrides,
     )
     data = instantiate(settings.data, _convert_="all")
-    trainer = _build_trainer(settings)
+    trainer = _build_trainer(settings, _build_callbacks(settings))
     watch = Watch(device)
     trainer.callbacks.insert(0, _WatchStep(watch, step))
     L.seed_everything(0, verbose=False)

@@ -69,8 +69,8 @@ class LatitudeLongitude(Coordinates):
             whole one; a message says where the two look swapped.
 
     Example:
-        >>> LatitudeLongitude().points(torch.tensor([[0.0, 90.0]])).round(decimals=4)
-        tensor([[0., 1., 0.]])
+        >>> LatitudeLongitude().points(torch.tensor([[30.0, 0.0]]))
+        tensor([[0.8660, 0.0000, 0.5000]])
     """
 
     unit: str = "degrees"

@@ -55,8 +55,8 @@ class TangentField(nn.Module):
         >>> from divflow.divergence import divergence
         >>> from divflow.manifolds import Sphere
         >>> field = TangentField(lambda t, x: torch.tensor([0.0, 0.0, 1.0]).expand_as(x), Sphere(2))  # to the north pole
-        >>> divergence(field, 0.0, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
-        tensor([-2., -0.])
+        >>> divergence(field, 0.0, torch.tensor([[0.0, 0.0, 1.0], [0.8, 0.0, 0.6]]))
+        tensor([-2.0000, -1.2000])
     """
 
     def __init__(

@@ -33,6 +33,7 @@ class GeodesicPath(Path):
         ManifoldError: the manifold is none; when called, noise or data lie off it, or it has no `exp` or `log`.
 
     Example:
+        >>> import torch
         >>> from divflow.manifolds import Torus
         >>> point = GeodesicPath(Torus(1, period=360))(torch.tensor(0.5), torch.tensor([[170.0]]), torch.tensor([[-170.0]]))
         >>> point.x, point.velocity

@@ -32,7 +32,7 @@ class PeriodicFeatures(nn.Module):
         NetworkError: in a call, x has another shape.
 
     Example:
-        >>> PeriodicFeatures(1, period=360)(torch.tensor([[90.0], [450.0]])).round(decimals=3).abs()
+        >>> PeriodicFeatures(1, period=360.0)(torch.tensor([[90.0], [450.0]])).round(decimals=3).abs()
         tensor([[1., 0., 1., 0., 0., 1., 0., 1.],
                 [1., 0., 1., 0., 0., 1., 0., 1.]])
     """

@@ -100,8 +100,8 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, monkeypatch, va
     train(config(*settings, f"output_dir={tmp_path}/straight"))
     build = experiment._build_trainer
 
-    def interrupted(settings):
-        trainer = build(settings)
+    def interrupted(settings, callbacks):
+        trainer = build(settings, callbacks)
         trainer.callbacks.insert(0, Interrupt(12))
         return trainer
 
