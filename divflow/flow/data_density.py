@@ -114,6 +114,12 @@ class FlowDensity(nn.Module):
             FieldError: x is not a floating-point tensor `(k, *event)`, or has rows that are not finite or out of the range of
                 the density.
         """
+        numbers = None if self.coordinates is None else (len(self.coordinates.names),)
+        if isinstance(x, Tensor) and x.shape[1:] == numbers != self.flow.event_shape:
+            raise FieldError(
+                f"x must be points of {self.flow.manifold}, but has shape {tuple(x.shape)}, as of rows of a file. Convert them by "
+                "density.coordinates.points(x), and samples back by density.coordinates.rows(samples)."
+            )
         x = checked_rows(x, self.flow.event_shape)
         context = self._context(context, len(x))
         flow_context = self.flow_context(context)

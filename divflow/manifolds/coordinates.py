@@ -96,11 +96,13 @@ class LatitudeLongitude(Coordinates):
         slack = turn * _SLACK
         beyond = latitude.abs() > turn / 4 + slack
         if beyond.any():
-            swapped = bool((longitude.abs() <= turn / 4 + slack).all())
+            # One row beyond is a mistake in that row, whatever the longitudes are.
+            swapped = int(beyond.sum()) > 1 and bool((longitude.abs() <= turn / 4 + slack).all())
             hint = (
-                "the longitudes all lie within that, so the two columns look swapped. Give the latitude first, by columns=[latitude,longitude]"
+                "the longitudes all lie within that, so that the two look swapped. The latitude comes first: correct the order, or the names in "
+                "the file's header"
                 if swapped
-                else self._hint("Correct these rows, or give the columns by columns=[latitude,longitude]")
+                else self._hint("correct these rows, or their order: the latitude comes first")
             )
             raise ManifoldError(
                 f"latitudes must lie within {_shown(turn / 4)} {self.unit} of zero, but are up to {_furthest(latitude, beyond)} in "

@@ -14,6 +14,7 @@ from torch import nn
 
 import divflow
 from divflow.cli import main
+from divflow.errors import FieldError
 from divflow.manifolds import LatitudeLongitude, WrappedAngles
 from divflow.runs.experiment import train
 
@@ -108,6 +109,8 @@ def test_a_new_file_of_places_is_read_by_the_same_columns_and_checks(runs, tmp_p
     main(["evaluate", f"ckpt_path={best}", "+data.path=new.csv", "split=all", "out=new.npy"])
     density = divflow.load(best)
     x = density.coordinates.points(torch.from_numpy(PLACES[:3]))
+    with pytest.raises(FieldError, match=r"points of Sphere\(2\).*density\.coordinates\.points"):
+        density.log_prob(torch.from_numpy(PLACES[:3]))
     expected = density.log_prob(x, torch.tensor([[0.5], [1.5], [2.5]])).detach()
     np.testing.assert_allclose(np.load("new.npy")[:, 0], expected, rtol=1e-4)
     given[2, 1] = 95.0

@@ -116,7 +116,7 @@ def changed(row, column, value):
             np.clip(PLACES[:, ::-1], -170, 85),
             {"columns": ["a", "b"]},
             ManifoldError,
-            r"swapped.*columns=\[latitude",
+            r"the two look swapped.*names in the file's header",
         ),
         ("lat,lon", changed(7, 0, 90.5), {}, ManifoldError, r"latitudes.*90\.5 in row 7 of 60, counted from 0"),
         ("lat,lon", changed(7, 1, 360.5), {}, ManifoldError, r"longitudes.*360\.5 in row 7 of 60"),

@@ -50,9 +50,9 @@ def test_places_come_back_as_they_were_read(unit, positive):
         (
             "degrees",
             [90.5, 10],
-            r"latitudes.*within 90 degrees.*90\.5 in row 1 of 2.*swapped.*columns=\[latitude,longitude\]",
+            r"latitudes.*within 90 degrees.*90\.5 in row 1 of 2.*correct these rows, or their order",
         ),
-        ("degrees", [-91, 170], r"-91 in row 1 of 2.*Correct these rows"),
+        ("degrees", [-91, 170], r"-91 in row 1 of 2.*correct these rows"),
         ("degrees", [0, 361], r"longitudes.*from -180 to 360 degrees.*361 in row 1 of 2"),
         ("degrees", [0, -180.1], r"-180\.1 in row 1"),
         ("radians", [45, 10], r"within 1\.5708 radians.*45 in row 1 of 2.*unit=degrees"),
