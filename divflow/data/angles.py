@@ -71,7 +71,7 @@ class Angles(Points):
         warn_of_radians(found.table[:, : len(found.columns)], unit, found.file)
 
     @classmethod
-    def read(  # type: ignore[override]
+    def read(
         cls,
         path: str | Path,
         columns: Names = None,

@@ -76,7 +76,7 @@ class Places(Points):
         warn_of_radians(found.table[:, :2], unit, found.file)
 
     @classmethod
-    def read(  # type: ignore[override]
+    def read(
         cls,
         path: str | Path,
         columns: Names = None,

@@ -2,10 +2,9 @@
 
 import inspect
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,10 +68,13 @@ class Points(SplitData):
         context_columns: names of the context columns.
         coordinates: in which the file has the points, and samples are written.
         manifold: that of the points.
+        read: of each class, reads all points of a file by those of its settings that are about files.
 
     Raises:
         DataError: there are too few rows, or a context column is constant.
     """
+
+    read: ClassVar[Callable[..., PointRows]]
 
     def __init__(
         self,
@@ -95,11 +97,6 @@ class Points(SplitData):
 
     def _divide(self, train: Tensor, val: Tensor, test: Tensor) -> None:
         self.train, self.val, self.test = (self._all.taken(it) for it in (train, val, test))
-
-    @classmethod
-    @abstractmethod
-    def read(cls, path: str | Path, columns: Names = None, **settings: Any) -> PointRows:
-        """Read all points of a file, by the settings of this class that are about files."""
 
     @classmethod
     def all_rows(cls, **settings: Any) -> tuple[Rows, Tensor]:

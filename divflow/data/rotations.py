@@ -72,7 +72,7 @@ class Rotations(Points):
         super().__init__(found, batch_size, eval_batch_size, val_fraction, test_fraction, seed)
 
     @classmethod
-    def read(  # type: ignore[override]
+    def read(
         cls,
         path: str | Path,
         columns: Names = None,

@@ -6,7 +6,7 @@ them knows a manifold.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -44,6 +44,10 @@ class OnManifold(Protocol):
             x: `(k, *event)`.
             estimated: whether random vectors of x's shape are going to be multiplied, of which only the tangent part is to count.
         """
+
+    @property
+    def divflow_nearby(self) -> Field:
+        """The same field, which takes points off the manifold as the closest ones."""
 
     def call(self, function: Callable[..., Any], t: Tensor, x: Tensor) -> Any:
         """Call a function of the field's with t, x and what is bound to it."""
@@ -111,5 +115,4 @@ def around(g: Field, x: Tensor, estimated: bool) -> tuple[Field, Coordinates] | 
     coordinates = method(checked_state(x), estimated)
     if coordinates is None:
         return None
-    field = Around(g, coordinates.function, coordinates.points, coordinates.own)  # type: ignore[arg-type]
-    return field, coordinates
+    return Around(cast(OnManifold, g), coordinates.function, coordinates.points, coordinates.own), coordinates

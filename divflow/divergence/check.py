@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from divflow.divergence.around import around
+from divflow.divergence.around import OnManifold, around
 from divflow.divergence.estimator import Estimator
 from divflow.divergence.exact.conditioned import given
 from divflow.divergence.hutchinson import Hutchinson
@@ -79,7 +79,7 @@ def check_field(
     x = checked_state(x)
     t, g = as_time(t, x), given(checked_field(g), context, x)
     if around(g, x, estimated=False) is not None:  # it refuses points off a manifold; what follows changes them
-        g = g.divflow_nearby  # type: ignore[attr-defined]
+        g = cast(OnManifold, g).divflow_nearby
     if x.numel() == 0:
         checked_value(evaluated(g, t, x.clone()), x)
         return

@@ -7,12 +7,13 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from divflow.errors import check_count
-from divflow.manifolds.manifold import Manifold, ManifoldError
+from divflow.manifolds.flat import Flat
+from divflow.manifolds.manifold import ManifoldError
 
 __all__ = ["Euclidean"]
 
 
-class Euclidean(Manifold):
+class Euclidean(Flat):
     """R^n, vectors of n entries.
 
     Args:
@@ -30,23 +31,6 @@ class Euclidean(Manifold):
     def project(self, x: Tensor) -> Tensor:
         """The point itself."""
         return x
-
-    def to_tangent(self, x: Tensor, u: Tensor) -> Tensor:
-        """The vector itself."""
-        return u
-
-    @property
-    def flat(self) -> bool:
-        """True: every vector is tangent."""
-        return True
-
-    def mean_curvature(self, x: Tensor) -> Tensor:
-        """Zero."""
-        return torch.zeros_like(x)
-
-    def normals(self, x: Tensor) -> Tensor:
-        """None of them, `(0, *batch, n)`."""
-        return x.new_zeros(0, *x.shape)
 
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The sum x + u."""

@@ -7,12 +7,13 @@ from torch import Size, Tensor
 
 from divflow.errors import check_count, check_positive
 from divflow.manifolds.densities import windings
+from divflow.manifolds.flat import Flat
 from divflow.manifolds.symmetric import Symmetric
 
 __all__ = ["Torus"]
 
 
-class Torus(Symmetric):
+class Torus(Flat, Symmetric):
     """n angles, each of which is the same point after a period.
 
     A point is any n numbers: x and x + period are one. `project` takes them to [-period / 2, period / 2).
@@ -38,23 +39,6 @@ class Torus(Symmetric):
     def project(self, x: Tensor) -> Tensor:
         """The same point, its angles from -period / 2 to period / 2."""
         return x - self.period * torch.floor(x.detach() / self.period + 0.5)
-
-    def to_tangent(self, x: Tensor, u: Tensor) -> Tensor:
-        """The vector itself."""
-        return u
-
-    @property
-    def flat(self) -> bool:
-        """True: every vector is tangent."""
-        return True
-
-    def mean_curvature(self, x: Tensor) -> Tensor:
-        """Zero."""
-        return torch.zeros_like(x)
-
-    def normals(self, x: Tensor) -> Tensor:
-        """None of them, `(0, *batch, n)`."""
-        return x.new_zeros(0, *x.shape)
 
     def exp(self, x: Tensor, u: Tensor) -> Tensor:
         """The sum x + u, as `project` gives it."""
